@@ -210,7 +210,7 @@ def _check(
     unknown = found.keys() - {name for name, _, _ in expected}
     problems += [f"not known: {name} {found[name]}" for name in sorted(unknown)]
     if problems:
-        raise ValueError(f"the {what} does not fit ConViT or DeiT:\n  " + "\n  ".join(problems))
+        raise ValueError(f"not the {what} of a ConViT or DeiT:\n  " + "\n  ".join(problems))
 
 
 def _sizes(

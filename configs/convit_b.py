@@ -1,0 +1,16 @@
+"""ConViT-B: 16 heads, width 768, 86.5 M parameters.
+
+    python main.py --config=configs/convit_b.py --workdir=DIR
+
+300 epochs of ImageNet at 224 pixels; the paper reports 82.4 top-1, 95.9 top-5 (Table 1).
+"""
+
+import ml_collections
+
+from configs import common
+
+
+def get_config() -> ml_collections.ConfigDict:
+    config = common.get_config()
+    config.model.name = "convit_base"
+    return config

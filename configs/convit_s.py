@@ -1,0 +1,16 @@
+"""ConViT-S: 9 heads, width 432, 27.8 M parameters.
+
+    python main.py --config=configs/convit_s.py --workdir=DIR
+
+300 epochs of ImageNet at 224 pixels; the paper reports 81.3 top-1, 95.7 top-5 (Table 1).
+"""
+
+import ml_collections
+
+from configs import common
+
+
+def get_config() -> ml_collections.ConfigDict:
+    config = common.get_config()
+    config.model.name = "convit_small"
+    return config

@@ -1,0 +1,16 @@
+"""DeiT-B, the paper's baseline: 12 heads, width 768, 86.6 M parameters.
+
+    python main.py --config=configs/deit_b.py --workdir=DIR
+
+300 epochs of ImageNet at 224 pixels; the paper reports 81.8 top-1 (Table 1).
+"""
+
+import ml_collections
+
+from configs import common
+
+
+def get_config() -> ml_collections.ConfigDict:
+    config = common.get_config()
+    config.model.name = "deit_base"
+    return config

@@ -1,0 +1,29 @@
+"""A small ConViT on scikit-learn's handwritten digits: 8 x 8 pixels, 1,797 images, 10 classes.
+
+    python main.py --config=configs/digits.py --workdir=/tmp/digits
+
+Real images that come with a package: nothing to download.
+"""
+
+import ml_collections
+
+from configs import common
+
+
+def get_config() -> ml_collections.ConfigDict:
+    config = common.get_config()
+    config.model.update(
+        name="convit_tiny",
+        num_classes=10,
+        image_size=8,
+        in_channels=1,
+        patch_size=1,
+        embed_dim=64,
+        depth=4,
+        local_up_to_layer=3,
+        drop_path=0.1,
+    )
+    config.data.update(source="digits", mean=(0.305,), std=(0.376,), pad_crop=1)
+    config.train.update(epochs=60, batch_size=64, eval_every=5.0)
+    config.optim.update(lr=8e-3, warmup_epochs=5.0)
+    return config
