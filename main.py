@@ -31,9 +31,12 @@ def main(argv: list[str]) -> None:
         from convit_jax import train  # jax and all: not for --help and misspelt keys
 
         run = train.prepare(_CONFIG.value, _WORKDIR.value)
-    except (ValueError, OSError) as error:  # the user's to mend; what comes later is ours
+    except (ValueError, OSError) as error:  # the user's to mend
         sys.exit(f"error: {error}")
-    train.train(run)
+    try:
+        train.train(run)
+    except FloatingPointError as error:
+        sys.exit(f"error: {error}")
 
 
 def _parse_flags(argv: list[str]) -> list[str]:

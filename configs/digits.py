@@ -17,13 +17,12 @@ def get_config() -> ml_collections.ConfigDict:
         num_classes=10,
         image_size=8,
         in_channels=1,
-        patch_size=1,
+        patch_size=2,
         embed_dim=64,
         depth=4,
         local_up_to_layer=3,
-        drop_path=0.1,
     )
     config.data.update(source="digits", mean=(0.305,), std=(0.376,), pad_crop=1)
-    config.train.update(epochs=60, batch_size=64, eval_every=5.0)
-    config.optim.update(lr=8e-3, warmup_epochs=5.0)
+    config.train.update(epochs=150.0, batch_size=128, eval_every=10.0)
+    config.optim.lr = 8e-3
     return config

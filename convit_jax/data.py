@@ -92,7 +92,9 @@ def train_batches(
     draws = grain.MapDataset.source(source).seed(seed).shuffle().repeat().random_map(transform)
     # After shuffle and map, so that any number of processes reads the same global batches.
     batches = draws[index::count].batch(batch_size // count)
-    return iter(batches[start_step:].to_iter_dataset())
+    # No threads: the images are in memory, and the step runs while the next batch is made.
+    options = grain.ReadOptions(num_threads=0, prefetch_buffer_size=0)
+    return iter(batches[start_step:].to_iter_dataset(options))
 
 
 def eval_batches(source: ArraySource, batch_size: int) -> Iterator[Batch]:

@@ -217,6 +217,11 @@ class ConViT(nn.Module):
         # The attention that will be used checks its own options.
         (self._gpsa() if self.local_up_to_layer else self._self_attention())(parent=None)
 
+    @property
+    def image_shape(self) -> tuple[int, int, int]:
+        """(height, width, channels) of the images the model is made for."""
+        return (*_pair(self.image_size), self.in_channels)
+
     def _grid(self, image: tuple[int, int]) -> Grid:
         """Rows and columns of patches of an image (height, width)."""
         patch = _pair(self.patch_size)
@@ -298,12 +303,10 @@ class ConViT(nn.Module):
         return (logits, maps) if return_attention else logits
 
     def _check_images(self, images: Array) -> Grid:
-        height, width = _pair(self.image_size)
+        height, width, channels = self.image_shape
         shape = images.shape
-        if len(shape) != 4 or shape[3] != self.in_channels:
-            raise ValueError(
-                f"images: expected (batch, height, width, {self.in_channels}), got {shape}"
-            )
+        if len(shape) != 4 or shape[3] != channels:
+            raise ValueError(f"images: expected (batch, height, width, {channels}), got {shape}")
         if self.use_pos_embed and shape[1:3] != (height, width):
             raise ValueError(
                 f"images: expected {height} x {width} pixels (image_size, which the position "

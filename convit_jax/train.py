@@ -63,7 +63,7 @@ def make_train_step(
         loss, grads = jax.value_and_grad(loss_fn)(state.params)
         updates, opt_state = optimizer.update(grads, state.opt_state, state.params)
         params = optax.apply_updates(state.params, updates)
-        metrics = {"loss": loss, "grad_norm": optax.global_norm(grads)}
+        metrics = {"loss": loss, "grad_norm": optax.tree.norm(grads)}
         return TrainState(state.step + 1, params, opt_state), metrics
 
     everywhere, split = sharding.replicated(mesh), sharding.over_batch(mesh)
@@ -81,9 +81,7 @@ def init_state(
     """The state before the first step, made on the devices."""
 
     def init() -> TrainState:
-        size = (model.image_size,) * 2 if isinstance(model.image_size, int) else model.image_size
-        images = jnp.zeros((1, *size, model.in_channels))
-        params = model.init(jax.random.key(seed), images)["params"]
+        params = model.init(jax.random.key(seed), jnp.zeros((1, *model.image_shape)))["params"]
         return TrainState(jnp.zeros((), jnp.int32), params, optimizer.init(params))
 
     return jax.jit(init, out_shardings=sharding.replicated(mesh))()
@@ -145,12 +143,11 @@ def prepare(config: ml_collections.ConfigDict, workdir: str) -> Run:
 
 
 def _check_data(config: ml_collections.ConfigDict, model: ConViT, source: data.ArraySource) -> None:
-    size = (model.image_size,) * 2 if isinstance(model.image_size, int) else model.image_size
     found = source[0]["image"].shape
-    if found != (*size, model.in_channels):
+    if found != model.image_shape:
         raise ValueError(
             f"model.image_size and model.in_channels: expected {found} (height, width, channels) "
-            f"as in {config.data.source}, got {(*size, model.in_channels)}"
+            f"as in {config.data.source}, got {model.image_shape}"
         )
     if source.num_classes != model.num_classes:
         raise ValueError(

@@ -108,6 +108,7 @@ def test_there_and_back_is_the_same_to_the_bit(name):
 
 
 def test_models_without_head_position_or_with_biases_convert():
+    random = np.random.default_rng(0)
     for options in (
         {"num_classes": 0},
         {"use_pos_embed": False},
@@ -116,8 +117,7 @@ def test_models_without_head_position_or_with_biases_convert():
     ):
         model = MODELS["convit"].clone(**options)
         shapes = jax.eval_shape(model.init, jax.random.key(0), jnp.zeros((1, 16, 16, 3)))
-        rng = np.random.default_rng(0)
-        params = jax.tree.map(lambda s: rng.normal(size=s.shape).astype("f"), shapes["params"])
+        params = jax.tree.map(lambda s: random.normal(size=s.shape).astype("f"), shapes["params"])
         again = from_torch(to_torch(params))
         jax.tree.map(np.testing.assert_array_equal, again, params)
 

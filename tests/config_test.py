@@ -1,0 +1,92 @@
+"""The configurations: all of them lock, build and initialise; wrong ones are named."""
+
+import importlib.util
+import pathlib
+
+import jax
+import jax.numpy as jnp
+import ml_collections
+import pytest
+
+from configs import common
+from convit_jax import VARIANTS, train
+
+CONFIGS = pathlib.Path(common.__file__).parent
+NAMES = sorted(
+    path.stem for path in CONFIGS.glob("*.py") if path.stem not in ("common", "__init__")
+)
+
+
+def load(name: str) -> ml_collections.ConfigDict:
+    spec = importlib.util.spec_from_file_location(name, CONFIGS / f"{name}.py")
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    assert f"--config=configs/{name}.py" in module.__doc__
+    return module.get_config()
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_config_locks_builds_and_initialises(name):
+    config = load(name).lock()
+    common.check(config)
+    model = train.make_model(config)
+    images = jnp.zeros((1, *model.image_shape))
+    jax.eval_shape(model.init, jax.random.key(0), images)
+    with pytest.raises(AttributeError):
+        config.model.dpeth = 3
+
+
+def test_every_variant_has_its_config():
+    models = {load(name).model.name for name in NAMES if name != "digits"}
+    assert models == set(VARIANTS)
+    assert len(NAMES) == len(VARIANTS) + 1
+
+
+def test_plus_models_have_the_papers_batch_and_rate():
+    for name in NAMES:
+        if name != "digits":
+            config = load(name)
+            expected = (512, 4e-4) if name.endswith("_plus") else (1024, 5e-4)
+            assert (config.train.batch_size, config.optim.lr) == expected
+
+
+def test_overrides_reach_the_model():
+    config = load("convit_ti")
+    config.model.update(depth=4, local_up_to_layer=2, image_size=32, patch_size=8, unroll=2)
+    config.train.update(dtype="bfloat16", remat=True)
+    model = train.make_model(config)
+    assert (model.depth, model.local_up_to_layer, model.image_size) == (4, 2, 32)
+    assert (model.num_heads, model.embed_dim, model.unroll, model.remat) == (4, 192, 2, True)
+    assert model.dtype == jnp.bfloat16
+
+
+def test_every_problem_is_named():
+    config = load("digits")
+    config.modle = 3
+    config.train.log_evry = 4
+    config.optim.something_else = 1
+    del config.seed
+    config.model.depth = None  # left to the variant: fine
+    del config.data.pad_crop
+    config.data.pad_crop = "1"
+    config.train.epochs = 3  # an integer where a float is expected: fine
+    with pytest.raises(ValueError, match="does not fit") as error:
+        common.check(config)
+    lines = str(error.value).splitlines()[1:]
+    assert "  unknown key: modle (did you mean model?)" in lines
+    assert "  unknown key: train.log_evry (did you mean train.log_every?)" in lines
+    assert any(
+        line.startswith("  unknown key: optim.something_else (known: b1, b2") for line in lines
+    )
+    assert "  missing key: seed" in lines
+    assert "  data.pad_crop: expected int, got '1'" in lines
+    assert len(lines) == 5
+
+
+def test_every_key_is_read():
+    """A key that no code reads is a promise that is not kept."""
+    code = "".join(path.read_text() for path in (CONFIGS.parent / "convit_jax").glob("*.py"))
+    config = common.get_config()
+    for section in ("data", "train", "optim"):
+        for key in config[section]:
+            assert f".{key}" in code or f'"{key}"' in code, f"{section}.{key}"

@@ -1,0 +1,50 @@
+"""Evaluation: every image counts once, whatever the batch size and the devices."""
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from convit_jax import data, evaluate, sharding
+
+
+class Brightness(nn.Module):
+    """Logits that are a known function of the image: no parameters."""
+
+    def __call__(self, images):
+        value = images.reshape(len(images), -1).sum(-1, keepdims=True)
+        return jnp.sin(value * jnp.arange(1, 11))
+
+
+@pytest.mark.parametrize("devices", [1, 8])
+@pytest.mark.parametrize("batch_size", [40, 64, 360, 400])
+def test_counts_every_image_once(devices, batch_size):
+    source = data.open_source("digits", "test")
+    mesh = sharding.make_mesh(jax.devices()[:devices])
+    step = evaluate.make_eval_step(Brightness(), (0.3,), (0.4,), mesh)
+    result = evaluate.evaluate(step, {}, data.eval_batches(source, batch_size), mesh)
+
+    images = (source.images / np.float32(255) - np.float32(0.3)) / np.float32(0.4)
+    logits = np.asarray(Brightness().apply({}, jnp.asarray(images)), np.float64)
+    order = np.argsort(-logits, axis=-1)
+    hits = order == source.labels[:, None]
+    own = np.take_along_axis(logits, source.labels[:, None], -1)[:, 0]
+    loss = np.log(np.exp(logits).sum(-1)) - own
+    assert result["images"] == 360
+    assert result["top1"] == pytest.approx(hits[:, :1].any(-1).mean(), abs=1e-6)
+    assert result["top5"] == pytest.approx(hits[:, :5].any(-1).mean(), abs=1e-6)
+    assert result["loss"] == pytest.approx(loss.mean(), rel=1e-5)
+    assert 0 < result["top1"] < result["top5"] < 1
+
+
+@pytest.mark.parametrize("value", [0.0, np.nan])
+def test_a_model_that_says_nothing_gets_nothing_right(value):
+    class Constant(nn.Module):
+        def __call__(self, images):
+            return jnp.full((len(images), 10), value)
+
+    source, mesh = data.open_source("digits", "test"), sharding.make_mesh(jax.devices()[:1])
+    step = evaluate.make_eval_step(Constant(), (0.3,), (0.4,), mesh)
+    result = evaluate.evaluate(step, {}, data.eval_batches(source, 100), mesh)
+    assert result["top1"] == result["top5"] == 0

@@ -1,0 +1,127 @@
+"""The train step on one and on eight devices, the loop, and what is refused before it."""
+
+import json
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from configs import digits
+from convit_jax import data, optim, sharding, train
+
+
+def small_config(**train_options):
+    """Half a second to compile: 4 patches, 2 blocks, width 8."""
+    config = digits.get_config()
+    config.model.update(patch_size=4, embed_dim=8, num_heads=4, depth=2, local_up_to_layer=1)
+    config.train.update(**{"epochs": 1.0, "batch_size": 64, "log_every": 5, **train_options})
+    return config
+
+
+def make_step(config, num_devices):
+    mesh = sharding.make_mesh(jax.devices()[:num_devices])
+    model = train.make_model(config)
+    schedule = optim.learning_rate(config.optim, 64, steps_per_epoch=1, total_steps=100)
+    optimizer = optim.make_optimizer(config.optim, schedule)
+    step = train.make_train_step(model, optimizer, config, mesh)
+    return step, train.init_state(model, optimizer, config.seed, mesh), mesh
+
+
+def test_eight_devices_equal_one():
+    """Dropout and stochastic depth on. Tolerances: sums over the batch in another order."""
+    config = small_config()
+    config.model.update(dropout=0.1, drop_path=0.2)
+    # Adam divides a gradient by its size: where that is rounding noise, so is the update. An
+    # eps above the noise leaves a comparison of what the gradients say.
+    config.optim.eps = 1e-4
+    source = data.open_source("digits", "train")
+    results = []
+    for devices in (1, 8):
+        step, state, mesh = make_step(config, devices)
+        batches = data.train_batches(source, 64, seed=0, pad_crop=1)
+        for _ in range(3):
+            batch = sharding.put_batch(next(batches), mesh)
+            assert len(batch["image"].sharding.device_set) == devices
+            state, metrics = step(state, batch)
+        assert int(state.step) == 3
+        assert len(state.params["cls_token"].sharding.device_set) == devices
+        results.append(jax.device_get((state.params, metrics)))
+    (one, one_metrics), (eight, eight_metrics) = results
+    np.testing.assert_allclose(one_metrics["loss"], eight_metrics["loss"], rtol=1e-6)
+    np.testing.assert_allclose(one_metrics["grad_norm"], eight_metrics["grad_norm"], rtol=1e-5)
+    for left, right in zip(jax.tree.leaves(one), jax.tree.leaves(eight), strict=True):
+        np.testing.assert_allclose(left, right, atol=1e-6)
+
+
+def test_randomness_is_that_of_seed_and_step():
+    config = small_config()
+    config.model.dropout = 0.3
+    step, state, mesh = make_step(config, 1)
+    batch = next(data.train_batches(data.open_source("digits", "train"), 64, seed=0))
+    batch = sharding.put_batch(batch, mesh)
+
+    def loss_at(number):
+        copy = jax.tree.map(jnp.copy, state)  # the step takes its state's memory
+        return float(step(copy.replace(step=jnp.asarray(number, jnp.int32)), batch)[1]["loss"])
+
+    assert loss_at(3) == loss_at(3)
+    assert loss_at(3) != loss_at(4)
+
+
+def test_a_run_learns_and_leaves_its_metrics(tmp_path):
+    config = small_config(epochs=12.0, eval_every=4.0)
+    config.model.embed_dim = 16
+    config.optim.lr = 0.08
+    workdir = tmp_path / "new" / "folder"
+    run = train.prepare(config, str(workdir))
+    result = train.train(run)
+    assert result["images"] == 360
+    assert result["top1"] > 0.5  # chance is 0.1
+
+    lines = [json.loads(line) for line in (workdir / "metrics.jsonl").read_text().splitlines()]
+    training = [line for line in lines if line["kind"] == "train"]
+    evaluations = [line for line in lines if line["kind"] == "eval"]
+    assert run.total_steps == int(12 * 1437 / 64) == training[-1]["step"] == 269
+    assert [line["step"] for line in evaluations] == [90, 180, 269]
+    assert evaluations[-1]["top1"] == result["top1"]
+    assert training[-1]["loss"] < training[0]["loss"]
+    assert training[0].keys() == {
+        "kind", "step", "time", "loss", "grad_norm", "images_per_second", "learning_rate"
+    }  # fmt: skip
+    assert json.loads((workdir / "config.json").read_text())["model"]["embed_dim"] == 16
+
+    with pytest.raises(FileExistsError, match=r"holds an earlier run .*: choose another --workdir"):
+        train.prepare(config, str(workdir))
+
+
+def test_a_loss_that_is_not_finite_stops_the_run(tmp_path):
+    config = small_config(epochs=3.0)
+    config.optim.update(lr=1e30, warmup_lr=1e30)
+    with pytest.raises(FloatingPointError, match=r"the loss of step \d+ is (nan|inf); those befor"):
+        train.train(train.prepare(config, str(tmp_path)))
+
+
+@pytest.mark.parametrize(
+    ("overrides", "message"),
+    [
+        ({"train.batch_size": 60}, "multiple of the 8 devices, such as 56 or 64, got 60"),
+        ({"train.batch_size": 4}, "multiple of the 8 devices, such as 8, got 4"),
+        ({"train.batch_size": 1600}, "at most the 1437 images of digits, got 1600"),
+        ({"train.epochs": 0.0}, "train.epochs: expected more than 0, got 0.0"),
+        ({"train.dtype": "half"}, "train.dtype: expected one of .*'bfloat16'.*, got 'half'"),
+        ({"data.source": "mnist"}, "data.source: expected 'digits', got 'mnist'"),
+        ({"data.mean": (0.1, 0.2)}, r"data.mean: expected 1 values, got \(0.1, 0.2\)"),
+        ({"model.num_classes": 7}, "model.num_classes: expected 10 as in digits, got 7"),
+        ({"model.image_size": 16}, r"expected \(8, 8, 1\) .* as in digits, got \(16, 16, 1\)"),
+        ({"model.global_pool": "none"}, "expected model.num_classes > 0 and model.global_pool"),
+        ({"model.num_heads": 3}, "num_heads: expected a divisor of embed_dim=8, got 3"),
+        ({"model.name": "vit"}, "unknown model: expected one of convit_tiny, .* got 'vit'"),
+    ],
+)
+def test_what_cannot_be_trained_is_refused_before_anything_is_written(tmp_path, overrides, message):
+    config = small_config()
+    config.update_from_flattened_dict(overrides)
+    with pytest.raises(ValueError, match=message):
+        train.prepare(config, str(tmp_path / "run"))
+    assert not (tmp_path / "run").exists()
