@@ -120,18 +120,18 @@ def contract_positional(p_y: Array, p_x: Array, v: Array) -> Array:
     return grid.reshape(batch, size, heads, width)
 
 
-def gated_map(content: Array, positional: Array, gate: Array) -> Array:
-    """Equation 7: (B, H, N, N) content and (H, N, N) positional maps mixed by the gate.
+def blended_map(content: Array, positional: Array, share: Array) -> Array:
+    """The map A of equation 7.
 
     Args:
       content: (B, H, N, N).
       positional: (H, N, N).
-      gate: (H,), before the sigmoid.
+      share: (H,), of the positional part: the sigmoid of the gates.
 
     Returns:
       (B, H, N, N), float32; every row sums to 1.
     """
-    share = jax.nn.sigmoid(gate.astype(jnp.float32))[:, None, None]
+    share = share[:, None, None]
     return (1.0 - share) * content + share * positional
 
 
@@ -229,17 +229,17 @@ class SelfAttention(nn.Module):
         grid: Grid | None = None,
         train: bool = False,
         return_attention: bool = False,
-    ) -> tuple[Array, dict[str, Array]]:
+    ) -> Array | tuple[Array, dict[str, Array]]:
         """Attends from every token to every token.
 
         Args:
           x: (B, N, D).
           grid: not used; here so that both attentions are called alike.
           train: whether dropout is on; needs the rng stream "dropout" if a rate is not 0.
-          return_attention: whether to return the attention map.
+          return_attention: whether to return the attention map as well.
 
         Returns:
-          (B, N, D) in `dtype`, and {} or {"content": (B, H, N, N) float32}.
+          (B, N, D) in `dtype`; with `return_attention`, also {"content": (B, H, N, N) float32}.
         """
         batch, size, width = x.shape
         _check_heads(self.num_heads, width)
@@ -249,13 +249,13 @@ class SelfAttention(nn.Module):
         qkv = qkv.reshape(batch, size, 3, self.num_heads, head)
         q, k, v = qkv[:, :, 0], qkv[:, :, 1], qkv[:, :, 2]
 
-        maps = {"content": content_map(q, k, scale)} if return_attention else {}
         if train and self.attn_dropout:
             drop = nn.Dropout(self.attn_dropout, deterministic=False, name="attn_drop")
             out = apply_map(drop(content_map(q, k, scale)), v)
         else:
             out = (self.attention_fn or dot_product_attention)(q, k, v, scale=scale)
-        return _project(out, self.dropout, train, self.dtype), maps
+        out = _project(out, self.dropout, train, self.dtype)
+        return (out, {"content": content_map(q, k, scale)}) if return_attention else out
 
 
 class GPSA(nn.Module):
@@ -305,18 +305,20 @@ class GPSA(nn.Module):
     @nn.compact
     def __call__(
         self, x: Array, grid: Grid, train: bool = False, return_attention: bool = False
-    ) -> tuple[Array, dict[str, Array]]:
+    ) -> Array | tuple[Array, dict[str, Array]]:
         """Attends from every patch to every patch.
 
         Args:
           x: (B, N, D), the patches in row-major order.
           grid: (R, C), the static patch grid; R C must be N.
           train: whether dropout is on; needs the rng stream "dropout" if a rate is not 0.
-          return_attention: whether to return the maps; nothing of them is computed otherwise.
+          return_attention: whether to return the maps as well; nothing is computed for them
+            otherwise.
 
         Returns:
-          (B, N, D) in `dtype`, and {} or the maps, float32: "content" (B, H, N, N),
-          "positional" (H, N, N), "gate" (H,) after the sigmoid, "blended" (B, H, N, N).
+          (B, N, D) in `dtype`; with `return_attention`, also the maps, float32: "content"
+          (B, H, N, N), "positional" (H, N, N), "gate" (H,) after the sigmoid, "blended"
+          (B, H, N, N).
 
         Raises:
           ValueError: if the heads do not divide D, or the grid does not have N patches.
@@ -336,29 +338,30 @@ class GPSA(nn.Module):
         v = v.reshape(batch, size, self.num_heads, head)
 
         gate = self.param("gate", nn.initializers.ones, (self.num_heads,))
+        share = jax.nn.sigmoid(gate.astype(jnp.float32))
         p_y, p_x = PositionalAttention(
             self.num_heads, self.locality_strength, self.use_local_init, name="pos_proj"
         )(grid)
 
-        maps = {}
-        if return_attention:
-            content, positional = content_map(q, k, scale), positional_map(p_y, p_x)
-            maps = {
-                "content": content,
-                "positional": positional,
-                "gate": jax.nn.sigmoid(gate.astype(jnp.float32)),
-                "blended": gated_map(content, positional, gate),
-            }
         if self.positional == "blend":
-            blended = gated_map(content_map(q, k, scale), positional_map(p_y, p_x), gate)
+            blended = blended_map(content_map(q, k, scale), positional_map(p_y, p_x), share)
             drop = nn.Dropout(self.attn_dropout, deterministic=not train, name="attn_drop")
             out = apply_map(drop(blended), v)
         else:
             content_fn = self.attention_fn or dot_product_attention
-            share = jax.nn.sigmoid(gate.astype(jnp.float32))[:, None]  # (H, 1), beside (H, K)
-            out = (1.0 - share) * content_fn(q, k, v, scale=scale)
-            out += share * contract_positional(p_y, p_x, v)
-        return _project(out, self.dropout, train, self.dtype), maps
+            content_out = content_fn(q, k, v, scale=scale)
+            positional_out = contract_positional(p_y, p_x, v)
+            out = (1.0 - share[:, None]) * content_out + share[:, None] * positional_out
+        out = _project(out, self.dropout, train, self.dtype)
+        if not return_attention:
+            return out
+        content, positional = content_map(q, k, scale), positional_map(p_y, p_x)
+        return out, {
+            "content": content,
+            "positional": positional,
+            "gate": share,
+            "blended": blended_map(content, positional, share),
+        }
 
 
 def _project(out: Array, dropout: float, train: bool, dtype: Any) -> Array:

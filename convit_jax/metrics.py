@@ -52,10 +52,6 @@ class Metrics:
         self._bar.close()
         self._file.close()
 
-    def restart_clock(self, step: int) -> None:
-        """Leaves out of the rate what happened since the last metrics: compiling, evaluating."""
-        self._last = (step, time.perf_counter())
-
     def train(self, step: int, metrics: dict[str, float]) -> None:
         """Metrics of training up to `step`; adds images_per_second since the last call."""
         (last_step, last_time), now = self._last, time.perf_counter()
@@ -72,7 +68,7 @@ class Metrics:
             log.info("step %d/%d  %s  ETA %s", step, self._total, text, eta)
 
     def evaluation(self, step: int, metrics: dict[str, float]) -> None:
-        """Metrics of an evaluation after `step`."""
+        """Metrics of an evaluation after `step`; its time does not count in the next rate."""
         self.write("eval", step, metrics)
         with tqdm.tqdm.external_write_mode():
             log.info(
@@ -82,6 +78,7 @@ class Metrics:
                 100 * metrics["top1"],
                 metrics["loss"],
             )
+        self._last = (step, time.perf_counter())
 
     def write(self, kind: str, step: int, metrics: dict[str, Any]) -> None:
         """Appends one line to the file."""

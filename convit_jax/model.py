@@ -81,7 +81,7 @@ class Block(nn.Module):
     def __call__(
         self, x: Array, drop_path: Array, grid: Grid, train: bool, return_attention: bool
     ) -> tuple[Array, dict[str, Array]]:
-        """(B, N, D) -> the same, and the attention's maps. `drop_path` is this layer's rate."""
+        """(B, N, D) -> the same, and the attention's maps or {}. `drop_path`: this layer's rate."""
         # The two-pass variance: E[x^2] - E[x]^2 cancels where the mean is large.
         norm = functools.partial(
             nn.LayerNorm, epsilon=1e-6, use_fast_variance=False, dtype=self.dtype
@@ -92,9 +92,8 @@ class Block(nn.Module):
                 branch = drop_samples(branch, drop_path, self.make_rng("dropout"))
             return x + branch
 
-        branch, maps = self.attention(name="attn")(
-            norm(name="norm1")(x), grid, train, return_attention
-        )
+        branch = self.attention(name="attn")(norm(name="norm1")(x), grid, train, return_attention)
+        branch, maps = branch if return_attention else (branch, {})
         x = residual(x, branch)
         hidden = int(x.shape[-1] * self.mlp_ratio)
         branch = Mlp(hidden, self.dropout, self.dtype, name="mlp")(norm(name="norm2")(x), train)

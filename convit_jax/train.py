@@ -187,30 +187,32 @@ def train(run: Run) -> dict[str, float]:
     Raises:
       FloatingPointError: at the first step whose loss is not finite.
     """
+    start = time.perf_counter()
     config, mesh = run.config, run.mesh
     batch_size = config.train.batch_size
     schedule = optim.learning_rate(config.optim, batch_size, run.steps_per_epoch, run.total_steps)
     optimizer = optim.make_optimizer(config.optim, schedule)
-    train_step = make_train_step(run.model, optimizer, config, mesh)
     eval_step = evaluate.make_eval_step(run.model, config.data.mean, config.data.std, mesh)
     state = init_state(run.model, optimizer, config.seed, mesh)
     (run.workdir / "config.json").write_text(config.to_json(indent=2) + "\n")
     _describe(run, state)
 
-    start = time.perf_counter()
-    eval_steps = max(1, round(config.train.eval_every * run.steps_per_epoch))
     batches = data.train_batches(run.train_source, batch_size, config.seed, config.data.pad_crop)
+    batch = sharding.put_batch(next(batches), mesh)
+    train_step = make_train_step(run.model, optimizer, config, mesh)
+    before = time.perf_counter()
+    train_step = train_step.lower(state, batch).compile()
+    log.info("compiled the training step in %.1f s", time.perf_counter() - before)
+
+    eval_steps = max(1, round(config.train.eval_every * run.steps_per_epoch))
     with Metrics(run.workdir / "metrics.jsonl", run.total_steps, batch_size) as metrics:
         pending: list[dict[str, jax.Array]] = []
         for step in range(1, run.total_steps + 1):
-            state, step_metrics = train_step(state, sharding.put_batch(next(batches), mesh))
+            state, step_metrics = train_step(state, batch)
+            batch = sharding.put_batch(next(batches), mesh)  # made while the step runs
             pending.append(step_metrics)
             last = step == run.total_steps
-            if step == 1:
-                jax.block_until_ready(state)
-                metrics.restart_clock(step)
-                log.info("compiled the training step in %.1f s", time.perf_counter() - start)
-            elif step % config.train.log_every == 0 or last:
+            if step % config.train.log_every == 0 or last:
                 means = _fetch(pending, step)
                 metrics.train(step, means | {"learning_rate": float(schedule(step - 1))})
                 pending = []
@@ -218,7 +220,6 @@ def train(run: Run) -> dict[str, float]:
                 test = data.eval_batches(run.test_source, batch_size)
                 result = evaluate.evaluate(eval_step, state.params, test, mesh)
                 metrics.evaluation(step, result)
-                metrics.restart_clock(step)
     log.info(
         "test accuracy %.2f%% (%d of %d images) after %d steps in %.0f s",
         100 * result["top1"],

@@ -59,7 +59,7 @@ def test_gradients_of_the_forms_agree(grid):
     params = random_params(GPSA(4), 16, grid)
 
     def loss(params, x, form):
-        return jnp.sum(jnp.sin(apply(GPSA(4, positional=form), params, x, grid)[0]))
+        return jnp.sum(jnp.sin(apply(GPSA(4, positional=form), params, x, grid)))
 
     grad = jax.jit(jax.grad(loss, (0, 1)), static_argnames="form")
     blend, contract = (grad(params, x, form=form) for form in POSITIONAL_FORMS)
@@ -97,7 +97,7 @@ def test_strong_locality_is_a_convolution(form, num_heads, kernel_size):
     positions = params["pos_proj"]
     params = random_params(module, width, grid) | {"pos_proj": positions}
     params["gate"] = jnp.full(num_heads, jnp.inf)
-    out, _ = apply(module, params, x, grid)
+    out = apply(module, params, x, grid)
 
     # Head h1 + k h2 looks h1 - centre rows down and h2 - centre columns to the right.
     v = params["v"]["kernel"].reshape(width, num_heads, head)
@@ -171,12 +171,12 @@ def test_attention_fn_is_used_and_fits_that_of_jax():
     gpsa, plain = GPSA(4, positional="contract"), SelfAttention(4, qkv_bias=True)
     for module in (gpsa, plain):
         params = init(module, x, grid)
-        own, _ = apply(module, params, x, grid)
+        own = apply(module, params, x, grid)
         for function, same in (
             (jax.nn.dot_product_attention, True),
             (lambda q, k, v, *, scale: 0 * v, False),
         ):
-            out, _ = apply(module.clone(attention_fn=function), params, x, grid)
+            out = apply(module.clone(attention_fn=function), params, x, grid)
             assert np.allclose(out, own, atol=1e-6) == same
 
 
@@ -215,8 +215,8 @@ def test_dropout_acts_on_the_blended_map_and_the_output():
         SelfAttention(4, dropout=0.5),
     ):
         params = init(module, x, grid)
-        still, _ = apply(module, params, x, grid)
-        moved, _ = apply(module, params, x, grid, train=True, rngs=rngs)
+        still = apply(module, params, x, grid)
+        moved = apply(module, params, x, grid, train=True, rngs=rngs)
         assert not np.allclose(still, moved, atol=1e-3)
         zeros = np.mean(moved == 0)
         assert 0.4 < zeros < 0.6 if module.dropout else zeros == 0
@@ -224,12 +224,12 @@ def test_dropout_acts_on_the_blended_map_and_the_output():
     module = GPSA(4, attn_dropout=0.3)
     params = init(module, x, grid)
     keys = jax.random.split(jax.random.key(5), 2000)
-    draw = jax.vmap(lambda k: apply(module, params, x, grid, train=True, rngs={"dropout": k})[0])
-    still, _ = apply(module, params, x, grid)
+    draw = jax.vmap(lambda k: apply(module, params, x, grid, train=True, rngs={"dropout": k}))
+    still = apply(module, params, x, grid)
     np.testing.assert_allclose(draw(keys).mean(0), still, atol=0.01)
     # Dropout of the output draws the same in both forms.
     blend, contract = (
-        apply(GPSA(4, dropout=0.5, positional=form), params, x, grid, train=True, rngs=rngs)[0]
+        apply(GPSA(4, dropout=0.5, positional=form), params, x, grid, train=True, rngs=rngs)
         for form in POSITIONAL_FORMS
     )
     np.testing.assert_allclose(blend, contract, atol=1e-6)

@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 import reference
 
+from benchmarks import peer
 from convit_jax import ConViT, create_model, from_torch, to_torch
 
 GOLDEN = pathlib.Path(__file__).parent / "golden"
@@ -65,17 +66,8 @@ def test_logits_and_gradients_equal_the_golden_arrays(name, positional):
 )
 def test_logits_equal_timms(name):
     """Random weights in every tensor; 224 x 224; float32 at precision 'highest'."""
-    timm, torch = reference.import_timm()
-    from timm.models.convit import ConVit
-
-    model = create_model(name)
-    if name.endswith("_plus"):
-        heads = model.num_heads
-        theirs = ConVit(embed_dim=64, num_heads=heads, local_up_to_layer=10)
-    else:
-        suffix = "_patch16_224" if name.startswith("deit") else ""
-        theirs = timm.create_model(name + suffix)
-    theirs.eval()
+    _, torch = reference.import_timm()
+    model, theirs = create_model(name), peer.make(name)
     reference.randomise(theirs, torch, seed=0)
     images = np.random.default_rng(0).standard_normal((2, 224, 224, 3), np.float32)
     with torch.no_grad():

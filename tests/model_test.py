@@ -9,6 +9,7 @@ import pytest
 import reference
 from scipy import stats
 
+from benchmarks import peer
 from convit_jax import VARIANTS, ConViT, create_model, from_torch, to_torch
 from convit_jax.model import drop_samples
 
@@ -184,10 +185,9 @@ def test_bfloat16_is_near_float32():
 @pytest.mark.parametrize("family", ["convit", "deit"])
 def test_initialisation_statistics_are_timms(family):
     """Layer by layer, through the stacked axis: exact where the values are, else distributions."""
-    timm, torch = reference.import_timm()
+    _, torch = reference.import_timm()
     torch.manual_seed(0)
-    name = {"convit": "convit_tiny", "deit": "deit_tiny_patch16_224"}[family]
-    theirs = {k: v.numpy() for k, v in timm.create_model(name).state_dict().items()}
+    theirs = {k: v.numpy() for k, v in peer.make(f"{family}_tiny").state_dict().items()}
     ours = to_torch(init(create_model(f"{family}_tiny"), np.zeros((1, 224, 224, 3)))["params"])
     assert ours.keys() == theirs.keys()
     if family == "deit":  # timm's ViT starts the class token at 1e-6; DeiT's own code at 0.02

@@ -3,6 +3,8 @@
 import numpy as np
 import pytest
 
+from benchmarks import peer
+
 
 def softmax(scores: np.ndarray) -> np.ndarray:
     scores = np.exp(scores - scores.max(axis=-1, keepdims=True))
@@ -56,16 +58,10 @@ def gpsa(params: dict, x: np.ndarray, grid: tuple[int, int], num_heads: int) -> 
 
 def import_timm():
     """(timm, torch); skips the test where they are not installed."""
-    torch = pytest.importorskip("torch")
     try:
-        pytest.importorskip("torchvision")
-    except RuntimeError:
-        # The CPU build of torch beside a torchvision wheel that finds no CUDA libraries: its
-        # operators are not loaded and registering their shapes fails. timm needs none of them.
-        schema = "(Tensor dets, Tensor scores, float iou_threshold) -> Tensor"
-        for operator in ("nms", "qnms"):
-            torch.library.define(f"torchvision::{operator}", schema)
-    return pytest.importorskip("timm"), torch
+        return peer.import_timm()
+    except ImportError as error:
+        pytest.skip(f"needs timm and torch: {error}")
 
 
 def randomise(model, torch, seed: int) -> None:
