@@ -132,6 +132,9 @@ def test_bfloat16_leaves_positions_and_gates_exact(size):
     for name in ("positional", "gate"):
         assert low[1][name].dtype == jnp.float32
         np.testing.assert_array_equal(low[1][name], high[1][name])
+    for name in ("content", "blended"):  # their inputs are rounded, the softmax is not
+        assert low[1][name].dtype == jnp.float32
+        np.testing.assert_allclose(low[1][name].sum(-1), 1, atol=1e-5)
     queries = np.s_[:: size * 3 + 5]
     scores = reference.relative_positions(grid, queries) @ [0.7, -0.4, -0.05]
     expected = reference.softmax(scores)
