@@ -1,11 +1,14 @@
-"""The optimiser of the recipe: learning rate, what decays, AdamW."""
+"""The optimiser of the recipe: learning rate, decay, AdamW, averaged weights, accumulation."""
 
+from collections.abc import Callable
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 import ml_collections
 import optax
+
+LossFn = Callable[[Any, Any, jax.Array], jax.Array]
 
 
 def learning_rate(
@@ -46,8 +49,11 @@ def decay_mask(params: Any) -> Any:
 def make_optimizer(
     config: ml_collections.ConfigDict, schedule: optax.Schedule
 ) -> optax.GradientTransformation:
-    """AdamW as `config.optim` says."""
-    return optax.adamw(
+    """AdamW as `config.optim` says, behind clipping by the norm of all gradients if it is on.
+
+    Clipping scales the gradients by min(1, clip_norm / norm), before they enter the moments.
+    """
+    adamw = optax.adamw(
         schedule,
         b1=config.b1,
         b2=config.b2,
@@ -55,3 +61,62 @@ def make_optimizer(
         weight_decay=config.weight_decay,
         mask=decay_mask,
     )
+    if config.clip_norm == 0:
+        return adamw
+    return optax.chain(optax.clip_by_global_norm(config.clip_norm), adamw)
+
+
+def update_ema(ema: Any, params: Any, decay: float) -> Any:
+    """decay * ema + (1 - decay) * params, after each update of the parameters.
+
+    The average begins as a copy of the initial parameters, as in timm's ModelEmaV2; nothing
+    corrects for that. None, for no average, stays None.
+    """
+    return None if ema is None else optax.incremental_update(params, ema, 1 - decay)
+
+
+def mean_gradients(
+    loss_fn: LossFn, params: Any, batch: Any, key: jax.Array, accum_steps: int
+) -> tuple[jax.Array, Any]:
+    """The loss of a batch and its gradients, of `accum_steps` parts of the batch one at a time.
+
+    Memory for activations is that of one part; the gradients are summed in float32. With a
+    mean over images as the loss, the result is that of the whole batch but for rounding. On
+    several devices the gradients are summed over them once for each part.
+
+    Args:
+      loss_fn: (params, batch, key) -> the mean loss over the batch's images.
+      params: of the model.
+      batch: a tree of arrays with the leading axis B.
+      key: of the randomness; every part gets a key of its own.
+      accum_steps: 1 is the whole batch at once.
+    """
+    if accum_steps == 1:
+        return jax.value_and_grad(loss_fn)(params, batch, key)
+
+    def add(sums: Any, part_and_key: Any) -> tuple[Any, None]:
+        found = jax.value_and_grad(loss_fn)(params, *part_and_key)
+        return jax.tree.map(jnp.add, sums, found), None
+
+    zeros = jax.tree.map(lambda p: jnp.zeros(p.shape, jnp.float32), (jnp.zeros(()), params))
+    parts = split_batch(batch, accum_steps), jax.random.split(key, accum_steps)
+    sums, _ = jax.lax.scan(add, zeros, parts)
+    return jax.tree.map(lambda x: x / accum_steps, sums)
+
+
+def split_batch(batch: Any, parts: int) -> Any:
+    """Arrays (B, ...) -> (parts, B / parts, ...): image i goes to part i % parts.
+
+    Each part so has an equal share of every device's images, if the number of those is a multiple
+    of `parts`; otherwise, and with contiguous parts, images would move between devices.
+
+    Raises:
+      ValueError: if B is not a multiple of `parts`.
+    """
+
+    def split(x: jax.Array) -> jax.Array:
+        if x.shape[0] % parts:
+            raise ValueError(f"batch: expected a multiple of {parts} images, got {x.shape[0]}")
+        return jnp.moveaxis(x.reshape(x.shape[0] // parts, parts, *x.shape[1:]), 1, 0)
+
+    return jax.tree.map(split, batch)
