@@ -16,9 +16,13 @@ def get_config() -> ml_collections.ConfigDict:
     config = ml_collections.ConfigDict()
     config.seed = 0  # of the initialisation, the order of the data, augmentation and dropout
 
+    config.init_from = ""  # weights to start from: .safetensors, .pth, .pt; "": random
+    config.init_new_head = False  # with init_from: start the head anew, for other classes
+    config.init_resize_pos_embed = False  # with init_from: interpolate it to another image size
+
     config.model = model = ml_collections.ConfigDict()
     model.name = "convit_base"  # one of convit_jax.VARIANTS
-    model.num_classes = 1000
+    model.num_classes = config_dict.placeholder(int)  # None: the data's
     model.image_size = 224  # pixels
     model.drop_path = 0.1  # rate of the last block, growing linearly from 0
     model.dropout = 0.0
@@ -42,14 +46,43 @@ def get_config() -> ml_collections.ConfigDict:
     model.unroll = config_dict.placeholder(int)  # layers in one iteration of the scan
 
     config.data = data = ml_collections.ConfigDict()
-    data.source = "tfds:imagenet2012"
+    data.source = "tfds:imagenet2012"  # tfds:NAME, folder:PATH, digits
+    data.dir = ""  # where tfds data sets are; "": $TFDS_DATA_DIR, else ~/tensorflow_datasets
+    data.val_fraction = 0.1  # of a folder without a validation part: held out of each class
+    data.sampling_ratio = 1.0  # share of each class to train on (the paper's Table 2)
+    data.epochs_scale = 1.0  # times train.epochs; 1 / sampling_ratio keeps the images seen
+    data.repeats = 3  # draws of an image in a row, repeated augmentation; 1 is off
+    data.skip_corrupt = False  # train on other images in place of corrupt ones, and count them
+    data.workers = config_dict.placeholder(int)  # processes; None: one a core, digits none
     data.mean = (0.485, 0.456, 0.406)  # per channel, of values in [0, 1]
     data.std = (0.229, 0.224, 0.225)
-    data.pad_crop = 0  # pixels added on every side before a random crop of the old size; 0 is off
+
+    config.augment = augment = ml_collections.ConfigDict()  # on the host, see convit_jax.augment
+    augment.crop = "random_resized"  # random_resized, pad, none
+    augment.scale = (0.08, 1.0)  # share of the image's area
+    augment.ratio = (3 / 4, 4 / 3)  # width over height
+    augment.pad_crop = 0  # pixels on every side, with crop = pad
+    augment.flip = 0.5  # probability
+    augment.randaugment_ops = 2  # operations an image; 0 is off
+    augment.randaugment_magnitude = 9.0  # of 10
+    augment.randaugment_std = 0.5  # of the magnitude
+    augment.color_jitter = 0.4  # used when RandAugment is off
+    augment.eval_crop = 0.875  # of the resized image, in evaluation
+    augment.backend = "fast"  # fast, exact (Pillow, timm's pixels)
+
+    config.mixup = mixup = ml_collections.ConfigDict()  # on the device, see convit_jax.mixup
+    mixup.mixup = 0.8  # alpha of Beta(alpha, alpha); 0 is off
+    mixup.cutmix = 1.0  # likewise
+    mixup.prob = 1.0
+    mixup.switch_prob = 0.5  # of CutMix, where both are on
+    mixup.group_size = 128  # images that share a lambda: DeiT's batch on one GPU
+    mixup.erase_prob = 0.25
+    mixup.erase_mode = "pixel"  # pixel, const, rand
 
     config.train = train = ml_collections.ConfigDict()
     train.epochs = 300.0
     train.batch_size = 1024  # images over all devices
+    train.accum_steps = 1  # parts of a batch computed in turn, one update: less memory
     train.label_smoothing = 0.1
     train.dtype = "auto"  # of matrix products: float32, bfloat16; auto: bfloat16 on GPU and TPU
     train.remat = False  # compute blocks again in the backward pass: less memory, more time
@@ -65,6 +98,8 @@ def get_config() -> ml_collections.ConfigDict:
     optim.b2 = 0.999
     optim.eps = 1e-8
     optim.weight_decay = 0.05  # of matrices; biases, norms, gates and embeddings have none
+    optim.clip_norm = 0.0  # largest norm of all gradients together; 0 is off, as in DeiT
+    optim.ema_decay = 0.0  # of the averaged weights, for each step; 0 is off; DeiT's is 0.99996
     return config
 
 

@@ -2,6 +2,9 @@
 
     python main.py --config=configs/deit_s.py --workdir=DIR
 
+A batch of 1024: 16 devices with 64 images each, or fewer with more memory or with
+--config.train.accum_steps=4.
+
 300 epochs of ImageNet at 224 pixels; the paper reports 79.8 top-1 (Table 1).
 """
 

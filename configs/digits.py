@@ -14,7 +14,6 @@ def get_config() -> ml_collections.ConfigDict:
     config = common.get_config()
     config.model.update(
         name="convit_tiny",
-        num_classes=10,
         image_size=8,
         in_channels=1,
         patch_size=2,
@@ -22,7 +21,11 @@ def get_config() -> ml_collections.ConfigDict:
         depth=4,
         local_up_to_layer=3,
     )
-    config.data.update(source="digits", mean=(0.305,), std=(0.376,), pad_crop=1)
+    config.data.update(source="digits", repeats=1, mean=(0.305,), std=(0.376,))
+    config.augment.update(
+        crop="pad", pad_crop=1, flip=0.0, randaugment_ops=0, color_jitter=0.0, eval_crop=1.0
+    )
+    config.mixup.update(mixup=0.0, cutmix=0.0, erase_prob=0.0)
     config.train.update(epochs=150.0, batch_size=128, eval_every=10.0)
     config.optim.lr = 8e-3
     return config

@@ -1,112 +1,246 @@
-"""Where images come from, in what order, and how they become batches.
+"""The order of the images, and how they become batches.
 
-The order is a function of (seed, position) and an augmentation of (seed, draw): there is no
-state to save, and a run started at any step sees the batches it would have seen.
+The order is a function of (seed, draw) and an augmentation likewise, a draw being the number of an
+image in the endless stream of training: there is no state to save, and a run started at any step,
+with other workers or other processes, sees the batches it would have seen.
+
+The stream is cut into chunks, each made by one worker from its position alone; a batch is a whole
+number of them. Every process reads its own contiguous share of each global batch.
+
+    python -m convit_jax.data check --config=configs/convit_b.py
+    python -m convit_jax.data prepare --tars=DIR --data_dir=DIR
 """
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 import dataclasses
+import functools
+import gc
+import itertools
+import math
+import os
 
 import grain
-import jax
 import numpy as np
 
-from convit_jax import augment
+from convit_jax.sources import ArraySource, Source
 
 Batch = dict[str, np.ndarray]
+Transform = Callable[..., np.ndarray]
+
+_CHUNK = 64  # images at most: what a worker makes at a time, and holds
+_ENDLESS = 2**40  # chunks
+_TRIES = 100  # images looked at in place of a corrupt one
+
+
+def draws_per_epoch(num_images: int, repeats: int) -> int:
+    """Images drawn in an epoch: all of them once, or with repeated augmentation about as many.
+
+    With repeats, an epoch is cut to a multiple of 256 as in DeiT's RASampler, and shows a third
+    of the images three times each (Hoffer et al. 2020, arXiv:1901.09335; DeiT, section 6).
+    """
+    return num_images // 256 * 256 or num_images if repeats > 1 else num_images
+
+
+class CorruptImageError(ValueError):
+    """An image that cannot be decoded; the message names it."""
 
 
 @dataclasses.dataclass(frozen=True)
-class ArraySource:
-    """A random-access source in memory: images (n, height, width, channels) uint8, labels (n,)."""
+class Share:
+    """The part of every global batch that one process reads.
 
-    images: np.ndarray
-    labels: np.ndarray
-    num_classes: int
+    Attributes:
+      batch_size: of the global batch, which the processes divide evenly.
+      index: of this process.
+      count: of processes.
+    """
+
+    batch_size: int
+    index: int = 0
+    count: int = 1
+
+    def __post_init__(self):
+        if self.batch_size % self.count:
+            raise ValueError(
+                f"batch size: expected a multiple of the {self.count} processes, "
+                f"got {self.batch_size}"
+            )
+
+    @property
+    def size(self) -> int:
+        return self.batch_size // self.count
+
+    @functools.cached_property
+    def chunk(self) -> int:
+        """Images of a chunk: the largest divisor of the share up to _CHUNK."""
+        return max(d for d in range(1, min(_CHUNK, self.size) + 1) if self.size % d == 0)
+
+    @property
+    def chunks(self) -> int:
+        """Chunks of a batch."""
+        return self.size // self.chunk
+
+    def positions(self, chunk: int) -> range:
+        """Positions in the global stream of a chunk of this process."""
+        step, part = divmod(chunk, self.chunks)
+        start = step * self.batch_size + self.index * self.size + part * self.chunk
+        return range(start, start + self.chunk)
+
+
+@dataclasses.dataclass(frozen=True)
+class TrainChunks:
+    """The chunks of training, by their number.
+
+    Attributes:
+      source: the images.
+      transform: (image, rng) -> uint8 (height, width, channels).
+      share: what this process reads.
+      seed: of order and augmentation.
+      repeats: how often an image comes in a row (repeated augmentation).
+      skip_corrupt: whether to put the next image of the epoch in place of a corrupt one.
+    """
+
+    source: Source
+    transform: Transform
+    share: Share
+    seed: int
+    repeats: int = 1
+    skip_corrupt: bool = False
 
     def __len__(self) -> int:
-        return len(self.labels)
+        return _ENDLESS
 
-    def __getitem__(self, index: int) -> Batch:
-        return {"image": self.images[index], "label": self.labels[index]}
+    def __getitem__(self, chunk: int) -> Batch:
+        """ "image" (chunk, h, w, c) uint8, "label" (chunk,) int32, "skipped" () int32."""
+        draws = [self._draw(position) for position in self.share.positions(chunk)]
+        images, labels, skipped = zip(*draws, strict=True)
+        return {
+            "image": np.stack(images),
+            "label": np.asarray(labels, np.int32),
+            "skipped": np.asarray(sum(skipped), np.int32),
+        }
+
+    def _draw(self, draw: int) -> tuple[np.ndarray, int, int]:
+        """Image, label, and how many corrupt images stood in its place."""
+        epoch, position = divmod(draw, draws_per_epoch(len(self.source), self.repeats))
+        for skipped in range(min(_TRIES, len(self.source)) if self.skip_corrupt else 1):
+            place = (position // self.repeats + skipped) % len(self.source)
+            example = self.source[self._shuffled(epoch, place)]
+            rng = np.random.default_rng((self.seed, draw))
+            try:
+                return self.transform(example["image"], rng), example["label"], skipped
+            except ValueError as error:
+                failure = f"{example['name']}: {error}"
+        raise CorruptImageError(
+            f"{failure}. Mend or remove the file, or set data.skip_corrupt=True to use others in "
+            "its place"
+        )
+
+    def _shuffled(self, epoch: int, place: int) -> int:
+        """The index of the image at a place of an epoch's order."""
+        if len(self.source) == 1:
+            return 0  # index_shuffle needs two
+        seed = _epoch_seed(self.seed, epoch)
+        return grain.experimental.index_shuffle(
+            place, max_index=len(self.source) - 1, seed=seed, rounds=4
+        )
 
 
-def open_source(name: str, split: str) -> ArraySource:
-    """Opens a data set.
-
-    Args:
-      name: "digits", scikit-learn's handwritten digits.
-      split: "train" or "test".
-
-    Raises:
-      ValueError: if there is no such data set.
-    """
-    if name != "digits":
-        raise ValueError(f"data.source: expected 'digits', got {name!r}")
-    return _digits(split)
+@functools.lru_cache(maxsize=8)
+def _epoch_seed(seed: int, epoch: int) -> int:
+    return int(np.random.SeedSequence((seed, epoch)).generate_state(1)[0])
 
 
-def _digits(split: str) -> ArraySource:
-    """scikit-learn's digits, a fifth of every class held out for the test: 1,437 and 360 images."""
-    from sklearn import datasets, model_selection  # a second to import
+@dataclasses.dataclass(frozen=True)
+class EvalChunks:
+    """The chunks of an evaluation: every image once, in order, the last batch padded.
 
-    digits = datasets.load_digits()
-    images = np.round(digits.images[..., None] * (255 / 16)).astype(np.uint8)  # 0 to 16 there
-    labels = digits.target.astype(np.int32)
-    parts = model_selection.train_test_split(
-        np.arange(len(labels)), test_size=360, stratify=labels, random_state=0
-    )
-    index = np.sort(parts[("train", "test").index(split)])
-    return ArraySource(images[index], labels[index], num_classes=10)
-
-
-def train_batches(
-    source: ArraySource,
-    batch_size: int,
-    seed: int,
-    pad_crop: int = 0,
-    start_step: int = 0,
-    process_index: int | None = None,
-    process_count: int | None = None,
-) -> Iterator[Batch]:
-    """Endless training batches: every epoch in a new order, every draw with its own augmentation.
-
-    Args:
+    Attributes:
       source: the images.
-      batch_size: images of the global batch; the processes must divide it.
-      seed: of order and augmentation.
-      pad_crop: see `augment.pad_and_crop`.
+      transform: image -> uint8 (height, width, channels).
+      share: what this process reads.
+    """
+
+    source: Source
+    transform: Transform
+    share: Share
+
+    def __len__(self) -> int:
+        return math.ceil(len(self.source) / self.share.batch_size) * self.share.chunks
+
+    def __getitem__(self, chunk: int) -> Batch:
+        """ "image", "label" as in training, and "mask" (chunk,) float32: 0 for padding."""
+        positions = self.share.positions(chunk)
+        mask = np.asarray([position < len(self.source) for position in positions], np.float32)
+        examples = [self._example(p if p < len(self.source) else 0) for p in positions]
+        images, labels = zip(*examples, strict=True)
+        return {"image": np.stack(images), "label": np.asarray(labels, np.int32), "mask": mask}
+
+    def _example(self, index: int) -> tuple[np.ndarray, int]:
+        example = self.source[index]
+        try:
+            return self.transform(example["image"]), example["label"]
+        except ValueError as error:
+            raise CorruptImageError(f"{example['name']}: {error}") from None
+
+
+def iterate(
+    chunks: TrainChunks | EvalChunks,
+    start_step: int = 0,
+    stop_step: int | None = None,
+    workers: int = 0,
+) -> Iterator[Batch]:
+    """Batches of chunks, from a step on and up to another.
+
+    Args:
+      chunks: of training (endless) or evaluation.
       start_step: the number of batches that were already seen.
-      process_index: which slice of the global batch to read; this process's by default.
-      process_count: how many slices there are.
+      stop_step: the number of batches at the end; None is the end of the chunks. (Workers
+        that are stopped before it leave what they had made ahead to the operating system.)
+      workers: processes that make chunks; 0 makes them here, when they are asked for.
 
     Yields:
-      "image" (b, height, width, channels) uint8 and "label" (b,) int32, b this process's share.
+      Batches of the share's size; close the generator to end the workers.
     """
-    index = jax.process_index() if process_index is None else process_index
-    count = jax.process_count() if process_count is None else process_count
+    per_batch = chunks.share.chunks
+    stop = len(chunks) if stop_step is None else stop_step * per_batch
+    dataset = grain.MapDataset.source(chunks)[start_step * per_batch : stop]
+    dataset = dataset.to_iter_dataset(grain.ReadOptions(num_threads=0, prefetch_buffer_size=0))
+    if workers:
+        options = grain.MultiprocessingOptions(num_workers=workers, per_worker_buffer_size=2)
+        dataset = dataset.mp_prefetch(options)
+    iterator = iter(dataset)
+    try:
+        while parts := list(itertools.islice(iterator, per_batch)):
+            yield {key: _join([part[key] for part in parts]) for key in parts[0]}
+    finally:
+        if hasattr(iterator, "close"):
+            iterator.close()
+        if workers:
+            # grain's iterators lie in a reference cycle and hold the last chunk of each worker,
+            # and with it shared memory, which nothing would give back at the end of the process.
+            del iterator, dataset
+            gc.collect()
 
-    def transform(example: Batch, rng: np.random.Generator) -> Batch:
-        return example | {"image": augment.pad_and_crop(example["image"], rng, pad_crop)}
 
-    draws = grain.MapDataset.source(source).seed(seed).shuffle().repeat().random_map(transform)
-    # After shuffle and map, so that any number of processes reads the same global batches.
-    batches = draws[index::count].batch(batch_size // count)
-    # No threads: the images are in memory, and the step runs while the next batch is made.
-    options = grain.ReadOptions(num_threads=0, prefetch_buffer_size=0)
-    return iter(batches[start_step:].to_iter_dataset(options))
+def num_workers(wanted: int | None, source: Source) -> int:
+    """Processes that make batches: as many as wanted; by default one a core, none for arrays."""
+    if wanted is not None:
+        return wanted
+    return 0 if isinstance(source, ArraySource) else os.cpu_count() or 1
 
 
-def eval_batches(source: ArraySource, batch_size: int) -> Iterator[Batch]:
-    """Every image once, in order; the last batch is padded to the size of the others.
+def _join(parts: list[np.ndarray]) -> np.ndarray:
+    if parts[0].ndim == 0:
+        return np.sum(parts, dtype=parts[0].dtype)
+    return np.concatenate(parts)  # a copy even of one part: it lies in a worker's shared memory
 
-    Yields:
-      "image" (batch_size, height, width, channels), "label" and "mask" (batch_size,), the mask
-      1 for an image and 0 for padding.
-    """
-    for start in range(0, len(source), batch_size):
-        items = [source[i] for i in range(start, min(start + batch_size, len(source)))]
-        padding = batch_size - len(items)
-        mask = np.repeat(np.float32([1, 0]), [len(items), padding])
-        items += items[:1] * padding
-        yield {key: np.stack([item[key] for item in items]) for key in items[0]} | {"mask": mask}
+
+if __name__ == "__main__":
+    from absl import flags
+
+    from convit_jax import cli, data_commands
+
+    for module in (cli, data_commands):
+        flags.adopt_module_key_flags(module)  # --help shows them
+    cli.run(data_commands.main)

@@ -34,9 +34,20 @@ def make_eval_step(
 
 
 def evaluate(
-    eval_step: EvalStep, params: Any, batches: Iterable[dict[str, np.ndarray]], mesh: Mesh
+    eval_step: EvalStep,
+    params: Any,
+    batches: Iterable[dict[str, np.ndarray]],
+    mesh: Mesh,
+    num_images: int,
 ) -> dict[str, float]:
-    """Means over all images of padded batches (`data.eval_batches`).
+    """Means over all images of padded batches (`data.EvalChunks`), on any number of processes.
+
+    Args:
+      eval_step: of `make_eval_step`.
+      params: of the model.
+      batches: this process's share of them.
+      mesh: of all devices.
+      num_images: in the split; the number that was counted must be this.
 
     Returns:
       "top1" and "top5" as shares in [0, 1], "loss" in nats, and "images", their number.
@@ -44,4 +55,6 @@ def evaluate(
     sums = [eval_step(params, sharding.put_batch(batch, mesh)) for batch in batches]
     totals = jax.tree.map(lambda *values: float(np.sum(values)), *jax.device_get(sums))
     images = totals.pop("images")
+    if images != num_images:
+        raise RuntimeError(f"evaluated {images:.0f} images: expected {num_images}")
     return {name: total / images for name, total in totals.items()} | {"images": int(images)}

@@ -70,14 +70,11 @@ class Metrics:
     def evaluation(self, step: int, metrics: dict[str, float]) -> None:
         """Metrics of an evaluation after `step`; its time does not count in the next rate."""
         self.write("eval", step, metrics)
+        shown = f"test top-1 {metrics['top1']:.2%}  loss {metrics['loss']:.4f}"
+        if "ema_top1" in metrics:
+            shown += f"  averaged weights {metrics['ema_top1']:.2%}"
         with tqdm.tqdm.external_write_mode():
-            log.info(
-                "step %d/%d  test top-1 %.2f%%  loss %.4f",
-                step,
-                self._total,
-                100 * metrics["top1"],
-                metrics["loss"],
-            )
+            log.info("step %d/%d  %s", step, self._total, shown)
         self._last = (step, time.perf_counter())
 
     def write(self, kind: str, step: int, metrics: dict[str, Any]) -> None:

@@ -212,7 +212,7 @@ class ConViT(nn.Module):
                 raise ValueError(f"{name}: expected a rate in [0, 1), got {getattr(self, name)}")
         if self.num_classes < 0:
             raise ValueError(f"num_classes: expected 0 or more, got {self.num_classes}")
-        self._grid(_pair(self.image_size))
+        self._grid(self.image_shape[:2])
         # The attention that will be used checks its own options.
         (self._gpsa() if self.local_up_to_layer else self._self_attention())(parent=None)
 
@@ -221,8 +221,13 @@ class ConViT(nn.Module):
         """(height, width, channels) of the images the model is made for."""
         return (*_pair(self.image_size), self.in_channels)
 
+    @property
+    def grid(self) -> Grid:
+        """Rows and columns of patches of such an image."""
+        return self._grid(self.image_shape[:2])
+
     def _grid(self, image: tuple[int, int]) -> Grid:
-        """Rows and columns of patches of an image (height, width)."""
+        """Rows and columns of patches of any image (height, width)."""
         patch = _pair(self.patch_size)
         if min(patch) < 1 or min(image) < 1 or image[0] % patch[0] or image[1] % patch[1]:
             raise ValueError(

@@ -23,14 +23,16 @@ def over_batch(mesh: Mesh) -> NamedSharding:
     return NamedSharding(mesh, PartitionSpec("data"))
 
 
-def check_batch_size(name: str, batch_size: int, mesh: Mesh) -> None:
-    """Raises ValueError unless the devices can share the batch evenly."""
-    if batch_size < 1 or batch_size % mesh.size:
-        below = batch_size // mesh.size * mesh.size
-        nearest = f"{below} or {below + mesh.size}" if below > 0 else f"{mesh.size}"
+def check_batch_size(batch_size: int, accum_steps: int, mesh: Mesh) -> None:
+    """Raises ValueError unless every device gets as many images of each part of a batch."""
+    unit = mesh.size * accum_steps
+    if batch_size < 1 or batch_size % unit:
+        below = batch_size // unit * unit
+        nearest = f"{below} or {below + unit}" if below > 0 else f"{unit}"
+        parts = f" times train.accum_steps={accum_steps}" if accum_steps > 1 else ""
         raise ValueError(
-            f"{name}: expected a multiple of the {mesh.size} devices, such as {nearest}, "
-            f"got {batch_size}"
+            f"train.batch_size: expected a multiple of the {mesh.size} devices{parts}, such as "
+            f"{nearest}, got {batch_size}"
         )
 
 

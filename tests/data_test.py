@@ -1,94 +1,178 @@
-"""The digits, the order of the batches and what is done to an image."""
+"""The order of the batches: what a draw depends on, and what it does not."""
 
+import contextlib
 import itertools
 
+from absl import flags
 import numpy as np
 import pytest
 
-from convit_jax import augment, data
+from convit_jax import data
+from convit_jax.sources import ArraySource
 
-DIGITS = data.open_source("digits", "train")
+if not flags.FLAGS.is_parsed():
+    flags.FLAGS.mark_as_parsed()  # grain's workers inherit the flags
+
+NUM = 600
 
 
-def batches(count, **options):
-    options = {"batch_size": 32, "seed": 0, "pad_crop": 1, **options}
-    return list(itertools.islice(data.train_batches(DIGITS, **options), count))
+def numbered(num: int = NUM) -> ArraySource:
+    """Images that say their number: 2 x 2 pixels, the number's two bytes twice."""
+    number = np.arange(num)
+    images = np.stack([number % 256, number // 256] * 2, axis=-1).astype(np.uint8)
+    labels = (number % 10).astype(np.int32)
+    names = np.array([f"image {i}".encode() for i in number])
+    return ArraySource(images.reshape(num, 2, 2, 1), labels, tuple("0123456789"), names)
+
+
+def add_noise(image: np.ndarray, rng: np.random.Generator) -> np.ndarray:
+    """Keeps the number in the upper row and writes a random draw into the lower."""
+    image = image.copy()
+    image[1] = rng.integers(0, 256, size=(2, 1))
+    return image
+
+
+def chunks(batch_size=32, index=0, count=1, seed=0, repeats=1, source=None, **options):
+    share = data.Share(batch_size, index, count)
+    source = numbered() if source is None else source
+    return data.TrainChunks(source, add_noise, share, seed=seed, repeats=repeats, **options)
+
+
+def batches(number, start=0, workers=0, **options):
+    iterator = data.iterate(chunks(**options), start, start + number, workers)
+    with contextlib.closing(iterator):
+        return list(iterator)
 
 
 def assert_equal(left, right):
     assert len(left) == len(right) > 0
     for a, b in zip(left, right, strict=True):
-        np.testing.assert_array_equal(a["image"], b["image"])
-        np.testing.assert_array_equal(a["label"], b["label"])
+        assert a.keys() == b.keys() == {"image", "label", "skipped"}
+        for key in a:
+            np.testing.assert_array_equal(a[key], b[key])
 
 
-def test_digits_are_split_without_overlap():
-    test = data.open_source("digits", "test")
-    assert (len(DIGITS), len(test)) == (1437, 360)
-    assert DIGITS.images.shape == (1437, 8, 8, 1)
-    assert DIGITS.images.dtype == np.uint8
-    assert (DIGITS.images.min(), DIGITS.images.max()) == (0, 255)
-    assert np.bincount(test.labels).min() >= 34  # 360 over 10 classes, in their shares
-    images = [image.tobytes() for source in (DIGITS, test) for image in source.images]
-    assert len(set(images)) == len(images) == 1797
-    example = test[3]
-    np.testing.assert_array_equal(example["image"], test.images[3])
-
-
-def test_unknown_source_is_refused():
-    with pytest.raises(ValueError, match=r"data\.source: expected 'digits', got 'mnist'"):
-        data.open_source("mnist", "train")
+def numbers(seen) -> np.ndarray:
+    images = np.concatenate([batch["image"] for batch in seen]).astype(int)
+    return images[:, 0, 0, 0] + 256 * images[:, 0, 1, 0]
 
 
 def test_every_epoch_has_every_image_once_in_a_new_order():
-    epochs = [batches(2 * 1437 // 3, batch_size=3, pad_crop=0)]
-    images = [image.tobytes() for batch in epochs[0] for image in batch["image"]]
-    everything = sorted(image.tobytes() for image in DIGITS.images)
-    first, second = images[:1437], images[1437:]
-    assert sorted(first) == sorted(second) == everything
-    assert first != second
+    seen = numbers(batches(3 * NUM // 30, batch_size=30)).reshape(3, NUM)
+    for epoch in seen:
+        assert sorted(epoch) == list(range(NUM))
+    assert not np.array_equal(seen[0], seen[1])
+    assert abs(np.corrcoef(seen[0], np.arange(NUM))[0, 1]) < 0.1  # shuffled, not sorted
+    assert abs(np.corrcoef(seen[0], seen[1])[0, 1]) < 0.1
 
 
-def test_order_and_augmentation_depend_on_the_seed_alone():
+def test_repeated_augmentation():
+    """Three draws in a row of an image, each augmented anew; epochs cut as DeiT's RASampler."""
+    assert data.draws_per_epoch(1_281_167, 3) == 1_281_024
+    assert data.draws_per_epoch(1_281_167, 1) == 1_281_167
+    assert data.draws_per_epoch(100, 3) == 100
+    epoch = data.draws_per_epoch(NUM, 3)
+    assert epoch == 512
+    seen = batches(2 * epoch // 32, repeats=3)
+    drawn = numbers(seen)
+    first, second = drawn[:epoch], drawn[epoch:]
+    np.testing.assert_array_equal(first[:510:3], first[1:510:3])
+    np.testing.assert_array_equal(first[:510:3], first[2:510:3])
+    assert len(set(first)) == 171
+    assert len(set(second)) == 171
+    assert set(first) != set(second)
+    noise = np.concatenate([batch["image"] for batch in seen])[:, 1]
+    assert np.mean(np.all(noise[:510:3] == noise[1:510:3], axis=(1, 2))) < 0.05
+    once = numbers(batches(epoch // 32, repeats=1))
+    np.testing.assert_array_equal(once[:170], first[:510:3])  # the same shuffle underneath
+
+
+def test_draws_depend_on_the_seed_alone():
     assert_equal(batches(3), batches(3))
-    assert (batches(1)[0]["label"] != batches(1, seed=1)[0]["label"]).any()
+    one, other = batches(3), batches(3, seed=1)
+    assert (numbers(one) != numbers(other)).mean() > 0.9
 
 
 def test_a_run_started_late_sees_what_it_would_have_seen():
-    assert_equal(batches(100)[97:], batches(3, start_step=97))  # beyond the second epoch
+    assert_equal(batches(45)[41:], batches(4, start=41))  # beyond the second epoch
+
+
+@pytest.mark.parametrize("workers", [1, 2, 4])
+def test_workers_make_the_same_batches(workers):
+    options = {"batch_size": 192, "repeats": 3}  # three chunks a batch
+    assert chunks(**options).share.chunks == 3
+    assert_equal(batches(4, start=2, **options), batches(4, start=2, workers=workers, **options))
 
 
 @pytest.mark.parametrize("count", [2, 4])
 def test_processes_share_the_global_batch(count):
-    shares = [batches(3, process_index=i, process_count=count) for i in range(count)]
-    assert shares[0][0]["label"].shape == (32 // count,)
+    shares = [batches(3, index=i, count=count) for i in range(count)]
     for step, batch in enumerate(batches(3)):
-        # Draw k of the batch belongs to process k mod count.
         for key in ("image", "label"):
-            joined = np.stack([share[step][key] for share in shares], axis=1)
-            np.testing.assert_array_equal(joined.reshape(batch[key].shape), batch[key])
+            joined = np.concatenate([share[step][key] for share in shares])
+            np.testing.assert_array_equal(joined, batch[key])
+    with pytest.raises(ValueError, match="multiple of the 5 processes, got 32"):
+        data.Share(32, 0, 5)
 
 
-def test_eval_batches_pad_and_mask_the_last():
-    seen = list(data.eval_batches(DIGITS, 500))
-    assert [batch["mask"].sum() for batch in seen] == [500, 500, 437]
-    assert {batch["image"].shape for batch in seen} == {(500, 8, 8, 1)}
-    labels = np.concatenate([batch["label"][batch["mask"] == 1] for batch in seen])
-    np.testing.assert_array_equal(labels, DIGITS.labels)
+@pytest.mark.parametrize("count", [1, 2, 4])
+def test_evaluation_sees_every_image_once(count):
+    seen = []
+    for index in range(count):
+        share = data.Share(128, index, count)
+        with contextlib.closing(
+            data.iterate(data.EvalChunks(numbered(), lambda image: image, share))
+        ) as iterator:
+            seen.append(list(iterator))
+    assert {len(part) for part in seen} == {5}  # as many batches in every process: none waits
+    kept = [
+        number
+        for part in seen
+        for batch in part
+        for number, mask in zip(numbers([batch]), batch["mask"], strict=True)
+        if mask
+    ]
+    assert sorted(kept) == list(range(NUM))
+    assert {batch["image"].shape for part in seen for batch in part} == {(128 // count, 2, 2, 1)}
 
 
-def test_pad_and_crop_shifts_by_up_to_the_padding():
-    image = np.arange(1, 65, dtype=np.uint8).reshape(8, 8, 1)
-    rng = np.random.default_rng(0)
-    np.testing.assert_array_equal(augment.pad_and_crop(image, rng, 0), image)
-    seen = set()
-    for _ in range(400):
-        out = augment.pad_and_crop(image, rng, 2)
-        assert out.shape == image.shape
-        assert out.dtype == np.uint8
-        y, x = np.argwhere(out[..., 0] == image[4, 4, 0])[0] - 4
-        shifted = np.zeros((12, 12, 1), np.uint8)
-        shifted[2 + y : 10 + y, 2 + x : 10 + x] = image
-        np.testing.assert_array_equal(out, shifted[2:10, 2:10])
-        seen.add((int(y), int(x)))
-    assert seen == set(itertools.product(range(-2, 3), repeat=2))
+class Fragile:
+    """A transform that fails on some images, as a decoder does."""
+
+    def __init__(self, bad):
+        self.bad = bad
+
+    def __call__(self, image, rng):
+        if int(image[0, 0, 0]) + 256 * int(image[0, 1, 0]) in self.bad:
+            raise ValueError("not a JPEG")
+        return image
+
+
+@pytest.mark.parametrize("workers", [0, 1])
+def test_corrupt_images_are_named_or_replaced_and_counted(workers):
+    bad = set(range(0, NUM, 7))
+    share = data.Share(30)
+    strict = data.TrainChunks(numbered(), Fragile(bad), share, seed=0)
+    message = r"image \d+: not a JPEG\. .*data\.skip_corrupt=True"
+    iterator = data.iterate(strict, workers=workers)
+    with contextlib.closing(iterator), pytest.raises(data.CorruptImageError, match=message):
+        list(itertools.islice(iterator, 20))
+    skipping = data.TrainChunks(numbered(), Fragile(bad), share, seed=0, skip_corrupt=True)
+    with contextlib.closing(data.iterate(skipping, workers=workers)) as iterator:
+        seen = [next(iterator) for _ in range(20)]
+    drawn = numbers(seen)
+    assert not bad.intersection(drawn)
+    assert sum(int(batch["skipped"]) for batch in seen) >= len(bad)
+    plain = data.TrainChunks(numbered(), Fragile(()), share, seed=0)
+    with contextlib.closing(data.iterate(plain)) as iterator:
+        undisturbed = numbers([next(iterator) for _ in range(20)])
+    changed = drawn != undisturbed
+    np.testing.assert_array_equal(changed, np.isin(undisturbed, list(bad)))
+
+
+def test_too_many_corrupt_images_are_an_error():
+    everything = data.TrainChunks(
+        numbered(300), Fragile(range(300)), data.Share(10), seed=0, skip_corrupt=True
+    )
+    with pytest.raises(data.CorruptImageError, match="not a JPEG"):
+        everything[0]

@@ -6,7 +6,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from convit_jax import data, evaluate, sharding
+from convit_jax import data, evaluate, sharding, sources
 
 
 class Brightness(nn.Module):
@@ -17,14 +17,18 @@ class Brightness(nn.Module):
         return jnp.sin(value * jnp.arange(1, 11))
 
 
+def evaluate_digits(model, batch_size, devices, num_images=360):
+    source = sources.open_source("digits", "test")
+    mesh = sharding.make_mesh(jax.devices()[:devices])
+    step = evaluate.make_eval_step(model, (0.3,), (0.4,), mesh)
+    chunks = data.EvalChunks(source, lambda image: image, data.Share(batch_size))
+    return source, evaluate.evaluate(step, {}, data.iterate(chunks), mesh, num_images)
+
+
 @pytest.mark.parametrize("devices", [1, 8])
 @pytest.mark.parametrize("batch_size", [40, 64, 360, 400])
 def test_counts_every_image_once(devices, batch_size):
-    source = data.open_source("digits", "test")
-    mesh = sharding.make_mesh(jax.devices()[:devices])
-    step = evaluate.make_eval_step(Brightness(), (0.3,), (0.4,), mesh)
-    result = evaluate.evaluate(step, {}, data.eval_batches(source, batch_size), mesh)
-
+    source, result = evaluate_digits(Brightness(), batch_size, devices)
     images = (source.images / np.float32(255) - np.float32(0.3)) / np.float32(0.4)
     logits = np.asarray(Brightness().apply({}, jnp.asarray(images)), np.float64)
     order = np.argsort(-logits, axis=-1)
@@ -44,7 +48,10 @@ def test_a_model_that_says_nothing_gets_nothing_right(value):
         def __call__(self, images):
             return jnp.full((len(images), 10), value)
 
-    source, mesh = data.open_source("digits", "test"), sharding.make_mesh(jax.devices()[:1])
-    step = evaluate.make_eval_step(Constant(), (0.3,), (0.4,), mesh)
-    result = evaluate.evaluate(step, {}, data.eval_batches(source, 100), mesh)
+    _, result = evaluate_digits(Constant(), 100, devices=1)
     assert result["top1"] == result["top5"] == 0
+
+
+def test_a_wrong_count_is_an_error():
+    with pytest.raises(RuntimeError, match="evaluated 360 images: expected 361"):
+        evaluate_digits(Brightness(), 40, devices=1, num_images=361)

@@ -1,5 +1,6 @@
 """The train step on one and on eight devices, the loop, and what is refused before it."""
 
+import itertools
 import json
 
 import jax
@@ -8,7 +9,7 @@ import numpy as np
 import pytest
 
 from configs import digits
-from convit_jax import data, optim, sharding, train
+from convit_jax import data, optim, sharding, sources, startup, train
 
 
 def small_config(**train_options):
@@ -21,32 +22,40 @@ def small_config(**train_options):
 
 def make_step(config, num_devices):
     mesh = sharding.make_mesh(jax.devices()[:num_devices])
-    model = train.make_model(config)
+    model = startup.make_model(config, num_classes=10)
     schedule = optim.learning_rate(config.optim, 64, steps_per_epoch=1, total_steps=100)
     optimizer = optim.make_optimizer(config.optim, schedule)
     step = train.make_train_step(model, optimizer, config, mesh)
-    return step, train.init_state(model, optimizer, config.seed, mesh), mesh
+    return step, train.init_state(model, optimizer, config, mesh), mesh
+
+
+def digits_batches(number, batch_size=64):
+    """Batches of the digits, of the step's own kind."""
+    source = sources.open_source("digits", "train")
+    chunks = data.TrainChunks(source, lambda image, rng: image, data.Share(batch_size), seed=0)
+    batches = list(itertools.islice(data.iterate(chunks), number))
+    return [{key: batch[key] for key in ("image", "label")} for batch in batches]
 
 
 def test_eight_devices_equal_one():
-    """Dropout and stochastic depth on. Tolerances: sums over the batch in another order."""
+    """The whole recipe on. Tolerances: sums over the batch in another order."""
     config = small_config()
     config.model.update(dropout=0.1, drop_path=0.2)
+    config.mixup.update(mixup=0.8, cutmix=1.0, erase_prob=0.25, group_size=24)
+    config.optim.ema_decay = 0.9
     # Adam divides a gradient by its size: where that is rounding noise, so is the update. An
     # eps above the noise leaves a comparison of what the gradients say.
     config.optim.eps = 1e-4
-    source = data.open_source("digits", "train")
     results = []
     for devices in (1, 8):
         step, state, mesh = make_step(config, devices)
-        batches = data.train_batches(source, 64, seed=0, pad_crop=1)
-        for _ in range(3):
-            batch = sharding.put_batch(next(batches), mesh)
+        for batch in digits_batches(3):
+            batch = sharding.put_batch(batch, mesh)
             assert len(batch["image"].sharding.device_set) == devices
             state, metrics = step(state, batch)
         assert int(state.step) == 3
         assert len(state.params["cls_token"].sharding.device_set) == devices
-        results.append(jax.device_get((state.params, metrics)))
+        results.append(jax.device_get(((state.params, state.ema), metrics)))
     (one, one_metrics), (eight, eight_metrics) = results
     np.testing.assert_allclose(one_metrics["loss"], eight_metrics["loss"], rtol=1e-6)
     np.testing.assert_allclose(one_metrics["grad_norm"], eight_metrics["grad_norm"], rtol=1e-5)
@@ -58,8 +67,7 @@ def test_randomness_is_that_of_seed_and_step():
     config = small_config()
     config.model.dropout = 0.3
     step, state, mesh = make_step(config, 1)
-    batch = next(data.train_batches(data.open_source("digits", "train"), 64, seed=0))
-    batch = sharding.put_batch(batch, mesh)
+    batch = sharding.put_batch(digits_batches(1)[0], mesh)
 
     def loss_at(number):
         copy = jax.tree.map(jnp.copy, state)  # the step takes its state's memory
@@ -74,7 +82,7 @@ def test_a_run_learns_and_leaves_its_metrics(tmp_path):
     config.model.embed_dim = 16
     config.optim.lr = 0.08
     workdir = tmp_path / "new" / "folder"
-    run = train.prepare(config, str(workdir))
+    run = startup.prepare(config, str(workdir))
     result = train.train(run)
     assert result["images"] == 360
     assert result["top1"] > 0.5  # chance is 0.1
@@ -87,19 +95,28 @@ def test_a_run_learns_and_leaves_its_metrics(tmp_path):
     assert evaluations[-1]["top1"] == result["top1"]
     assert training[-1]["loss"] < training[0]["loss"]
     assert training[0].keys() == {
-        "kind", "step", "time", "loss", "grad_norm", "images_per_second", "learning_rate"
+        "kind", "step", "time", "loss", "grad_norm", "images_per_second", "learning_rate",
+        "data_seconds", "skipped_images",
     }  # fmt: skip
     assert json.loads((workdir / "config.json").read_text())["model"]["embed_dim"] == 16
 
+    # The weights that were left start another run where this one ended.
+    config = small_config(epochs=0.05)
+    config.model.embed_dim = 16
+    config.optim.update(lr=1e-9, warmup_lr=1e-9, min_lr=1e-9, weight_decay=0.0, ema_decay=0.5)
+    config.init_from = str(workdir / "weights.safetensors")
+    again = train.train(startup.prepare(config, str(tmp_path / "again")))
+    assert again["top1"] == again["ema_top1"] == result["top1"]
+
     with pytest.raises(FileExistsError, match=r"holds an earlier run .*: choose another --workdir"):
-        train.prepare(config, str(workdir))
+        startup.prepare(config, str(workdir))
 
 
 def test_a_loss_that_is_not_finite_stops_the_run(tmp_path):
     config = small_config(epochs=3.0)
     config.optim.update(lr=1e30, warmup_lr=1e30)
     with pytest.raises(FloatingPointError, match=r"the loss of step \d+ is (nan|inf); those befor"):
-        train.train(train.prepare(config, str(tmp_path)))
+        train.train(startup.prepare(config, str(tmp_path)))
 
 
 @pytest.mark.parametrize(
@@ -107,10 +124,18 @@ def test_a_loss_that_is_not_finite_stops_the_run(tmp_path):
     [
         ({"train.batch_size": 60}, "multiple of the 8 devices, such as 56 or 64, got 60"),
         ({"train.batch_size": 4}, "multiple of the 8 devices, such as 8, got 4"),
+        (
+            {"train.batch_size": 64, "train.accum_steps": 16},
+            "the 8 devices times train.accum_steps=16, such as 128, got 64",
+        ),
         ({"train.batch_size": 1600}, "at most the 1437 images of digits, got 1600"),
         ({"train.epochs": 0.0}, "train.epochs: expected more than 0, got 0.0"),
         ({"train.dtype": "half"}, "train.dtype: expected one of .*'bfloat16'.*, got 'half'"),
-        ({"data.source": "mnist"}, "data.source: expected 'digits', got 'mnist'"),
+        ({"data.source": "mnist"}, "data.source: .*mnist"),
+        ({"mixup.mixup": -1.0}, "mixup.mixup: expected 0 .*, got -1.0"),
+        ({"augment.crop": "centre"}, "crop: expected .*, got 'centre'"),
+        ({"optim.ema_decay": 1.0}, "optim.ema_decay: expected less than 1, got 1.0"),
+        ({"train.accum_steps": 0}, "train.accum_steps: expected more than 0, got 0"),
         ({"data.mean": (0.1, 0.2)}, r"data.mean: expected 1 values, got \(0.1, 0.2\)"),
         ({"model.num_classes": 7}, "model.num_classes: expected 10 as in digits, got 7"),
         ({"model.image_size": 16}, r"expected \(8, 8, 1\) .* as in digits, got \(16, 16, 1\)"),
@@ -123,5 +148,5 @@ def test_what_cannot_be_trained_is_refused_before_anything_is_written(tmp_path, 
     config = small_config()
     config.update_from_flattened_dict(overrides)
     with pytest.raises(ValueError, match=message):
-        train.prepare(config, str(tmp_path / "run"))
+        startup.prepare(config, str(tmp_path / "run"))
     assert not (tmp_path / "run").exists()

@@ -1,0 +1,26 @@
+"""Fine-tuning on a folder of your own images, from converted ImageNet weights.
+
+    python main.py --config=configs/finetune.py --workdir=DIR \\
+        --config.data.source=folder:PATH --config.init_from=convit_tiny.safetensors
+
+PATH holds a folder of images for each class, or train/ and val/ with such folders. The head is
+new; another --config.model.image_size interpolates the position embedding. The settings are
+DeiT's for fine-tuning as far as it gives them (Touvron et al. 2021, section 6), with fewer epochs
+and a smaller rate than from scratch; they have not been tuned.
+"""
+
+import ml_collections
+
+from configs import common
+
+
+def get_config() -> ml_collections.ConfigDict:
+    config = common.get_config()
+    config.model.name = "convit_tiny"
+    config.init_new_head = True
+    config.init_resize_pos_embed = True
+    config.data.update(source="folder:images", repeats=1)
+    config.mixup.update(mixup=0.0, cutmix=0.0)
+    config.train.update(epochs=30.0, batch_size=64)
+    config.optim.update(lr=1e-4, weight_decay=1e-8, warmup_epochs=1.0, min_lr=1e-6)
+    return config

@@ -1,0 +1,184 @@
+"""A run made ready: everything that can be checked before the first compilation is checked here."""
+
+import dataclasses
+import pathlib
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jax.sharding import Mesh
+import ml_collections
+
+from convit_jax import augment, checkpoint, data, mixup, sharding, sources
+from convit_jax.model import ConViT, create_model
+
+_DTYPES = ("auto", "float32", "bfloat16")
+
+
+@dataclasses.dataclass(frozen=True)
+class Run:
+    """What a run works on."""
+
+    config: ml_collections.ConfigDict
+    workdir: pathlib.Path
+    mesh: Mesh
+    model: ConViT
+    train_chunks: data.TrainChunks
+    test_chunks: data.EvalChunks
+    workers: int
+    init_params: dict[str, Any] | None
+
+    @property
+    def steps_per_epoch(self) -> float:
+        draws = data.draws_per_epoch(len(self.train_chunks.source), self.train_chunks.repeats)
+        return draws / self.config.train.batch_size
+
+    @property
+    def total_steps(self) -> int:
+        epochs = self.config.train.epochs * self.config.data.epochs_scale
+        return max(1, int(epochs * self.steps_per_epoch))
+
+
+def make_model(config: ml_collections.ConfigDict, num_classes: int | None = None) -> ConViT:
+    """The model of `config.model`, in the precision of `config.train`.
+
+    `num_classes` is the data's, for a configuration that leaves it open.
+    """
+    if config.train.dtype not in _DTYPES:
+        raise ValueError(f"train.dtype: expected one of {_DTYPES}, got {config.train.dtype!r}")
+    dtype = config.train.dtype
+    if dtype == "auto":
+        dtype = "float32" if jax.default_backend() == "cpu" else "bfloat16"
+    options = {} if num_classes is None else {"num_classes": num_classes}
+    options |= {name: value for name, value in config.model.items() if value is not None}
+    return create_model(**options, dtype=jnp.dtype(dtype), remat=config.train.remat)
+
+
+def prepare(config: ml_collections.ConfigDict, workdir: str) -> Run:
+    """Checks a configuration and opens what it names; compiles nothing.
+
+    Raises:
+      ValueError: if the configuration has no meaning or does not fit the data.
+      FileNotFoundError: if the data are not where they were looked for.
+      FileExistsError: if the working directory holds an earlier run.
+      OSError: if it cannot be written.
+    """
+    mesh = sharding.make_mesh()
+    _check_options(config)
+    sharding.check_batch_size(config.train.batch_size, config.train.accum_steps, mesh)
+    model = make_model(config)
+    if config.model.num_classes == 0 or model.global_pool == "none":
+        raise ValueError(
+            "training needs one vector of logits an image: expected model.num_classes > 0 and "
+            f"model.global_pool token or avg, got {model.num_classes} and {model.global_pool}"
+        )
+    train_transform, eval_transform = make_transforms(config, model)
+    path = _check_workdir(workdir)
+    train_source, test_source = (
+        open_source(config, split, cache_dir=str(path / "index")) for split in ("train", "test")
+    )
+    _check_data(config, model, train_source)
+    model = make_model(config, train_source.num_classes)
+    init_params = None
+    if config.init_from:
+        init_params = checkpoint.fit_params(
+            checkpoint.load_weights(config.init_from),
+            model,
+            new_head=config.init_new_head,
+            resize_pos_embed=config.init_resize_pos_embed,
+            seed=config.seed,
+        )
+    path.mkdir(parents=True, exist_ok=True)
+
+    share = data.Share(config.train.batch_size, jax.process_index(), jax.process_count())
+    return Run(
+        config=config,
+        workdir=path,
+        mesh=mesh,
+        model=model,
+        train_chunks=data.TrainChunks(
+            train_source,
+            train_transform,
+            share,
+            seed=config.seed,
+            repeats=config.data.repeats,
+            skip_corrupt=config.data.skip_corrupt,
+        ),
+        test_chunks=data.EvalChunks(test_source, eval_transform, share),
+        workers=data.num_workers(config.data.workers, train_source),
+        init_params=init_params,
+    )
+
+
+def _check_options(config: ml_collections.ConfigDict) -> None:
+    positive = ("train.epochs", "train.eval_every", "train.log_every", "train.accum_steps",
+                "data.epochs_scale", "data.repeats", "optim.lr")  # fmt: skip
+    for key in positive:
+        section, name = key.split(".")
+        if config[section][name] <= 0:
+            raise ValueError(f"{key}: expected more than 0, got {config[section][name]}")
+    for key in ("optim.clip_norm", "optim.ema_decay", "optim.weight_decay"):
+        section, name = key.split(".")
+        if config[section][name] < 0:
+            raise ValueError(f"{key}: expected 0 or more, got {config[section][name]}")
+    if config.optim.ema_decay >= 1:
+        raise ValueError(f"optim.ema_decay: expected less than 1, got {config.optim.ema_decay}")
+    mixup.check_options(smoothing=config.train.label_smoothing, **config.mixup)
+
+
+def make_transforms(
+    config: ml_collections.ConfigDict, model: ConViT
+) -> tuple[augment.TrainTransform, augment.EvalTransform]:
+    """What the host does to an image, in training and in evaluation."""
+    size, options = model.image_shape[:2], config.augment.to_dict()
+    eval_transform = augment.EvalTransform(size, crop_pct=options.pop("eval_crop"))
+    return augment.TrainTransform(size, **options), eval_transform
+
+
+def open_source(
+    config: ml_collections.ConfigDict, split: str, cache_dir: str | None
+) -> sources.Source:
+    """The images of a split, "train" or "test", as `config.data` says."""
+    return sources.open_source(
+        config.data.source,
+        split,
+        data_dir=config.data.dir,
+        val_fraction=config.data.val_fraction,
+        sampling_ratio=config.data.sampling_ratio if split == "train" else 1.0,
+        cache_dir=cache_dir,
+    )
+
+
+def _check_data(config: ml_collections.ConfigDict, model: ConViT, source: sources.Source) -> None:
+    name, num_classes = config.data.source, config.model.num_classes
+    if num_classes is not None and num_classes != source.num_classes:
+        raise ValueError(
+            f"model.num_classes: expected {source.num_classes} as in {name}, got {num_classes}"
+        )
+    image = source[0]["image"]
+    if not isinstance(image, bytes) and image.shape != model.image_shape:
+        raise ValueError(
+            f"model.image_size and model.in_channels: expected {image.shape} (height, width, "
+            f"channels) as in {name}, got {model.image_shape}"
+        )
+    if isinstance(image, bytes) and model.in_channels != 3:
+        raise ValueError(f"model.in_channels: expected 3 for {name}, got {model.in_channels}")
+    for key in ("mean", "std"):
+        if len(config.data[key]) != model.in_channels:
+            raise ValueError(
+                f"data.{key}: expected {model.in_channels} values, got {config.data[key]}"
+            )
+    if len(source) < config.train.batch_size:
+        raise ValueError(
+            f"train.batch_size: expected at most the {len(source)} images of {name}, "
+            f"got {config.train.batch_size}"
+        )
+
+
+def _check_workdir(workdir: str) -> pathlib.Path:
+    path = pathlib.Path(workdir)
+    if (path / "metrics.jsonl").exists():
+        raise FileExistsError(
+            f"{path} holds an earlier run (metrics.jsonl): choose another --workdir or delete it"
+        )
+    return path
