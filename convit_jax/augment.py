@@ -124,7 +124,7 @@ class TrainTransform:
         _check("randaugment_magnitude", magnitude, "0 to 10", 0 <= magnitude <= 10)
 
     def __call__(self, image: bytes | np.ndarray, rng: np.random.Generator) -> np.ndarray:
-        height, width, read = open_image(image, fast=self.backend == "fast")
+        height, width, read = open_image(image)
         if self.crop == "random_resized":
             top, left, h, w = random_box(height, width, rng, self.scale, self.ratio)
             pixels = read(top + h)[top : top + h, left : left + w]
@@ -285,10 +285,9 @@ def _resize_fast(pixels: np.ndarray, size: tuple[int, int]) -> np.ndarray:
     shrink = pixels.shape[1] / size[1], pixels.shape[0] / size[0]
     if min(shrink) > 3:  # a wide blur costs more
         return cv2.resize(pixels, size[::-1], interpolation=cv2.INTER_AREA)
-    if 1 < max(shrink) <= 1.25:  # bilinear smooths enough: again as far off as INTER_AREA
-        return cv2.resize(pixels, size[::-1], interpolation=cv2.INTER_LINEAR)
     if max(shrink) > 1:
-        taps = [2 * math.ceil(2 / 3 * s) + 1 if s > 1 else 1 for s in shrink]  # 1 is no blur
+        # One tap is no blur; beyond three, up to a shrink of 2, the next would be under 0.01.
+        taps = [2 * math.ceil(s) - 1 if s > 1 else 1 for s in shrink]
         kernels = [cv2.getGaussianKernel(n, s / 3) for n, s in zip(taps, shrink, strict=True)]
         pixels = cv2.sepFilter2D(pixels, -1, *kernels, borderType=cv2.BORDER_REPLICATE)
     return cv2.resize(pixels, size[::-1], interpolation=cv2.INTER_CUBIC)

@@ -131,8 +131,9 @@ def make_transforms(
 ) -> tuple[augment.TrainTransform, augment.EvalTransform]:
     """What the host does to an image, in training and in evaluation."""
     size, options = model.image_shape[:2], config.augment.to_dict()
-    eval_transform = augment.EvalTransform(size, crop_pct=options.pop("eval_crop"))
-    return augment.TrainTransform(size, **options), eval_transform
+    crop_pct = options.pop("eval_crop")
+    train_transform = augment.TrainTransform(size, crop_pct=crop_pct, **options)
+    return train_transform, augment.EvalTransform(size, crop_pct=crop_pct)
 
 
 def open_source(

@@ -302,6 +302,20 @@ def test_small_arrays_pass_as_they_are(backend, channels):
     assert resized.shape == (12, 12, channels)
 
 
+def test_pad_and_crop_reaches_every_shift_up_to_the_padding():
+    image = np.arange(1, 65, dtype=np.uint8).reshape(8, 8, 1)
+    rng = np.random.default_rng(0)
+    np.testing.assert_array_equal(augment.pad_and_crop(image, rng, 0), image)
+    shifts = {}
+    for y in range(5):
+        for x in range(5):
+            moved = np.pad(image[..., 0], 2)[y : y + 8, x : x + 8]
+            shifts[moved.tobytes()] = (y, x)
+    seen = [shifts[augment.pad_and_crop(image, rng, 2).tobytes()] for _ in range(500)]
+    assert len(set(seen)) == 25
+    assert np.mean(seen, axis=0) == pytest.approx((2, 2), abs=0.3)
+
+
 def test_images_that_do_not_suit_the_options_are_refused():
     rng = np.random.default_rng(0)
     with pytest.raises(
