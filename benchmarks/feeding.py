@@ -48,9 +48,9 @@ def time_workers(root: pathlib.Path, repetitions: int) -> None:
     rates = {1: [], 2: []}
     for _ in range(repetitions):
         for workers, found in rates.items():
-            batches = data.iterate(run.train_chunks, stop_step=24, workers=workers)
+            batches = data.iterate(run.train_chunks, stop_step=96, workers=workers)
             with contextlib.closing(batches):
-                for _ in range(8):  # started, and what was made ahead is used up
+                for _ in range(16):  # started, warm, and what was made ahead is used up
                     next(batches)
                 start = time.perf_counter()
                 images = sum(len(batch["label"]) for batch in batches)

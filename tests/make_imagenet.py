@@ -6,6 +6,11 @@ writes DIR/array_record and DIR/tfrecord (each a tfds data_dir), DIR/folder and 
 metadata are those of tfds' own imagenet2012 builder, the records lie in the order it gives
 them, and the photos are real ones, from scikit-learn and (where installed) scikit-image. None
 of it needs TensorFlow.
+
+Compared once, by hand, with what tfds 4.9.10 and TensorFlow 2.21 prepared from these tars (too
+heavy for CI): metadata equal to the byte, shards of the same names and sizes, every record equal
+once parsed and in the same place. Only the order of the features inside a serialised Example
+differs, which TensorFlow changes from run to run.
 """
 
 from collections.abc import Iterable, Iterator
