@@ -98,7 +98,7 @@ def test_missing_files_and_flags_are_named(tmp_path):
     (tmp_path / "file").touch()
     done = main(tmp_path / "file" / "run", *SMALL)
     assert done.returncode == 1
-    assert re.match(r"error: .*Not a directory: .*file", done.stderr)
+    assert re.search(r"^error: .*Not a directory: .*file", done.stderr, re.MULTILINE)
 
 
 def test_readme_example_runs():
