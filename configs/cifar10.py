@@ -3,7 +3,7 @@
     python main.py --config=configs/cifar10.py --workdir=DIR
 
 Reads tfds' cifar10 (`tfds build cifar10 --file_format=array_record`). The settings are ours and
-not the paper's, which has no results on CIFAR; no accuracy has been measured yet.
+not the paper's, which has no results on CIFAR; the run has not been tried yet.
 """
 
 import ml_collections

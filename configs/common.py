@@ -1,8 +1,8 @@
 """The recipe: every configuration key, once, with its unit and its source.
 
 DeiT's recipe (Touvron et al. 2021, arXiv:2012.12877, Table 9), which the ConViT paper keeps
-unchanged (section 4). The other files of this folder say what differs for one model or data set.
-Any key can be set on the command line: `--config.train.batch_size=256`.
+unchanged for Ti, S and B. The other files of this folder say what differs for one model or data
+set. Any key can be set on the command line: `--config.train.batch_size=256`.
 """
 
 from collections.abc import Iterator

@@ -5,8 +5,7 @@
 
 PATH holds a folder of images for each class, or train/ and val/ with such folders. The head is
 new; another --config.model.image_size interpolates the position embedding. The settings are
-DeiT's for fine-tuning as far as it gives them (Touvron et al. 2021, section 6), with fewer epochs
-and a smaller rate than from scratch; they have not been tuned.
+ours: fewer epochs and a smaller rate than from scratch, no mixing. They have not been tuned.
 """
 
 import ml_collections

@@ -49,9 +49,9 @@ def _check() -> None:
     train_transform, _ = startup.make_transforms(config, model)
     for split in ("train", "test"):
         source = startup.open_source(config, split, cache_dir=None)
-        print(f"{split}: {source.description}")
+        print(f"{split}: {sources.describe(source)}")
         names = ", ".join(itertools.islice(source.class_names, 5))
-        print(f"  {len(source):,} images of {source.num_classes:,} classes: {names}, ...")
+        print(f"  classes {names}, ...")
         rate = sources.check_images(source, 32)
         print(f"  {min(32, len(source))} images decoded, {rate:.0f} a second on one core")
         if split == "train":

@@ -13,7 +13,7 @@ from jax.sharding import Mesh
 import ml_collections
 import optax
 
-from convit_jax import checkpoint, data, evaluate, mixup, optim, sharding, startup
+from convit_jax import checkpoint, data, evaluate, mixup, optim, sharding, sources, startup
 from convit_jax.metrics import Metrics
 from convit_jax.model import ConViT
 
@@ -225,7 +225,6 @@ def _fetch(pending: list[dict[str, jax.Array]], step: int) -> dict[str, float]:
 
 def _describe(run: startup.Run, state: TrainState) -> None:
     sizes = [x.size for x in jax.tree.leaves(state.params)]
-    train_source, test_source = run.train_chunks.source, run.test_chunks.source
     log.info(
         "%s: %s parameters, %s on %d x %s",
         run.config.model.name,
@@ -234,6 +233,6 @@ def _describe(run: startup.Run, state: TrainState) -> None:
         run.mesh.size,
         run.mesh.devices.flat[0].device_kind,
     )
-    log.info("training: %s; %s images", train_source.description, f"{len(train_source):,}")
-    log.info("test: %s; %s images", test_source.description, f"{len(test_source):,}")
+    log.info("training: %s", sources.describe(run.train_chunks.source))
+    log.info("test: %s", sources.describe(run.test_chunks.source))
     log.info("%s steps of %d images", f"{run.total_steps:,}", run.config.train.batch_size)
