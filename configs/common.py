@@ -16,6 +16,16 @@ def get_config() -> ml_collections.ConfigDict:
     config = ml_collections.ConfigDict()
     config.seed = 0  # of the initialisation, the order of the data, augmentation and dropout
 
+    # Folder of compiled programs, which make a restart quick; "workdir": in it; "": none.
+    config.compilation_cache = "workdir"
+
+    config.mesh = mesh = ml_collections.ConfigDict()
+    mesh.fsdp = 1  # devices over which parameters and optimiser state are split; 1: none
+
+    config.checkpoint = checkpoint = ml_collections.ConfigDict()
+    checkpoint.every = 1000  # steps; besides, every evaluation and every interruption
+    checkpoint.keep = 2  # newest; the best by top-1 stays too
+
     config.init_from = ""  # weights to start from: .safetensors, .pth, .pt; "": random
     config.init_new_head = False  # with init_from: start the head anew, for other classes
     config.init_resize_pos_embed = False  # with init_from: interpolate it to another image size

@@ -288,8 +288,8 @@ def _resize_fast(pixels: np.ndarray, size: tuple[int, int]) -> np.ndarray:
     if max(shrink) > 1:
         # One tap is no blur; beyond three, up to a shrink of 2, the next would be under 0.01.
         taps = [2 * math.ceil(s) - 1 if s > 1 else 1 for s in shrink]
-        kernels = [cv2.getGaussianKernel(n, s / 3) for n, s in zip(taps, shrink, strict=True)]
-        pixels = cv2.sepFilter2D(pixels, -1, *kernels, borderType=cv2.BORDER_REPLICATE)
+        sigmas = [s / 3 for s in shrink]
+        pixels = cv2.GaussianBlur(pixels, taps, *sigmas, borderType=cv2.BORDER_REPLICATE)
     return cv2.resize(pixels, size[::-1], interpolation=cv2.INTER_CUBIC)
 
 

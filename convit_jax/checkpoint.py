@@ -1,164 +1,199 @@
-"""Weights in and out of files, and fitted to another model.
+"""Checkpoints of a run: Orbax writes them while training goes on, and finds them again.
 
-Files hold PyTorch's names and layouts (see `convit_jax.convert`), so timm reads what is written
-here: `model.load_state_dict(safetensors.torch.load_file("weights.safetensors"))`.
+A checkpoint is the training state and, as JSON, what the loop carries beside it. It is written
+under a temporary name and renamed when it is whole; one that can no longer be read is set aside
+for the one before it. It fits any number of devices and processes, and any mesh.
 """
 
-from collections.abc import Mapping
+from collections.abc import Callable, Container, Iterator
+import contextlib
 import logging
-import math
 import os
 import pathlib
+import re
 from typing import Any
 
 import jax
-import jax.numpy as jnp
+from jax.experimental import multihost_utils
 import numpy as np
-
-from convit_jax.convert import from_torch, to_torch
-from convit_jax.model import ConViT
+import orbax.checkpoint as ocp
+from orbax.checkpoint import checkpoint_managers
 
 log = logging.getLogger(__name__)
 
-
-def save_weights(path: str | os.PathLike, params: Mapping[str, Any]) -> None:
-    """Writes parameters as safetensors under PyTorch's names; whole, or not at all."""
-    from safetensors.numpy import save_file
-
-    path = pathlib.Path(path)
-    unfinished = path.with_name(path.name + ".part")
-    save_file(to_torch(params), unfinished)
-    unfinished.replace(path)
+Progress = dict[str, Any]  # of JSON's types
 
 
-def load_weights(path: str | os.PathLike) -> dict[str, Any]:
-    """Reads the parameters of a ConViT or DeiT.
+def newest(folder: pathlib.Path) -> int | None:
+    """The step of the newest checkpoint in a folder, readable or not; None if there is none."""
+    if not folder.is_dir():
+        return None
+    return max((int(path.name) for path in folder.iterdir() if path.name.isdigit()), default=None)
 
-    Args:
-      path: .safetensors, or PyTorch's .pth or .pt (needs torch): a state dict, or a training
-        checkpoint with one under "model".
 
-    Raises:
-      FileNotFoundError: if there is no such file.
-      ValueError: if it is of another kind, or not the weights of a ConViT or DeiT.
+class _Manager(ocp.CheckpointManager):
+    """One that is told when the process has to stop.
+
+    Orbax asks JAX's preemption service, which is there in runs of several processes only, and
+    which the training loop asks already: two that ask would get in each other's way.
     """
-    path = pathlib.Path(path)
-    if not path.is_file():
-        raise FileNotFoundError(f"weights: no such file: {path}")
-    if path.suffix == ".safetensors":
-        from safetensors import SafetensorError
-        from safetensors.numpy import load_file
 
+    stopping = False
+
+    def reached_preemption(self, step: int) -> bool:
+        return self.stopping
+
+
+class Checkpoints:
+    """The checkpoints of a working directory; closed by leaving its `with` block."""
+
+    def __init__(self, folder: pathlib.Path, *, every: int, also: Container[int], keep: int):
+        """
+        Args:
+          folder: of the checkpoints, one folder a step; made if missing.
+          every: steps between two checkpoints.
+          also: further steps to save at.
+          keep: how many of the newest stay, besides the best by "top1".
+        """
+
+        def top1(metrics: dict[str, float]) -> float:
+            return metrics["top1"]
+
+        best = checkpoint_managers.BestN(
+            get_metric_fn=top1, n=1, keep_checkpoints_without_metrics=False
+        )
+        policies = [
+            checkpoint_managers.FixedIntervalPolicy(every),
+            checkpoint_managers.SpecificStepsPolicy(also),
+            checkpoint_managers.PreemptionCheckpointingPolicy(),
+        ]
+        self._folder = folder
+        self._manager = _Manager(
+            folder.resolve(),
+            options=ocp.CheckpointManagerOptions(
+                save_decision_policy=checkpoint_managers.AnySavePolicy(policies),
+                preservation_policy=checkpoint_managers.AnyPreservationPolicy(
+                    [checkpoint_managers.LatestN(keep), best]
+                ),
+                best_fn=top1,
+                cleanup_tmp_directories=True,
+            ),
+            item_names=("state", "progress"),
+        )
+
+    def __enter__(self) -> "Checkpoints":
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
         try:
-            state_dict = load_file(path)
-        except SafetensorError as error:
-            raise ValueError(f"{path}: not a readable safetensors file: {error}") from error
-    elif path.suffix in (".pth", ".pt"):
-        state_dict = _load_torch(path)
-    else:
-        raise ValueError(f"weights: expected a .safetensors, .pth or .pt file, got {path}")
-    try:
-        return from_torch(state_dict)
-    except ValueError as error:
-        raise ValueError(f"{path}: {error}") from None
+            with _as_os_error(self._folder):
+                self._manager.close()  # waits for what is being written
+        except OSError:
+            if kind is None:
+                raise  # else it would hide what ended the run
 
+    def save(
+        self,
+        step: int,
+        state: Any,
+        progress: Callable[[], Progress],
+        metrics: dict[str, float] | None = None,
+        stopping: bool = False,
+    ) -> bool:
+        """Saves if it is time to; to be called after every step, by all processes.
 
-def _load_torch(path: pathlib.Path) -> Mapping[str, Any]:
-    import argparse
-    import pickle
+        The arrays are copied to the host before this returns, and written afterwards.
 
-    try:
-        import torch
-    except ImportError:
-        raise ValueError(
-            f"{path}: reading it needs torch: pip install torch, or convert it to .safetensors"
-        ) from None
-    try:
-        # Data only: a pickle that would run code is refused. The original's checkpoints hold
-        # their command line.
-        with torch.serialization.safe_globals([argparse.Namespace]):
-            loaded = torch.load(path, map_location="cpu", weights_only=True)
-    except (pickle.UnpicklingError, RuntimeError, EOFError) as error:
-        raise ValueError(f"{path}: not a readable PyTorch file: {error}") from error
-    return loaded.get("model", loaded)
+        Args:
+          step: the number of finished steps.
+          state: a tree of arrays.
+          progress: called if there is to be a checkpoint.
+          metrics: of an evaluation of this state.
+          stopping: whether the process ends after this step.
 
+        Returns:
+          Whether there will be a checkpoint.
 
-def fit_params(
-    params: dict[str, Any], model: ConViT, *, new_head: bool, resize_pos_embed: bool, seed: int
-) -> dict[str, Any]:
-    """Fits loaded parameters to a model, by the named changes only.
+        Raises:
+          OSError: if this or an earlier checkpoint cannot be written.
+        """
+        self._manager.stopping = stopping
+        with _as_os_error(self._folder):
+            self._manager.check_for_errors()
+            if not self._manager.should_save(step):
+                return False
+            items = ocp.args.Composite(
+                state=ocp.args.StandardSave(state), progress=ocp.args.JsonSave(progress())
+            )
+            return self._manager.save(step, args=items, metrics=metrics)
 
-    Args:
-      params: of `load_weights`.
-      model: to be initialised with them.
-      new_head: whether the head starts anew, as for other classes.
-      resize_pos_embed: whether the position embedding may be interpolated to the model's grid.
-      seed: of the new head.
+    def restore(self, like: Any) -> tuple[int, Any, Progress] | None:
+        """The newest checkpoint that can be read, or None if there is none at all.
 
-    Raises:
-      ValueError: names every parameter whose shape is not the model's.
-    """
-    params = dict(params)
-    shapes = jax.eval_shape(model.init, jax.random.key(0), jnp.zeros((1, *model.image_shape)))
-    shapes = shapes["params"]
-    if new_head and "head" in shapes:
-        # N(0, 0.02^2) and zero, as in ConViT.
-        kernel = np.random.default_rng(seed).normal(0, 0.02, shapes["head"]["kernel"].shape)
-        params["head"] = {
-            "kernel": kernel.astype(np.float32),
-            "bias": np.zeros(shapes["head"]["bias"].shape, np.float32),
-        }
-        log.info("new head for %d classes", model.num_classes)
-    if resize_pos_embed and "pos_embed" in params and "pos_embed" in shapes:
-        tokens, wanted = params["pos_embed"].shape[1], shapes["pos_embed"].shape[1]
-        params["pos_embed"] = resample_pos_embed(
-            params["pos_embed"], model.grid, num_prefix_tokens=int(model.cls_pos_embed)
+        Those that cannot be read are renamed, so that their steps can be saved again.
+
+        Args:
+          like: a tree of `jax.ShapeDtypeStruct` with the shardings wanted.
+
+        Returns:
+          Its step, state and progress.
+
+        Raises:
+          OSError: if there are checkpoints and none can be read.
+        """
+        items = ocp.args.Composite(
+            state=ocp.args.StandardRestore(like), progress=ocp.args.JsonRestore()
         )
-        if tokens != wanted:
-            log.info("position embedding interpolated from %d to %d tokens", tokens, wanted)
-    _check_shapes(params, shapes)
-    return params
+        unreadable: list[int] = []
+        for step in sorted(self._manager.all_steps(), reverse=True):
+            restored = failure = None
+            try:
+                restored = self._manager.restore(step, args=items)
+            except Exception as error:  # whatever broken files make of the readers
+                failure = error
+            if _on_all(restored is not None):
+                for bad in unreadable:
+                    self._set_aside(bad)
+                return step, restored["state"], restored["progress"]
+            log.warning(
+                "cannot read checkpoint %s: %s; trying the one before it",
+                self._folder / str(step),
+                str(failure).partition("\n")[0][:300] if failure else "another process cannot",
+            )
+            unreadable.append(step)
+        if unreadable:
+            raise OSError(
+                f"{self._folder}: none of the checkpoints {sorted(unreadable)} can be read: mend "
+                "them, or delete the folder to start anew"
+            )
+        return None
+
+    def _set_aside(self, step: int) -> None:
+        if jax.process_index() == 0:
+            number = 0
+            while (aside := self._folder / f"{step}.unreadable{number or ''}").exists():
+                number += 1
+            (self._folder / str(step)).rename(aside)
+        multihost_utils.sync_global_devices("set aside")
+        self._manager.reload()
 
 
-def resample_pos_embed(
-    pos_embed: np.ndarray, grid: tuple[int, int], num_prefix_tokens: int = 0
-) -> np.ndarray:
-    """Interpolates a position embedding to another grid, as timm's resample_abs_pos_embed.
-
-    Bicubic, antialiased; tokens in front of the patches keep theirs.
-
-    Args:
-      pos_embed: (1, tokens, D), of a square grid.
-      grid: (rows, columns) wanted.
-      num_prefix_tokens: tokens in front of the patches.
-    """
-    prefix, patches = pos_embed[:, :num_prefix_tokens], pos_embed[:, num_prefix_tokens:]
-    side = math.isqrt(patches.shape[1])
-    if side * side != patches.shape[1]:
-        raise ValueError(f"pos_embed: expected a square grid of patches, got {patches.shape[1]}")
-    if (side, side) == tuple(grid):
-        return pos_embed
-    width = patches.shape[2]
-    resized = jax.image.resize(
-        patches.reshape(1, side, side, width), (1, *grid, width), "bicubic", antialias=True
-    )
-    return np.concatenate([prefix, np.asarray(resized).reshape(1, -1, width)], axis=1)
+def _on_all(this: bool) -> bool:
+    """Whether it is so on every process."""
+    return bool(np.all(multihost_utils.process_allgather(np.array(this))))
 
 
-def _check_shapes(params: dict[str, Any], shapes: dict[str, Any]) -> None:
-    def flat(tree: Any) -> dict[str, tuple[int, ...]]:
-        leaves = jax.tree_util.tree_flatten_with_path(tree)[0]
-        return {jax.tree_util.keystr(p, simple=True, separator="/"): x.shape for p, x in leaves}
-
-    found, expected = flat(params), flat(shapes)
-    problems = [
-        f"{name}: expected {expected.get(name, 'nothing')}, got {found.get(name, 'nothing')}"
-        for name in sorted(found.keys() | expected.keys())
-        if found.get(name) != expected.get(name)
-    ]
-    if problems:
-        raise ValueError(
-            "the weights do not fit the model (config.init_new_head and "
-            "config.init_resize_pos_embed allow for other classes and sizes):\n  "
-            + "\n  ".join(problems)
-        )
+@contextlib.contextmanager
+def _as_os_error(folder: pathlib.Path) -> Iterator[None]:
+    """Errors of the file system, which the writer raises as ValueError, as what they are."""
+    try:
+        yield
+    except (OSError, ValueError) as error:
+        code = re.search(r"os_error_code='(\d+)'", str(error))
+        number = int(code[1]) if code else getattr(error, "errno", None)
+        if number is None:
+            raise
+        raise OSError(
+            f"{folder}: cannot write a checkpoint: {os.strerror(number)}. Those before it are "
+            "kept: the same command goes on from the newest"
+        ) from error

@@ -18,6 +18,8 @@ def run(main: Callable[[list[str]], None]) -> None:
     def logged(argv: list[str]) -> None:
         logging.basicConfig(format="%(message)s", level=logging.WARNING, force=True)
         logging.getLogger("convit_jax").setLevel(logging.INFO)
+        # Orbax logs, with tracebacks, what it also raises, and much that is no concern of ours.
+        logging.getLogger("absl").setLevel(logging.CRITICAL)
         main(argv[1:])
 
     app.run(logged, flags_parser=_parse_flags)

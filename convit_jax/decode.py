@@ -2,9 +2,12 @@
 
 from collections.abc import Callable
 import io
+import struct
 
 import numpy as np
 
+_SEGMENT = struct.Struct(">BBH")  # of JPEG: 0xFF, marker, length from here on
+_FRAME = struct.Struct(">HHB")  # after a segment's five: height, width, components
 Read = Callable[[int], np.ndarray]  # a number of rows -> the image from the top to there, or more
 
 
@@ -84,12 +87,15 @@ def _height_in_header(data: bytes) -> int | None:
     if data[:2] != b"\xff\xd8" or data[-2:] != b"\xff\xd9":
         return None
     place, found, components = 2, None, 0
-    while place + 10 < len(data) and data[place] == 0xFF:
-        marker, length = data[place + 1], int.from_bytes(data[place + 2 : place + 4])
-        if marker in (0xC0, 0xC1):  # start of frame: length, precision, height, width, components
-            found, components = place + 5, data[place + 9]
-            if 0 in (data[place + 5 : place + 7], data[place + 7 : place + 9]):
+    while place + 10 < len(data):
+        start, marker, length = _SEGMENT.unpack_from(data, place)
+        if start != 0xFF:
+            return None
+        if marker == 0xC0 or marker == 0xC1:  # start of frame, see _FRAME
+            height, width, components = _FRAME.unpack_from(data, place + 5)
+            if not height or not width:
                 return None
+            found = place + 5
         elif 0xC2 <= marker <= 0xCF and marker not in (0xC4, 0xC8, 0xCC):
             return None  # progressive, lossless or arithmetic: the scans depend on the height
         elif marker == 0xDD:

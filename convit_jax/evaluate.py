@@ -35,26 +35,39 @@ def make_eval_step(
 
 def evaluate(
     eval_step: EvalStep,
-    params: Any,
+    weights: dict[str, Any],
     batches: Iterable[dict[str, np.ndarray]],
     mesh: Mesh,
     num_images: int,
-) -> dict[str, float]:
+    interrupted: Callable[[], bool] = lambda: False,
+) -> dict[str, float] | None:
     """Means over all images of padded batches (`data.EvalChunks`), on any number of processes.
 
     Args:
       eval_step: of `make_eval_step`.
-      params: of the model.
+      weights: parameters of the model by a prefix for their results: "" for none.
       batches: this process's share of them.
       mesh: of all devices.
       num_images: in the split; the number that was counted must be this.
+      interrupted: asked before every batch whether to give up.
 
     Returns:
-      "top1" and "top5" as shares in [0, 1], "loss" in nats, and "images", their number.
+      "top1" and "top5" as shares in [0, 1], "loss" in nats, and "images", their number, for each
+      of the weights. None if it was interrupted.
     """
-    sums = [eval_step(params, sharding.put_batch(batch, mesh)) for batch in batches]
-    totals = jax.tree.map(lambda *values: float(np.sum(values)), *jax.device_get(sums))
-    images = totals.pop("images")
-    if images != num_images:
-        raise RuntimeError(f"evaluated {images:.0f} images: expected {num_images}")
-    return {name: total / images for name, total in totals.items()} | {"images": int(images)}
+    sums: dict[str, list[Any]] = {prefix: [] for prefix in weights}
+    for batch in batches:
+        if interrupted():
+            return None
+        batch = sharding.put_batch(batch, mesh)
+        for prefix, params in weights.items():
+            sums[prefix].append(eval_step(params, batch))
+    result = {}
+    for prefix, parts in jax.device_get(sums).items():
+        totals = jax.tree.map(lambda *values: float(np.sum(values)), *parts)
+        images = totals.pop("images")
+        if images != num_images:
+            raise RuntimeError(f"evaluated {images:.0f} images: expected {num_images}")
+        means = {name: total / images for name, total in totals.items()} | {"images": int(images)}
+        result |= {prefix + name: mean for name, mean in means.items()}
+    return result

@@ -1,6 +1,7 @@
 """A run made ready: everything that can be checked before the first compilation is checked here."""
 
 import dataclasses
+import logging
 import pathlib
 from typing import Any
 
@@ -9,8 +10,20 @@ import jax.numpy as jnp
 from jax.sharding import Mesh
 import ml_collections
 
-from convit_jax import augment, checkpoint, data, mixup, sharding, sources
+from convit_jax import (
+    augment,
+    checkpoint,
+    data,
+    distributed,
+    mixup,
+    sharding,
+    sources,
+    weights,
+    workdir,
+)
 from convit_jax.model import ConViT, create_model
+
+log = logging.getLogger(__name__)
 
 _DTYPES = ("auto", "float32", "bfloat16")
 
@@ -27,6 +40,7 @@ class Run:
     test_chunks: data.EvalChunks
     workers: int
     init_params: dict[str, Any] | None
+    profile: bool = False
 
     @property
     def steps_per_epoch(self) -> float:
@@ -54,17 +68,22 @@ def make_model(config: ml_collections.ConfigDict, num_classes: int | None = None
     return create_model(**options, dtype=jnp.dtype(dtype), remat=config.train.remat)
 
 
-def prepare(config: ml_collections.ConfigDict, workdir: str) -> Run:
+def prepare(config: ml_collections.ConfigDict, folder: str, profile: bool = False) -> Run:
     """Checks a configuration and opens what it names; compiles nothing.
 
+    Args:
+      config: see `configs/common.py`.
+      folder: the working directory; made if missing.
+      profile: whether to record a few steps.
+
     Raises:
-      ValueError: if the configuration has no meaning or does not fit the data.
+      ValueError: if the configuration has no meaning, does not fit the data, or is not that of the
+        run in the working directory.
       FileNotFoundError: if the data are not where they were looked for.
-      FileExistsError: if the working directory holds an earlier run.
-      OSError: if it cannot be written.
+      OSError: if the working directory cannot be written.
     """
-    mesh = sharding.make_mesh()
     _check_options(config)
+    mesh = sharding.make_mesh(config.mesh.fsdp)
     sharding.check_batch_size(config.train.batch_size, config.train.accum_steps, mesh)
     model = make_model(config)
     if config.model.num_classes == 0 or model.global_pool == "none":
@@ -73,25 +92,30 @@ def prepare(config: ml_collections.ConfigDict, workdir: str) -> Run:
             f"model.global_pool token or avg, got {model.num_classes} and {model.global_pool}"
         )
     train_transform, eval_transform = make_transforms(config, model)
-    path = _check_workdir(workdir)
+    path = pathlib.Path(folder)
+    changed = workdir.check(path, config)
     train_source, test_source = (
         open_source(config, split, cache_dir=str(path / "index")) for split in ("train", "test")
     )
     _check_data(config, model, train_source)
     model = make_model(config, train_source.num_classes)
     init_params = None
-    if config.init_from:
-        init_params = checkpoint.fit_params(
-            checkpoint.load_weights(config.init_from),
+    newest = checkpoint.newest(path / "checkpoints")
+    if config.init_from and newest is None:
+        init_params = weights.fit_params(
+            weights.load_weights(config.init_from),
             model,
             new_head=config.init_new_head,
             resize_pos_embed=config.init_resize_pos_embed,
             seed=config.seed,
         )
     path.mkdir(parents=True, exist_ok=True)
+    distributed.check_shared_folder(path)
+    for text in changed:
+        log.info("changed since the last start: %s", text)
 
     share = data.Share(config.train.batch_size, jax.process_index(), jax.process_count())
-    return Run(
+    run = Run(
         config=config,
         workdir=path,
         mesh=mesh,
@@ -107,12 +131,20 @@ def prepare(config: ml_collections.ConfigDict, workdir: str) -> Run:
         test_chunks=data.EvalChunks(test_source, eval_transform, share),
         workers=data.num_workers(config.data.workers, train_source),
         init_params=init_params,
+        profile=profile,
     )
+    if newest is not None and newest > run.total_steps:
+        raise ValueError(
+            f"train.epochs: expected at least the {newest} steps that {path} has finished, got "
+            f"{run.total_steps} steps"
+        )
+    return run
 
 
 def _check_options(config: ml_collections.ConfigDict) -> None:
     positive = ("train.epochs", "train.eval_every", "train.log_every", "train.accum_steps",
-                "data.epochs_scale", "data.repeats", "optim.lr")  # fmt: skip
+                "data.epochs_scale", "data.repeats", "optim.lr", "checkpoint.every",
+                "checkpoint.keep")  # fmt: skip
     for key in positive:
         section, name = key.split(".")
         if config[section][name] <= 0:
@@ -124,6 +156,15 @@ def _check_options(config: ml_collections.ConfigDict) -> None:
     if config.optim.ema_decay >= 1:
         raise ValueError(f"optim.ema_decay: expected less than 1, got {config.optim.ema_decay}")
     mixup.check_options(smoothing=config.train.label_smoothing, **config.mixup)
+
+
+def use_compilation_cache(run: Run) -> None:
+    """Keeps compiled programs where `config.compilation_cache` says, for later starts."""
+    folder = run.config.compilation_cache
+    if folder == "workdir":
+        folder = str((run.workdir / "compilation_cache").resolve())
+    if folder and not jax.config.jax_compilation_cache_dir:  # $JAX_COMPILATION_CACHE_DIR first
+        jax.config.update("jax_compilation_cache_dir", folder)
 
 
 def make_transforms(
@@ -174,12 +215,3 @@ def _check_data(config: ml_collections.ConfigDict, model: ConViT, source: source
             f"train.batch_size: expected at most the {len(source)} images of {name}, "
             f"got {config.train.batch_size}"
         )
-
-
-def _check_workdir(workdir: str) -> pathlib.Path:
-    path = pathlib.Path(workdir)
-    if (path / "metrics.jsonl").exists():
-        raise FileExistsError(
-            f"{path} holds an earlier run (metrics.jsonl): choose another --workdir or delete it"
-        )
-    return path

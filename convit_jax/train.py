@@ -1,172 +1,170 @@
-"""Training: the state, the step, and the loop around it."""
+"""The training loop: steps, evaluations, checkpoints, and what is reported of them."""
 
-from collections.abc import Callable
 import contextlib
+import functools
 import logging
+import math
 import time
 from typing import Any
 
-import flax.struct
 import jax
 import jax.numpy as jnp
-from jax.sharding import Mesh
-import ml_collections
+import numpy as np
 import optax
 
-from convit_jax import checkpoint, data, evaluate, mixup, optim, sharding, sources, startup
+from convit_jax import (
+    data,
+    distributed,
+    evaluate,
+    flops,
+    optim,
+    sharding,
+    sources,
+    startup,
+    weights,
+    workdir,
+)
+from convit_jax.checkpoint import Checkpoints
+from convit_jax.interruption import Interruption
 from convit_jax.metrics import Metrics
-from convit_jax.model import ConViT
+from convit_jax.profiling import Profile
+from convit_jax.train_step import TrainState, TrainStep, abstract_state, init_state, make_train_step
 
 log = logging.getLogger(__name__)
 
 
-@flax.struct.dataclass
-class TrainState:
-    """All that training carries from step to step; the number of finished steps is in it."""
+def train(run: startup.Run) -> dict[str, float] | None:
+    """Trains, evaluates and reports; goes on where an earlier start of the run ended.
 
-    step: jax.Array
-    params: Any
-    opt_state: optax.OptState
-    ema: Any = None  # the averaged weights, if there are any
-
-
-TrainStep = Callable[[TrainState, dict[str, jax.Array]], tuple[TrainState, dict[str, jax.Array]]]
-
-
-def make_train_step(
-    model: ConViT,
-    optimizer: optax.GradientTransformation,
-    config: ml_collections.ConfigDict,
-    mesh: Mesh,
-) -> TrainStep:
-    """A jitted (state, batch) -> (state, metrics). Its randomness is that of (seed, step).
-
-    The batch is "image" (B, height, width, channels) uint8 and "label" (B,); the metrics are
-    the loss and the norm of the gradients before clipping. The old state is donated: do not use
-    it again.
-    """
-    key = jax.random.key(config.seed)
-
-    def loss_fn(params: Any, batch: tuple[jax.Array, jax.Array], key: jax.Array) -> jax.Array:
-        images, labels = batch
-        logits = model.apply({"params": params}, images, train=True, rngs={"dropout": key})
-        return optax.softmax_cross_entropy(logits, labels).mean()
-
-    def train_step(
-        state: TrainState, batch: dict[str, jax.Array]
-    ) -> tuple[TrainState, dict[str, jax.Array]]:
-        augment_key, dropout_key = jax.random.split(jax.random.fold_in(key, state.step))
-        augmented = mixup.augment_batch(
-            batch["image"],
-            batch["label"],
-            augment_key,
-            num_classes=model.num_classes,
-            mean=config.data.mean,
-            std=config.data.std,
-            smoothing=config.train.label_smoothing,
-            **config.mixup,
-        )
-        loss, grads = optim.mean_gradients(
-            loss_fn, state.params, augmented, dropout_key, config.train.accum_steps
-        )
-        updates, opt_state = optimizer.update(grads, state.opt_state, state.params)
-        params = optax.apply_updates(state.params, updates)
-        metrics = {"loss": loss, "grad_norm": optax.tree.norm(grads)}
-        ema = optim.update_ema(state.ema, params, config.optim.ema_decay)
-        return TrainState(state.step + 1, params, opt_state, ema), metrics
-
-    everywhere, split = sharding.replicated(mesh), sharding.over_batch(mesh)
-    return jax.jit(
-        train_step,
-        in_shardings=(everywhere, split),
-        out_shardings=everywhere,
-        donate_argnums=0,
-    )
-
-
-def init_state(
-    model: ConViT,
-    optimizer: optax.GradientTransformation,
-    config: ml_collections.ConfigDict,
-    mesh: Mesh,
-) -> TrainState:
-    """The state before the first step, made on the devices."""
-
-    def init() -> TrainState:
-        images = jnp.zeros((1, *model.image_shape))
-        params = model.init(jax.random.key(config.seed), images)["params"]
-        ema = params if config.optim.ema_decay else None
-        return TrainState(jnp.zeros((), jnp.int32), params, optimizer.init(params), ema)
-
-    return jax.jit(init, out_shardings=sharding.replicated(mesh))()
-
-
-def train(run: startup.Run) -> dict[str, float]:
-    """Trains, evaluates and reports.
-
-    Writes `config.json`, `metrics.jsonl` and, at the end, `weights.safetensors` into the working
-    directory; the averaged weights if there are any.
+    Writes into the working directory (see `workdir`, `checkpoint` and `metrics`) and, at the end,
+    `weights.safetensors`; the averaged weights if there are any.
 
     Returns:
       The last evaluation, see `evaluate.evaluate`; that of the averaged weights, if there are
-      any, under "ema_...".
+      any, under "ema_...". None if the run was interrupted: it can be started again.
 
     Raises:
       FloatingPointError: at the first step whose loss is not finite.
+      OSError: if a checkpoint or a metric cannot be written.
       data.CorruptImageError: at an image that cannot be decoded.
     """
-    start = time.perf_counter()
-    config, mesh = run.config, run.mesh
-    batch_size = config.train.batch_size
-    schedule = optim.learning_rate(config.optim, batch_size, run.steps_per_epoch, run.total_steps)
-    optimizer = optim.make_optimizer(config.optim, schedule)
-    eval_step = evaluate.make_eval_step(run.model, config.data.mean, config.data.std, mesh)
-    state = init_state(run.model, optimizer, config, mesh)
-    if run.init_params is not None:
-        params = jax.device_put(run.init_params, sharding.replicated(mesh))
-        ema = None if state.ema is None else jax.tree.map(jnp.copy, params)
-        state = state.replace(params=params, ema=ema)
-        log.info("starting from the weights of %s", config.init_from)
-    (run.workdir / "config.json").write_text(config.to_json(indent=2) + "\n")
-    _describe(run, state)
-
-    with contextlib.closing(TrainBatches(run)) as batches:
-        batch = batches.next()
-        train_step = make_train_step(run.model, optimizer, config, mesh)
-        before = time.perf_counter()
-        train_step = train_step.lower(state, batch).compile()
-        log.info("compiled the training step in %.1f s", time.perf_counter() - before)
-
-        eval_steps = max(1, round(config.train.eval_every * run.steps_per_epoch))
-        with Metrics(run.workdir / "metrics.jsonl", run.total_steps, batch_size) as metrics:
-            pending: list[dict[str, jax.Array]] = []
-            for step in range(1, run.total_steps + 1):
-                state, step_metrics = train_step(state, batch)
-                pending.append(step_metrics)
-                last = step == run.total_steps
-                if not last:
-                    batch = batches.next()  # made while the step runs
-                if step % config.train.log_every == 0 or last:
-                    means = _fetch(pending, step) | batches.report()
-                    metrics.train(step, means | {"learning_rate": float(schedule(step - 1))})
-                    pending = []
-                if step % eval_steps == 0 or last:
-                    result = _evaluate(run, eval_step, state)
-                    metrics.evaluation(step, result)
-    checkpoint.save_weights(
-        run.workdir / "weights.safetensors", state.params if state.ema is None else state.ema
+    config, total = run.config, run.total_steps
+    schedule = optim.learning_rate(
+        config.optim, config.train.batch_size, run.steps_per_epoch, total
     )
-    log.info("wrote %s", run.workdir / "weights.safetensors")
+    optimizer = optim.make_optimizer(config.optim, schedule)
+    eval_step = evaluate.make_eval_step(run.model, config.data.mean, config.data.std, run.mesh)
+    eval_every = max(1, round(config.train.eval_every * run.steps_per_epoch))
+    eval_steps = frozenset((*range(eval_every, total, eval_every), total))
+
+    with contextlib.ExitStack() as stack:
+        interruption = stack.enter_context(Interruption())
+        folder, options = run.workdir / "checkpoints", config.checkpoint.to_dict()
+        checkpoints = stack.enter_context(Checkpoints(folder, also=eval_steps, **options))
+        state, progress = _begin(run, optimizer, checkpoints)
+        step, result, stopped = int(state.step), progress["result"], False
+        if step < total:
+            batches = stack.enter_context(contextlib.closing(TrainBatches(run, step)))
+            batch = batches.next()
+            train_step = _compiled_step(run, optimizer, schedule, state, batch)
+            batches.seconds_waited()  # for the workers' start: of no window
+        metrics = stack.enter_context(_metrics(run, step))
+        traced = run.profile and distributed.is_main()
+        profile = stack.enter_context(Profile(run.workdir / "profile", step, total, traced))
+        windows = Windows(metrics, step, progress["window"])
+
+        while True:
+            if step in eval_steps and result is None and not stopped:
+                windows.report()
+                result = _evaluate(run, eval_step, state, metrics, interruption)
+                stopped = result is None
+                if result is not None:
+                    metrics.evaluation(step, result)
+            carried = functools.partial(_progress, windows, state, result)
+            checkpoints.save(step, state, carried, metrics=result, stopping=stopped)
+            if stopped or step == total:
+                break
+            step, result = step + 1, None
+            state, step_metrics = profile.step(step, train_step, state, batch)
+            windows.report()  # of earlier steps: the devices are busy with this one
+            windows.add(step_metrics)
+            if step < total:
+                batch = batches.next()
+            if step % config.train.log_every == 0 or step == total:
+                windows.close(batches.seconds_waited())
+            stopped = interruption.requested()
+
+    if stopped:
+        log.info("stopped after step %d: the same command goes on from there", step)
+        return None
+    _save_weights(run, state.params if state.ema is None else state.ema)
     best = "top1" if state.ema is None else "ema_top1"
     log.info(
-        "test accuracy %.2f%% (%d of %d images) after %d steps in %.0f s",
+        "test accuracy %.2f%% (%d of %d images) after %d steps",
         100 * result[best],
         round(result[best] * result["images"]),
         result["images"],
-        run.total_steps,
-        time.perf_counter() - start,
+        step,
     )
     return result
+
+
+class Windows:
+    """The metrics of the steps, reported in windows of several.
+
+    A window that is closed is fetched and reported at the next call of `report`, when the devices
+    already have another step to do. The window that is open travels in checkpoints: the lines of a
+    run do not depend on where it was interrupted.
+    """
+
+    def __init__(self, metrics: Metrics, step: int, values: list[dict[str, Any]]):
+        """
+        Args:
+          metrics: to report to.
+          step: the number of finished steps.
+          values: of the last of them, which were not reported yet (`carried`).
+        """
+        self._metrics = metrics
+        self._step = step
+        self._window: list[dict[str, Any]] = values
+        self._closed: list[tuple[int, list[dict[str, Any]], float]] = []
+
+    def add(self, step_metrics: dict[str, jax.Array]) -> None:
+        """The metrics of the next step, still on the devices."""
+        self._step += 1
+        self._window.append(step_metrics)
+
+    def close(self, seconds_waited: float) -> None:
+        """Ends a window, with the time spent waiting for data in it."""
+        self._closed.append((self._step, self._window, seconds_waited))
+        self._window = []
+
+    def report(self) -> None:
+        """Reports the windows that were closed; raises if a loss is not finite."""
+        for step, window, seconds_waited in self._closed:
+            values = _fetch(window, step)
+            means = {k: sum(v[k] for v in values) / len(values) for k in ("loss", "grad_norm")}
+            skipped = sum(value["skipped_images"] for value in values)
+            if skipped:
+                log.warning("%d corrupt images skipped up to step %d", skipped, step)
+            last = values[-1]
+            self._metrics.train(
+                step,
+                means
+                | {
+                    "learning_rate": last["learning_rate"],
+                    "skipped_images": skipped,
+                    "data_seconds": seconds_waited,
+                },
+                last.get("gates", ()),
+            )
+        self._closed = []
+
+    def carried(self) -> list[dict[str, Any]]:
+        """Reports what was closed; gives the metrics of the steps since, to go on with."""
+        self.report()
+        self._window = _fetch(self._window, self._step)
+        return self._window
 
 
 class TrainBatches:
@@ -176,62 +174,162 @@ class TrainBatches:
         self._mesh = run.mesh
         self._batches = data.iterate(run.train_chunks, start_step, run.total_steps, run.workers)
         self._waited = 0.0
-        self._skipped = 0
 
     def next(self) -> dict[str, jax.Array]:
         start = time.perf_counter()
         batch = next(self._batches)
         self._waited += time.perf_counter() - start
-        self._skipped += int(batch.pop("skipped"))
         return sharding.put_batch(batch, self._mesh)
 
-    def report(self) -> dict[str, float]:
-        """Seconds waited since the last report, and corrupt images skipped so far."""
+    def seconds_waited(self) -> float:
+        """Since the last call."""
         waited, self._waited = self._waited, 0.0
-        return {"data_seconds": waited, "skipped_images": self._skipped}
+        return waited
 
     def close(self) -> None:
         self._batches.close()
 
 
+def _begin(
+    run: startup.Run, optimizer: optax.GradientTransformation, checkpoints: Checkpoints
+) -> tuple[TrainState, dict[str, Any]]:
+    """The state to go on from, and what a checkpoint carries beside it (`_progress`)."""
+    restored = checkpoints.restore(abstract_state(run.model, optimizer, run.config, run.mesh))
+    if restored is not None:
+        step, state, progress = restored
+        log.info("going on from step %d of %s", step, run.workdir)
+    else:
+        state, progress = init_state(run.model, optimizer, run.config, run.mesh), None
+        if run.init_params is not None:
+            params = jax.device_put(
+                run.init_params, jax.tree.map(lambda x: x.sharding, state.params)
+            )
+            ema = None if state.ema is None else jax.tree.map(jnp.copy, params)
+            state = state.replace(params=params, ema=ema)
+        log.info("starting from %s", run.config.init_from or "random weights")
+    _describe(run, state)
+    if distributed.is_main():
+        workdir.record_start(run.workdir, run.config, int(state.step))
+    return state, progress or {"window": [], "result": None}
+
+
+def _progress(
+    windows: Windows, state: TrainState, result: dict[str, float] | None
+) -> dict[str, Any]:
+    """What a checkpoint carries: metrics not yet reported, the evaluation of its state if any.
+
+    Raises FloatingPointError rather than have a good checkpoint followed by a bad one.
+    """
+    carried = {"window": windows.carried(), "result": result}
+    if not _all_finite(state):
+        raise FloatingPointError(
+            f"the weights after step {int(state.step)} are not finite. Try a lower optim.lr or "
+            "train.dtype=float32. The checkpoints of earlier steps are kept."
+        )
+    return carried
+
+
+@jax.jit
+def _all_finite(tree: Any) -> jax.Array:
+    return jnp.stack([jnp.isfinite(x).all() for x in jax.tree.leaves(tree)]).all()
+
+
+def _metrics(run: startup.Run, step: int) -> Metrics:
+    batch_size = run.config.train.batch_size
+    device = run.mesh.devices.flat[0]
+    peak = flops.peak_flops(device, run.model.dtype)
+    if peak is None and device.platform != "cpu":
+        log.info("no MFU: the peak of a %s is not known (convit_jax/flops.py)", device.device_kind)
+    return Metrics(
+        run.workdir,
+        run.total_steps,
+        batch_size,
+        step,
+        flops_per_step=flops.training_flops(run.model) * batch_size,
+        peak_flops=None if peak is None else peak * run.mesh.size,
+        main=distributed.is_main(),
+    )
+
+
+def _compiled_step(
+    run: startup.Run,
+    optimizer: optax.GradientTransformation,
+    schedule: optax.Schedule,
+    state: TrainState,
+    batch: dict[str, jax.Array],
+) -> TrainStep:
+    """The step, compiled once for the whole run: another shape would be an error."""
+    start = time.perf_counter()
+    step = make_train_step(run.model, optimizer, schedule, run.config, run.mesh)
+    compiled = step.lower(state, batch).compile()
+    log.info("compiled the training step in %.1f s", time.perf_counter() - start)
+    return compiled
+
+
 def _evaluate(
-    run: startup.Run, eval_step: evaluate.EvalStep, state: TrainState
-) -> dict[str, float]:
-    """Evaluates the weights, and the averaged weights if there are any under "ema_..."."""
+    run: startup.Run,
+    eval_step: evaluate.EvalStep,
+    state: TrainState,
+    metrics: Metrics,
+    interruption: Interruption,
+) -> dict[str, float] | None:
+    """Evaluates the weights, and the averaged weights if there are any under "ema_...".
 
-    def result_of(params: Any) -> dict[str, float]:
-        num_images = len(run.test_chunks.source)
-        with contextlib.closing(data.iterate(run.test_chunks, workers=run.workers)) as batches:
-            return evaluate.evaluate(eval_step, params, batches, run.mesh, num_images)
+    None if it was interrupted.
+    """
 
-    result = result_of(state.params)
-    if state.ema is not None:
-        result |= {f"ema_{name}": value for name, value in result_of(state.ema).items()}
-    return result
+    chunks = run.test_chunks
+    params = {"": state.params} if state.ema is None else {"": state.params, "ema_": state.ema}
+    with (
+        metrics.evaluating(len(chunks) // chunks.share.chunks) as watch,
+        contextlib.closing(data.iterate(chunks, workers=run.workers)) as batches,
+    ):
+        return evaluate.evaluate(
+            eval_step,
+            params,
+            watch(batches),
+            run.mesh,
+            len(chunks.source),
+            interruption.requested,
+        )
 
 
-def _fetch(pending: list[dict[str, jax.Array]], step: int) -> dict[str, float]:
-    """Means of the metrics of the steps up to `step`; raises if a loss is not finite."""
-    values = jax.device_get(pending)
-    losses = [float(value["loss"]) for value in values]
+def _fetch(window: list[dict[str, Any]], step: int) -> list[dict[str, Any]]:
+    """The metrics of the steps up to `step` as numbers; raises if a loss is not finite."""
+    values = [{k: np.asarray(v).tolist() for k, v in m.items()} for m in jax.device_get(window)]
+    losses = [value["loss"] for value in values]
     for i, loss in enumerate(losses):
-        if not jnp.isfinite(loss):
+        if not math.isfinite(loss):
             raise FloatingPointError(
                 f"the loss of step {step - len(losses) + i + 1} is {loss}; those before it: "
-                f"{losses[max(0, i - 5) : i]}. Try a lower optim.lr or train.dtype=float32."
+                f"{losses[max(0, i - 5) : i]}. Try a lower optim.lr or train.dtype=float32. "
+                "The checkpoints of earlier steps are kept."
             )
-    return {name: float(sum(v[name] for v in values) / len(values)) for name in values[0]}
+    return values
+
+
+def _save_weights(run: startup.Run, params: Any) -> None:
+    whole = jax.jit(lambda x: x, out_shardings=sharding.replicated(run.mesh))(params)
+    if distributed.is_main():
+        path = run.workdir / "weights.safetensors"
+        weights.save_weights(path, jax.device_get(whole))
+        log.info("wrote %s", path)
 
 
 def _describe(run: startup.Run, state: TrainState) -> None:
     sizes = [x.size for x in jax.tree.leaves(state.params)]
     log.info(
-        "%s: %s parameters, %s on %d x %s",
+        "%s: %s parameters, %s on %s x %s",
         run.config.model.name,
         f"{sum(sizes):,}",
         jnp.dtype(run.model.dtype).name,
-        run.mesh.size,
+        " x ".join(str(n) for n in run.mesh.shape.values() if n > 1) or "1",
         run.mesh.devices.flat[0].device_kind,
+    )
+    log.info(
+        "state: %.1f MB a device of %.1f MB",
+        sharding.bytes_per_device(state) / 1e6,
+        sum(x.nbytes for x in jax.tree.leaves(state)) / 1e6,
     )
     log.info("training: %s", sources.describe(run.train_chunks.source))
     log.info("test: %s", sources.describe(run.test_chunks.source))

@@ -19,10 +19,10 @@ class Brightness(nn.Module):
 
 def evaluate_digits(model, batch_size, devices, num_images=360):
     source = sources.open_source("digits", "test")
-    mesh = sharding.make_mesh(jax.devices()[:devices])
+    mesh = sharding.make_mesh(devices=jax.devices()[:devices])
     step = evaluate.make_eval_step(model, (0.3,), (0.4,), mesh)
     chunks = data.EvalChunks(source, lambda image: image, data.Share(batch_size))
-    return source, evaluate.evaluate(step, {}, data.iterate(chunks), mesh, num_images)
+    return source, evaluate.evaluate(step, {"": {}}, data.iterate(chunks), mesh, num_images)
 
 
 @pytest.mark.parametrize("devices", [1, 8])

@@ -103,10 +103,10 @@ def save_initial(model, path):
     import jax
     import jax.numpy as jnp
 
-    from convit_jax import checkpoint
+    from convit_jax import weights
 
     images = jnp.zeros((1, *model.image_shape))
-    checkpoint.save_weights(path, jax.jit(model.init)(jax.random.key(0), images)["params"])
+    weights.save_weights(path, jax.jit(model.init)(jax.random.key(0), images)["params"])
 
 
 def test_part_of_the_data_for_the_same_number_of_images(imagenet, tmp_path):

@@ -309,7 +309,7 @@ def test_devices_change_nothing_and_send_nothing(batch):
     """Sixteen images a device and groups of 24, so that groups lie across devices."""
     results, key = [], jax.random.key(3)
     for count in (1, 8):
-        mesh = sharding.make_mesh(jax.devices()[:count])
+        mesh = sharding.make_mesh(devices=jax.devices()[:count])
         split, everywhere = sharding.over_batch(mesh), sharding.replicated(mesh)
         step = jax.jit(
             augment(group_size=24, prob=0.9),
@@ -334,7 +334,7 @@ def test_devices_with_less_than_a_unit_of_images(batch):
     images, labels, key = batch[0][:32], batch[1][:32], jax.random.key(1)
     results = []
     for count in (1, 8):
-        split = sharding.over_batch(sharding.make_mesh(jax.devices()[:count]))
+        split = sharding.over_batch(sharding.make_mesh(devices=jax.devices()[:count]))
         step = jax.jit(augment(group_size=8, erase_prob=0.0), out_shardings=split)
         results.append(jax.device_get(step(*jax.device_put((images, labels), split), key)))
     for one, eight in zip(*results, strict=True):

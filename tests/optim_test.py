@@ -11,7 +11,7 @@ import pytest
 import reference
 
 from configs import common
-from convit_jax import ConViT, optim, sharding, to_torch, train
+from convit_jax import ConViT, optim, sharding, to_torch, train_step
 
 OPTIM = common.get_config().optim
 MODEL = ConViT(
@@ -167,19 +167,22 @@ def accumulated():
     config.optim.update(eps=1e-4, clip_norm=0.1, ema_decay=0.5)
     mesh = sharding.make_mesh()
     model = MODEL.clone(depth=2, local_up_to_layer=1)
-    optimizer = optim.make_optimizer(config.optim, lambda step: 1e-3)
-    initial = train.init_state(model, optimizer, config, mesh)
+    schedule = optax.constant_schedule(1e-3)
+    optimizer = optim.make_optimizer(config.optim, schedule)
+    initial = train_step.init_state(model, optimizer, config, mesh)
     rng = np.random.default_rng(0)
     batch = {
         "image": rng.integers(256, size=(64, 16, 16, 3), dtype=np.uint8),
         "label": rng.integers(10, size=64, dtype=np.int32),
+        "skipped": np.zeros(64, np.int32),
     }
     batch = sharding.put_batch(batch, mesh)
     results = {}
     for accum_steps in (1, 2, 4):
         config.train.accum_steps = accum_steps
         state = jax.tree.map(jnp.copy, initial)  # the step takes its state's memory
-        step = train.make_train_step(model, optimizer, config, mesh).lower(state, batch).compile()
+        step = train_step.make_train_step(model, optimizer, schedule, config, mesh)
+        step = step.lower(state, batch).compile()
         for _ in range(3):
             state, metrics = step(state, batch)
         results[accum_steps] = step, jax.device_get((state, metrics))

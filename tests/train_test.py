@@ -2,14 +2,16 @@
 
 import itertools
 import json
+import logging
 
 import jax
 import jax.numpy as jnp
 import numpy as np
+import optax
 import pytest
 
 from configs import digits
-from convit_jax import data, optim, sharding, sources, startup, train
+from convit_jax import checkpoint, data, optim, sharding, sources, startup, train, train_step
 
 
 def small_config(**train_options):
@@ -21,20 +23,19 @@ def small_config(**train_options):
 
 
 def make_step(config, num_devices):
-    mesh = sharding.make_mesh(jax.devices()[:num_devices])
+    mesh = sharding.make_mesh(config.mesh.fsdp, devices=jax.devices()[:num_devices])
     model = startup.make_model(config, num_classes=10)
     schedule = optim.learning_rate(config.optim, 64, steps_per_epoch=1, total_steps=100)
     optimizer = optim.make_optimizer(config.optim, schedule)
-    step = train.make_train_step(model, optimizer, config, mesh)
-    return step, train.init_state(model, optimizer, config, mesh), mesh
+    step = train_step.make_train_step(model, optimizer, schedule, config, mesh)
+    return step, train_step.init_state(model, optimizer, config, mesh), mesh
 
 
 def digits_batches(number, batch_size=64):
     """Batches of the digits, of the step's own kind."""
     source = sources.open_source("digits", "train")
     chunks = data.TrainChunks(source, lambda image, rng: image, data.Share(batch_size), seed=0)
-    batches = list(itertools.islice(data.iterate(chunks), number))
-    return [{key: batch[key] for key in ("image", "label")} for batch in batches]
+    return list(itertools.islice(data.iterate(chunks), number))
 
 
 def test_eight_devices_equal_one():
@@ -96,8 +97,10 @@ def test_a_run_learns_and_leaves_its_metrics(tmp_path):
     assert training[-1]["loss"] < training[0]["loss"]
     assert training[0].keys() == {
         "kind", "step", "time", "loss", "grad_norm", "images_per_second", "learning_rate",
-        "data_seconds", "skipped_images",
+        "data_seconds", "data_wait", "skipped_images", "gates",
     }  # fmt: skip
+    assert training[0]["gates"] == pytest.approx([1 / (1 + np.exp(-1))], abs=0.01)
+    assert training[0]["learning_rate"] < training[3]["learning_rate"]
     assert json.loads((workdir / "config.json").read_text())["model"]["embed_dim"] == 16
 
     # The weights that were left start another run where this one ended.
@@ -108,8 +111,46 @@ def test_a_run_learns_and_leaves_its_metrics(tmp_path):
     again = train.train(startup.prepare(config, str(tmp_path / "again")))
     assert again["top1"] == again["ema_top1"] == result["top1"]
 
-    with pytest.raises(FileExistsError, match=r"holds an earlier run .*: choose another --workdir"):
-        startup.prepare(config, str(workdir))
+    # What has ended says so again, and nothing is done anew.
+    before = (workdir / "metrics.jsonl").read_text()
+    assert train.train(run) == result
+    assert (workdir / "metrics.jsonl").read_text() == before
+    starts = (workdir / "starts.jsonl").read_text().splitlines()
+    assert [json.loads(line)["step"] for line in starts] == [0, 269]
+
+
+def test_each_step_is_compiled_once(tmp_path, caplog):
+    config = small_config(epochs=3.0, eval_every=1.0)
+    config.optim.ema_decay = 0.5
+    with jax.log_compiles(), caplog.at_level(logging.WARNING):
+        train.train(startup.prepare(config, str(tmp_path)))
+    compiled = [r.getMessage() for r in caplog.records if r.getMessage().startswith("Compiling")]
+    for name in ("train_step", "eval_step"):
+        assert sum(name in message for message in compiled) == 1
+
+
+def test_a_split_state_trains_the_same():
+    """fsdp=8 and 4 beside 1, on eight devices. Tolerances: sums in another order."""
+    results = {}
+    for fsdp in (1, 4, 8):
+        config = small_config()
+        config.mesh.fsdp = fsdp
+        config.model.embed_dim = 64
+        config.optim.update(ema_decay=0.9, eps=1e-4)
+        step, state, mesh = make_step(config, 8)
+        kernel = state.params["gpsa_blocks"]["mlp"]["fc1"]["kernel"]
+        assert kernel.addressable_shards[0].data.size == kernel.size / fsdp
+        losses = []
+        for batch in digits_batches(5):
+            state, metrics = step(state, sharding.put_batch(batch, mesh))
+            losses.append(float(metrics["loss"]))
+        kernel = state.opt_state[0].mu["gpsa_blocks"]["mlp"]["fc1"]["kernel"]
+        assert kernel.addressable_shards[0].data.size == kernel.size / fsdp
+        results[fsdp] = losses, jax.device_get(state.ema)
+    for fsdp in (4, 8):
+        np.testing.assert_allclose(results[fsdp][0], results[1][0], rtol=1e-6)
+        for left, right in zip(*(jax.tree.leaves(results[n][1]) for n in (fsdp, 1)), strict=True):
+            np.testing.assert_allclose(left, right, atol=1e-6)
 
 
 def test_a_loss_that_is_not_finite_stops_the_run(tmp_path):
@@ -117,6 +158,30 @@ def test_a_loss_that_is_not_finite_stops_the_run(tmp_path):
     config.optim.update(lr=1e30, warmup_lr=1e30)
     with pytest.raises(FloatingPointError, match=r"the loss of step \d+ is (nan|inf); those befor"):
         train.train(startup.prepare(config, str(tmp_path)))
+
+
+def test_weights_that_are_not_finite_are_not_saved(tmp_path, monkeypatch):
+    """Of a step whose own loss is finite, but not its gradients."""
+    config = small_config(epochs=3.0, log_every=100)
+    config.checkpoint.every = 1
+    original = optim.mean_gradients
+
+    def overflowing(loss_fn, params, batch, key, accum_steps):
+        loss, grads = original(loss_fn, params, batch, key, accum_steps)
+        return loss, jax.tree.map(lambda g: jnp.where(loss < 2.29, jnp.inf, g), grads)
+
+    monkeypatch.setattr(optim, "mean_gradients", overflowing)
+    with pytest.raises(FloatingPointError, match=r"the weights after step \d+ are not finite"):
+        train.train(startup.prepare(config, str(tmp_path)))
+    run = startup.prepare(config, str(tmp_path))
+    newest = checkpoint.newest(tmp_path / "checkpoints")
+    assert newest > 0
+    with checkpoint.Checkpoints(tmp_path / "checkpoints", every=1, also=(), keep=2) as saved:
+        optimizer = optim.make_optimizer(config.optim, optax.constant_schedule(0.0))
+        like = train_step.abstract_state(run.model, optimizer, config, run.mesh)
+        step, state, _ = saved.restore(like)
+    assert step == newest == int(state.step)
+    assert all(np.isfinite(x).all() for x in jax.tree.leaves(state))
 
 
 @pytest.mark.parametrize(
@@ -129,6 +194,8 @@ def test_a_loss_that_is_not_finite_stops_the_run(tmp_path):
             "the 8 devices times train.accum_steps=16, such as 128, got 64",
         ),
         ({"train.batch_size": 1600}, "at most the 1437 images of digits, got 1600"),
+        ({"mesh.fsdp": 3}, "mesh.fsdp: expected a divisor of the 8 devices, got 3"),
+        ({"checkpoint.every": 0}, "checkpoint.every: expected more than 0, got 0"),
         ({"train.epochs": 0.0}, "train.epochs: expected more than 0, got 0.0"),
         ({"train.dtype": "half"}, "train.dtype: expected one of .*'bfloat16'.*, got 'half'"),
         ({"data.source": "mnist"}, "data.source: .*mnist"),

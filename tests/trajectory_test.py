@@ -7,7 +7,7 @@ import pytest
 import reference
 
 from configs import common
-from convit_jax import ConViT, from_torch, optim, sharding, to_torch, train
+from convit_jax import ConViT, from_torch, optim, sharding, to_torch, train_step
 
 NUM_CLASSES = 10
 BATCH_SIZE = 64
@@ -32,7 +32,10 @@ def make_batches():
     labels = rng.integers(NUM_CLASSES, size=(4, BATCH_SIZE), dtype=np.int32)
     noise = rng.uniform(size=(4, BATCH_SIZE, 32, 32, 3))
     images = (255 * (0.3 * patterns[labels] + 0.7 * noise)).astype(np.uint8)
-    return [{"image": images[i % 4], "label": labels[i % 4]} for i in range(STEPS)]
+    skipped = np.zeros(BATCH_SIZE, np.int32)
+    return [
+        {"image": images[i % 4], "label": labels[i % 4], "skipped": skipped} for i in range(STEPS)
+    ]
 
 
 def make_timms():
@@ -100,9 +103,9 @@ def train_ours(config, state_dict, batches):
     optimizer = optim.make_optimizer(config.optim, schedule)
     params = jax.tree.map(jnp.asarray, from_torch(state_dict))
     ema = jax.tree.map(jnp.copy, params) if config.optim.ema_decay else None
-    state = train.TrainState(jnp.zeros((), jnp.int32), params, optimizer.init(params), ema)
+    state = train_step.TrainState(jnp.zeros((), jnp.int32), params, optimizer.init(params), ema)
     state = jax.device_put(state, sharding.replicated(mesh))
-    step = train.make_train_step(model, optimizer, config, mesh)
+    step = train_step.make_train_step(model, optimizer, schedule, config, mesh)
     history = []
     for batch in batches:
         state, metrics = step(state, sharding.put_batch(batch, mesh))

@@ -1,0 +1,137 @@
+"""How the processes of a run were started: by hand, Slurm, Open MPI, or on the hosts of a TPU."""
+
+from collections.abc import Mapping
+import dataclasses
+import re
+import urllib.request
+
+_METADATA = "http://{}/computeMetadata/v1/instance/attributes/{}"
+
+
+@dataclasses.dataclass(frozen=True)
+class Launch:
+    """One process of several.
+
+    Attributes:
+      by: "flags", "slurm", "ompi" or "tpu".
+      num_processes: of the run; None: JAX asks the TPU.
+      process_id: of this one; None: the same.
+      coordinator: HOST:PORT of process 0; None: JAX knows it from what is in `by`.
+      owns_devices: whether this process is to use all the devices that it sees, rather than the
+        one that JAX picks by its number on the host.
+    """
+
+    by: str
+    num_processes: int | None = None
+    process_id: int | None = None
+    coordinator: str | None = None
+    owns_devices: bool = True
+
+
+def detect(
+    env: Mapping[str, str],
+    coordinator: str | None = None,
+    num_processes: int | None = None,
+    process_id: int | None = None,
+) -> Launch | None:
+    """Finds out how this process was started; None if it is alone.
+
+    Args:
+      env: the environment variables.
+      coordinator: HOST:PORT of process 0; with Slurm and Open MPI it may be given alone.
+      num_processes: of the run.
+      process_id: of this one, from 0.
+
+    Raises:
+      ValueError: if one of these is missing or makes no sense.
+    """
+    if coordinator is not None and not re.fullmatch(r".+:\d+", coordinator):
+        raise ValueError(f"--coordinator: expected HOST:PORT, got {coordinator!r}")
+    if num_processes is not None or process_id is not None:
+        return _by_hand(coordinator, num_processes, process_id)
+    launch = _open_mpi(env, coordinator) or _slurm(env, coordinator)
+    if launch is None and coordinator is not None:
+        return _by_hand(coordinator, num_processes, process_id)
+    return launch or (Launch("tpu") if _is_tpu_pod(env) else None)
+
+
+def _by_hand(
+    coordinator: str | None, num_processes: int | None, process_id: int | None
+) -> Launch | None:
+    given = {
+        "--coordinator": coordinator,
+        "--num_processes": num_processes,
+        "--process_id": process_id,
+    }
+    missing = [name for name, value in given.items() if value is None]
+    if missing:
+        have = [name for name in given if name not in missing]
+        raise ValueError(f"{' and '.join(missing)}: expected beside {' and '.join(have)}")
+    if num_processes < 1:
+        raise ValueError(f"--num_processes: expected at least 1, got {num_processes}")
+    if not 0 <= process_id < num_processes:
+        raise ValueError(f"--process_id: expected 0 to {num_processes - 1}, got {process_id}")
+    return Launch("flags", num_processes, process_id, coordinator) if num_processes > 1 else None
+
+
+def _open_mpi(env: Mapping[str, str], coordinator: str | None) -> Launch | None:
+    if int(env.get("OMPI_COMM_WORLD_SIZE", 1)) < 2:
+        return None
+    if coordinator is None and "OMPI_MCA_orte_hnp_uri" not in env:
+        raise ValueError(
+            "--coordinator: expected HOST:PORT, the host of rank 0 and a free port there, which "
+            "Open MPI tells up to version 4 only"
+        )
+    return Launch(
+        "ompi",
+        int(env["OMPI_COMM_WORLD_SIZE"]),
+        int(env["OMPI_COMM_WORLD_RANK"]),
+        coordinator,
+        owns_devices=env.get("OMPI_COMM_WORLD_LOCAL_SIZE") == "1" or _has_one_gpu(env),
+    )
+
+
+def _slurm(env: Mapping[str, str], coordinator: str | None) -> Launch | None:
+    # The step's variables: a script that srun has not started sees those of the job.
+    if int(env.get("SLURM_STEP_NUM_TASKS", 1)) < 2:
+        return None
+    alone_on_host = env.get("SLURM_STEP_NUM_NODES") == env["SLURM_STEP_NUM_TASKS"]
+    return Launch(
+        "slurm",
+        int(env["SLURM_STEP_NUM_TASKS"]),
+        int(env["SLURM_PROCID"]),
+        coordinator,
+        owns_devices=alone_on_host or _has_one_gpu(env),
+    )
+
+
+def _has_one_gpu(env: Mapping[str, str]) -> bool:
+    """Whether the launcher gave this process a GPU of its own, as srun --gpus-per-task=1 does."""
+    return bool(env.get("CUDA_VISIBLE_DEVICES")) and "," not in env["CUDA_VISIBLE_DEVICES"]
+
+
+def _is_tpu_pod(env: Mapping[str, str]) -> bool:
+    """Whether this is one of several hosts of a Cloud TPU."""
+    if "tpu" not in env.get("JAX_PLATFORMS", "tpu"):
+        return False
+    slices = env.get("MEGASCALE_NUM_SLICES")
+    hosts = env.get("TPU_PROCESS_ADDRESSES") or env.get("TPU_WORKER_HOSTNAMES")  # GKE, notebooks
+    if not hosts and "TPU_SKIP_MDS_QUERY" not in env:  # JAX sets that where there is no TPU
+        hosts = _metadata(env, "worker-network-endpoints")
+        found = re.search(r"MEGASCALE_NUM_SLICES: *'?(\d+)", _metadata(env, "tpu-env"))
+        slices = found.group(1) if found else slices
+    return "," in (hosts or "") or int(slices or 1) > 1
+
+
+def _metadata(env: Mapping[str, str], attribute: str) -> str:
+    """What Google Cloud tells a virtual machine about itself; empty if nothing."""
+    host = env.get("GCE_METADATA_IP", "metadata.google.internal")
+    request = urllib.request.Request(
+        _METADATA.format(host, attribute), headers={"Metadata-Flavor": "Google"}
+    )
+    opener = urllib.request.build_opener(urllib.request.ProxyHandler({}))  # not through a proxy
+    try:
+        with opener.open(request, timeout=5) as response:
+            return response.read().decode()
+    except OSError:
+        return ""

@@ -1,0 +1,118 @@
+"""Runs of main.py that are killed, stopped and started again, and what becomes of their numbers."""
+
+import json
+import shutil
+import signal
+
+import numpy as np
+import pytest
+import runs
+
+pytestmark = pytest.mark.slow
+
+
+@pytest.fixture(scope="module")
+def flags(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("images")
+    runs.write_images(folder)
+    cache = tmp_path_factory.mktemp("cache")
+    return (
+        *runs.SMALL,
+        f"--config.data.source=folder:{folder}",
+        f"--config.compilation_cache={cache}",
+    )
+
+
+@pytest.fixture(scope="module")
+def whole(flags, tmp_path_factory):
+    """The working directory of a run that nothing happened to."""
+    workdir = tmp_path_factory.mktemp("whole") / "run"
+    runs.finish(runs.start(workdir, *flags), workdir)
+    assert runs.steps_saved(workdir)[-1] == 24
+    return workdir
+
+
+@pytest.fixture(scope="module")
+def stopped(flags, tmp_path_factory):
+    """The working directory of a run that got SIGTERM in its middle."""
+    workdir = tmp_path_factory.mktemp("stopped") / "run"
+    process = runs.start(workdir, *flags)
+    runs.wait_for(lambda path: reached(path, 8), process, workdir)
+    process.send_signal(signal.SIGTERM)
+    runs.finish(process, workdir)
+    return workdir
+
+
+def reached(workdir, step):
+    file = workdir / "metrics.jsonl"
+    return file.exists() and any(
+        json.loads(line)["step"] >= step
+        for line in file.read_text().splitlines(keepends=True)
+        if line.endswith("\n")
+    )
+
+
+def assert_same(workdir, other):
+    """To the bit: parameters, optimiser state, averages, and every line of the metrics."""
+    left, right = runs.state(workdir), runs.state(other)
+    assert left.keys() == right.keys()
+    for kind in ("params", "opt_state", "ema", "step"):
+        assert any(f"['{kind}']" in name for name in left)
+    for name, value in left.items():
+        np.testing.assert_array_equal(value, right[name], err_msg=name)
+    assert runs.metrics(workdir) == runs.metrics(other)
+    name = "weights.safetensors"
+    assert (workdir / name).read_bytes() == (other / name).read_bytes()
+
+
+def test_killed_runs_end_as_the_one_that_was_not(flags, whole, tmp_path):
+    workdir = tmp_path / "run"
+    # In the middle of a window of metrics, before the first evaluation.
+    process = runs.start(workdir, *flags)
+    runs.wait_for(lambda path: reached(path, 4), process, workdir)
+    runs.kill(process)
+    first = runs.steps_saved(workdir)[-1]
+
+    # While a checkpoint is written.
+    for _ in range(5):
+        process = runs.start(workdir, *flags)
+        runs.wait_for(lambda path: runs.steps_saved(path)[-1] > first, process, workdir)
+        runs.wait_for(runs.is_saving, process, workdir, poll=0)
+        runs.kill(process)
+        if runs.is_saving(workdir):
+            break
+    assert runs.is_saving(workdir)  # it was caught unfinished
+    second = runs.steps_saved(workdir)[-1]
+    assert first < second < 24
+
+    # Past an evaluation, and on with another number of workers.
+    process = runs.start(workdir, *flags)
+    runs.wait_for(lambda path: runs.steps_saved(path)[-1] > max(second, 12), process, workdir)
+    runs.kill(process)
+    process = runs.start(workdir, *flags, "--config.data.workers=2")
+    runs.finish(process, workdir)
+
+    assert f"going on from step {second}" in runs.output(workdir)
+    assert "changed since the last start: data.workers: there 1, now 2" in runs.output(workdir)
+    starts = [json.loads(line) for line in (workdir / "starts.jsonl").read_text().splitlines()]
+    assert starts[0]["step"] == 0
+    assert starts[-1]["step"] > 12
+    assert_same(workdir, whole)
+
+
+def test_sigterm_saves_and_ends_well(stopped, flags, whole, tmp_path):
+    output = runs.output(stopped)
+    (step,) = runs.steps_saved(stopped)[-1:]
+    assert 8 <= step < 24
+    assert f"stopped after step {step}: the same command goes on from there" in output
+    assert "Traceback" not in output
+    workdir = tmp_path / "run"
+    shutil.copytree(stopped, workdir)
+    runs.finish(runs.start(workdir, *flags), workdir)
+    assert f"going on from step {step}" in runs.output(workdir)
+    assert_same(workdir, whole)
+
+    again = runs.start(workdir, *flags)  # finished: nothing is trained or lost
+    runs.finish(again, workdir)
+    assert "24 steps" in runs.output(workdir).splitlines()[-1]
+    assert_same(workdir, whole)

@@ -1,0 +1,119 @@
+"""Runs of main.py as the tests start, kill and compare them."""
+
+import json
+import os
+import pathlib
+import signal
+import subprocess
+import sys
+import time
+from typing import Any
+
+import numpy as np
+from PIL import Image
+
+ROOT = pathlib.Path(__file__).parent.parent
+
+# What is measured, not computed: never the same twice.
+MEASURED = {"time", "images_per_second", "data_seconds", "data_wait", "mfu"}
+
+# The whole recipe, small: four patches, two blocks. 24 steps, an evaluation in their middle.
+SMALL = (
+    "--config=configs/convit_ti.py",
+    "--config.model.image_size=32",
+    "--config.model.embed_dim=32",
+    "--config.model.depth=2",
+    "--config.model.local_up_to_layer=1",
+    "--config.model.drop_path=0.2",
+    "--config.data.workers=1",
+    "--config.train.batch_size=16",
+    "--config.train.epochs=3.2",
+    "--config.train.eval_every=1.6",
+    "--config.train.log_every=4",
+    "--config.optim.ema_decay=0.9",
+    "--config.checkpoint.every=3",
+)
+
+
+def write_images(folder: pathlib.Path, per_class: int = 40) -> None:
+    """Class folders with train/ and val/: coloured noise, which is enough to be learnt from."""
+    rng = np.random.default_rng(0)
+    for split, number in (("train", per_class), ("val", per_class // 4)):
+        for label in range(3):
+            (folder / split / f"class{label}").mkdir(parents=True)
+            for i in range(number):
+                pixels = rng.integers(0, 256, (40, 48, 3), np.uint8)
+                pixels[..., label] //= 4
+                Image.fromarray(pixels).save(folder / split / f"class{label}" / f"{i}.png")
+
+
+def start(workdir: pathlib.Path, *flags: str, devices: int = 8) -> subprocess.Popen:
+    """Starts main.py on so many CPU devices; its output goes to a file beside the workdir."""
+    env = dict(os.environ) | {
+        "JAX_PLATFORMS": "cpu",
+        "XLA_FLAGS": f"--xla_force_host_platform_device_count={devices}",
+        "JAX_DEFAULT_MATMUL_PRECISION": "highest",
+    }
+    log = workdir.with_name(workdir.name + ".log").open("a")
+    with log:
+        return subprocess.Popen(
+            [sys.executable, "main.py", f"--workdir={workdir}", *flags],
+            cwd=ROOT, env=env, stdout=log, stderr=log, start_new_session=True,
+        )  # fmt: skip
+
+
+def output(workdir: pathlib.Path) -> str:
+    return workdir.with_name(workdir.name + ".log").read_text()
+
+
+def finish(process: subprocess.Popen, workdir: pathlib.Path, code: int = 0) -> None:
+    """Waits for the end of a process, which has to be this one."""
+    assert process.wait(timeout=300) == code, output(workdir)
+
+
+def kill(process: subprocess.Popen) -> None:
+    """kill -9, of the workers too."""
+    os.killpg(process.pid, signal.SIGKILL)
+    process.wait(timeout=60)
+
+
+def wait_for(condition, process: subprocess.Popen, workdir: pathlib.Path, poll: float = 0.001):
+    """Waits until a function of the workdir is true while the process lives; returns its value."""
+    deadline = time.monotonic() + 240
+    while not (value := condition(workdir)):
+        assert process.poll() is None, output(workdir)
+        assert time.monotonic() < deadline, output(workdir)
+        time.sleep(poll)
+    return value
+
+
+def steps_saved(workdir: pathlib.Path) -> list[int]:
+    folder = workdir / "checkpoints"
+    return sorted(int(p.name) for p in folder.glob("*") if p.name.isdigit())
+
+
+def is_saving(workdir: pathlib.Path) -> list[pathlib.Path]:
+    return list((workdir / "checkpoints").glob("*-tmp*"))
+
+
+def metrics(workdir: pathlib.Path) -> list[dict[str, Any]]:
+    """The lines of metrics.jsonl without what was measured."""
+    lines = [json.loads(line) for line in (workdir / "metrics.jsonl").read_text().splitlines()]
+    return [{k: v for k, v in line.items() if k not in MEASURED} for line in lines]
+
+
+def state(workdir: pathlib.Path, step: int | None = None) -> dict[str, np.ndarray]:
+    """The arrays of a checkpoint by name: step, params, opt_state, ema."""
+    import jax
+    import orbax.checkpoint as ocp
+
+    folder = workdir / "checkpoints" / str(steps_saved(workdir)[-1] if step is None else step)
+    checkpointer = ocp.PyTreeCheckpointer()
+    item = (folder / "state").resolve()
+    as_numpy = jax.tree.map(
+        lambda _: ocp.RestoreArgs(restore_type=np.ndarray),
+        checkpointer.metadata(item).item_metadata.tree,
+    )
+    tree = checkpointer.restore(item, restore_args=as_numpy)
+    leaves = jax.tree_util.tree_flatten_with_path(tree)[0]
+    return {jax.tree_util.keystr(path): np.asarray(leaf) for path, leaf in leaves}
