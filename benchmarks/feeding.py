@@ -12,6 +12,7 @@ of benchmarks.input_pipeline: 500 x 375 pixels, quality 90.
 import argparse
 import contextlib
 import json
+import os
 import pathlib
 import tempfile
 import time
@@ -25,13 +26,17 @@ from convit_jax import data, startup, train
 
 
 def write_folder(root: pathlib.Path, images: int) -> None:
-    """A folder of two classes, train/ and val/, of the photos over and over."""
-    files = input_pipeline.photos()
+    """A folder of two classes, train/ and val/, of the photos over and over, by hard links."""
+    root.mkdir(parents=True)
+    photos = []
+    for number, photo in enumerate(input_pipeline.photos()):
+        photos.append(root / f"{number}.jpg")
+        photos[-1].write_bytes(photo)
     for split in ("train", "val"):
         for number in range(images if split == "train" else 2):
             folder = root / split / f"class{number % 2}"
             folder.mkdir(parents=True, exist_ok=True)
-            (folder / f"{number:05}.jpg").write_bytes(files[number % len(files)])
+            os.link(photos[number % len(photos)], folder / f"{number:05}.jpg")
 
 
 def make_config(root: pathlib.Path, batch_size: int, steps: int, workers: int):
@@ -86,7 +91,8 @@ def main() -> None:
     flags.FLAGS.mark_as_parsed()  # grain's workers inherit the flags
     with tempfile.TemporaryDirectory() as folder:
         root = pathlib.Path(folder)
-        write_folder(root / "images", 256)
+        # Of a few hundred images grain's index_shuffle takes 0.2 ms each, of ImageNet's 0.01.
+        write_folder(root / "images", 20_000)
         if args.what == "workers":
             time_workers(root, args.repetitions)
         else:

@@ -11,7 +11,7 @@ number of them. Every process reads its own contiguous share of each global batc
     python -m convit_jax.data prepare --tars=DIR --data_dir=DIR
 """
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 import dataclasses
 import functools
 import gc
@@ -28,6 +28,7 @@ Batch = dict[str, np.ndarray]
 Transform = Callable[..., np.ndarray]
 
 _CHUNK = 64  # images at most: what a worker makes at a time, and holds
+_SHARED = 2**16  # bytes from which an array goes through shared memory; a pipe is cheaper below
 _ENDLESS = 2**40  # chunks
 _TRIES = 100  # images looked at in place of a corrupt one
 
@@ -115,10 +116,10 @@ class TrainChunks:
 
         "skipped" counts the corrupt images that an image stands for.
         """
-        draws = [self._draw(position) for position in self.share.positions(chunk)]
-        images, labels, skipped = zip(*draws, strict=True)
+        draws = map(self._draw, self.share.positions(chunk))
+        images, (labels, skipped) = _gather(draws, self.share.chunk)
         return {
-            "image": np.stack(images),
+            "image": images,
             "label": np.asarray(labels, np.int32),
             "skipped": np.asarray(skipped, np.int32),
         }
@@ -175,9 +176,9 @@ class EvalChunks:
         """ "image", "label" as in training, and "mask" (chunk,) float32: 0 for padding."""
         positions = self.share.positions(chunk)
         mask = np.asarray([position < len(self.source) for position in positions], np.float32)
-        examples = [self._example(p if p < len(self.source) else 0) for p in positions]
-        images, labels = zip(*examples, strict=True)
-        return {"image": np.stack(images), "label": np.asarray(labels, np.int32), "mask": mask}
+        examples = (self._example(p if p < len(self.source) else 0) for p in positions)
+        images, (labels,) = _gather(examples, len(positions))
+        return {"image": images, "label": np.asarray(labels, np.int32), "mask": mask}
 
     def _example(self, index: int) -> tuple[np.ndarray, int]:
         example = self.source[index]
@@ -210,6 +211,8 @@ def iterate(
     dataset = grain.MapDataset.source(chunks)[start_step * per_batch : stop]
     dataset = dataset.to_iter_dataset(grain.ReadOptions(num_threads=0, prefetch_buffer_size=0))
     if workers:
+        small = grain.experimental.DatasetOptions(min_shm_size=_SHARED)
+        dataset = grain.experimental.WithOptionsIterDataset(dataset, small)
         options = grain.MultiprocessingOptions(num_workers=workers, per_worker_buffer_size=2)
         dataset = dataset.mp_prefetch(options)
     iterator = iter(dataset)
@@ -231,6 +234,23 @@ def num_workers(wanted: int | None, source: Source) -> int:
     if wanted is not None:
         return wanted
     return 0 if isinstance(source, ArraySource) else os.cpu_count() or 1
+
+
+def _gather(examples: Iterable[tuple], count: int) -> tuple[np.ndarray, list[tuple]]:
+    """Of `count` tuples (image, ...) the images as one array, and what follows, each as a tuple.
+
+    Every image is copied while it is in the cache still, and let go.
+    """
+    rest = []
+    for number, (image, *values) in enumerate(examples):
+        if not number:
+            images = np.empty((count, *image.shape), image.dtype)
+        elif image.shape != images.shape[1:]:
+            shape = images.shape[1:]
+            raise ValueError(f"images of a batch: expected all {shape}, got {image.shape}")
+        images[number] = image
+        rest.append(values)
+    return images, list(zip(*rest, strict=True))
 
 
 def _join(parts: list[np.ndarray]) -> np.ndarray:

@@ -97,8 +97,10 @@ def test_a_run_started_late_sees_what_it_would_have_seen():
     assert_equal(batches(45)[41:], batches(4, start=41))  # beyond the second epoch
 
 
-@pytest.mark.parametrize("workers", [1, 2, 4])
-def test_workers_make_the_same_batches(workers):
+@pytest.mark.parametrize(("workers", "shared"), [(1, 0), (2, 2**16), (4, 0)])
+def test_workers_make_the_same_batches(workers, shared, monkeypatch):
+    """Through shared memory (every array from 0 bytes on) and through the pipe."""
+    monkeypatch.setattr(data, "_SHARED", shared)
     options = {"batch_size": 192, "repeats": 3}  # three chunks a batch
     assert chunks(**options).share.chunks == 3
     assert_equal(batches(4, start=2, **options), batches(4, start=2, workers=workers, **options))
@@ -168,6 +170,14 @@ def test_corrupt_images_are_named_or_replaced_and_counted(workers):
         undisturbed = numbers([next(iterator) for _ in range(20)])
     changed = drawn != undisturbed
     np.testing.assert_array_equal(changed, np.isin(undisturbed, list(bad)))
+
+
+def test_images_of_different_sizes_make_no_batch():
+    def crop(image, rng):
+        return image[: rng.integers(1, 3)]
+
+    with pytest.raises(ValueError, match=r"expected all \(\d, 2, 1\), got \(\d, 2, 1\)"):
+        data.TrainChunks(numbered(), crop, data.Share(30), seed=0)[0]
 
 
 def test_too_many_corrupt_images_are_an_error():
