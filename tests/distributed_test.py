@@ -64,13 +64,18 @@ def start_pair(code: str, *args: object, devices: int = 1) -> list[subprocess.Po
     return [start(code, address, process, *args, devices=devices) for process in (0, 1)]
 
 
-def wait_for(process: subprocess.Popen, text: str) -> str:
-    """What the process prints up to a line with this text."""
+def wait_for(process: subprocess.Popen, text: str, timeout: float = 40) -> str:
+    """What the process prints up to a line with this text; it is killed if that takes too long."""
     lines = []
-    for line in process.stdout:
-        lines.append(line)
-        if text in line:
-            return "".join(lines)
+    timer = threading.Timer(timeout, process.kill)
+    timer.start()
+    try:
+        for line in process.stdout:
+            lines.append(line)
+            if text in line:
+                return "".join(lines)
+    finally:
+        timer.cancel()
     raise AssertionError(f"ended without {text!r}:\n{''.join(lines)}")
 
 

@@ -3,6 +3,7 @@
 import json
 import shutil
 import signal
+import time
 
 import numpy as np
 import pytest
@@ -116,3 +117,50 @@ def test_sigterm_saves_and_ends_well(stopped, flags, whole, tmp_path):
     runs.finish(again, workdir)
     assert "24 steps" in runs.output(workdir).splitlines()[-1]
     assert_same(workdir, whole)
+
+
+def assert_close(workdir, other):
+    """As `assert_same` but for rounding.
+
+    Sums over the batch are taken in another order. Adam divides a gradient by its size, so where
+    it is rounding noise so are the steps of the weights, which the loss hardly sees.
+    """
+    lines, others = runs.metrics(workdir), runs.metrics(other)
+    assert [(x["kind"], x["step"]) for x in lines] == [(x["kind"], x["step"]) for x in others]
+    for left, right in zip(lines, others, strict=True):
+        np.testing.assert_allclose(left["loss"], right["loss"], rtol=1e-5)
+        assert left.get("images") == right.get("images")
+    left, right = runs.state(workdir), runs.state(other)
+    for name, value in left.items():
+        np.testing.assert_allclose(value, right[name], atol=1e-4, err_msg=name)
+
+
+def test_goes_on_with_other_devices_and_processes(stopped, flags, whole, tmp_path):
+    one, pair = tmp_path / "one", tmp_path / "pair"
+    for workdir in (one, pair):
+        shutil.copytree(stopped, workdir)
+    runs.finish(runs.start(one, *flags, devices=1), one)
+    assert_close(one, whole)
+    for process in runs.start_pair(pair, *flags, "--config.mesh.fsdp=4", devices=2):
+        runs.finish(process, pair)
+    assert_close(pair, whole)
+
+
+def test_two_processes_are_as_one_and_end_together(flags, whole, tmp_path):
+    workdir = tmp_path / "run"
+    first, second = runs.start_pair(workdir, *flags)
+    runs.wait_for(lambda path: reached(path, 8), first, workdir)
+    runs.kill(second)
+    start = time.monotonic()
+    assert first.wait(timeout=100) != 0
+    print(f"the other process ended after {time.monotonic() - start:.1f} s")
+    output = runs.output(workdir)
+    assert "process 0 of 2: 4 x cpu, 8 in all" in output
+    step = runs.steps_saved(workdir)[-1]
+    assert step < 24
+    for process in runs.start_pair(workdir, *flags):
+        runs.finish(process, workdir)
+    assert f"going on from step {step}" in runs.output(workdir)
+    assert runs.output(workdir).count("test accuracy") == 1  # process 0 reports
+    assert_close(workdir, whole)
+    assert runs.metrics(workdir)[-1]["images"] == 30

@@ -4,6 +4,7 @@ import json
 import os
 import pathlib
 import signal
+import socket
 import subprocess
 import sys
 import time
@@ -60,6 +61,15 @@ def start(workdir: pathlib.Path, *flags: str, devices: int = 8) -> subprocess.Po
             [sys.executable, "main.py", f"--workdir={workdir}", *flags],
             cwd=ROOT, env=env, stdout=log, stderr=log, start_new_session=True,
         )  # fmt: skip
+
+
+def start_pair(workdir: pathlib.Path, *flags: str, devices: int = 4) -> list[subprocess.Popen]:
+    """Starts two processes of main.py as one run, each with so many devices."""
+    with socket.socket() as free:
+        free.bind(("localhost", 0))
+        port = free.getsockname()[1]
+    hosts = (f"--coordinator=localhost:{port}", "--num_processes=2")
+    return [start(workdir, *flags, *hosts, f"--process_id={i}", devices=devices) for i in range(2)]
 
 
 def output(workdir: pathlib.Path) -> str:
