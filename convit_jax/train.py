@@ -48,6 +48,7 @@ def train(run: startup.Run) -> dict[str, float] | None:
       OSError: if a checkpoint or a metric cannot be written.
       data.CorruptImageError: at an image that cannot be decoded.
     """
+    start = time.perf_counter()
     config, total = run.config, run.total_steps
     schedule = optim.learning_rate(
         config.optim, config.train.batch_size, run.steps_per_epoch, total
@@ -100,11 +101,12 @@ def train(run: startup.Run) -> dict[str, float] | None:
     _save_weights(run, state.params if state.ema is None else state.ema)
     best = "top1" if state.ema is None else "ema_top1"
     log.info(
-        "test accuracy %.2f%% (%d of %d images) after %d steps",
+        "test accuracy %.2f%% (%d of %d images) after %d steps in %.0f s",
         100 * result[best],
         round(result[best] * result["images"]),
         result["images"],
         step,
+        time.perf_counter() - start,
     )
     return result
 

@@ -50,10 +50,11 @@ def test_trains_and_ends_with_the_test_accuracy(tmp_path):
     metrics = (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()
     assert json.loads(metrics[-1])["kind"] == "eval"
 
-    again = main(tmp_path / "run", *SMALL)
+    again = main(tmp_path / "run", *SMALL, "--config.optim.lr=0.5")
     assert again.returncode == 1
     assert "error:" in again.stderr
     assert "choose another --workdir" in again.stderr
+    assert "optim.lr: there 0.008, now 0.5" in again.stderr
     assert "Traceback" not in again.stderr
 
 
