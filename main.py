@@ -28,10 +28,10 @@ def main(rest: list[str]) -> None:
     with cli.report(ValueError, OSError):
         common.check(cli.CONFIG.value)
         distributed.initialize(_COORDINATOR.value, _NUM_PROCESSES.value, _PROCESS_ID.value)
-    distributed.log_from_main()
     with distributed.failing_together():
         with cli.report(ValueError, OSError, RuntimeError):
             distributed.check_devices()
+            distributed.log_from_main()
             from convit_jax import data, startup, train  # not needed for misspelt keys, and slow
 
             run = startup.prepare(cli.CONFIG.value, _WORKDIR.value, _PROFILE.value)

@@ -12,6 +12,7 @@ number of them. Every process reads its own contiguous share of each global batc
 """
 
 from collections.abc import Callable, Iterable, Iterator
+import contextlib
 import dataclasses
 import functools
 import gc
@@ -22,6 +23,7 @@ import os
 import grain
 import numpy as np
 
+from convit_jax import interruption
 from convit_jax.sources import ArraySource, Source
 
 Batch = dict[str, np.ndarray]
@@ -214,11 +216,15 @@ def iterate(
         small = grain.experimental.DatasetOptions(min_shm_size=_SHARED)
         dataset = grain.experimental.WithOptionsIterDataset(dataset, small)
         options = grain.MultiprocessingOptions(num_workers=workers, per_worker_buffer_size=2)
-        dataset = dataset.mp_prefetch(options)
+        dataset = dataset.mp_prefetch(options, interruption.end_with_parent)
     iterator = iter(dataset)
     try:
-        while parts := list(itertools.islice(iterator, per_batch)):
+        # The first batch starts the workers.
+        with interruption.shielded_children() if workers else contextlib.nullcontext():
+            parts = list(itertools.islice(iterator, per_batch))
+        while parts:
             yield {key: _join([part[key] for part in parts]) for key in parts[0]}
+            parts = list(itertools.islice(iterator, per_batch))
     finally:
         if hasattr(iterator, "close"):
             iterator.close()

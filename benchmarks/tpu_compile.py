@@ -1,0 +1,275 @@
+"""The training step compiled for TPU pods, on a machine without a TPU.
+
+    python -m benchmarks.tpu_compile --config=configs/convit_b.py --config.train.remat=True
+    python -m benchmarks.tpu_compile --config=configs/convit_s.py --topology=v5e:4x4 --fsdp=1,16
+
+The TPU's own compiler (pip install libtpu) compiles the whole step at its real size, ahead of time,
+and says what it needs of a device's memory and what the devices send to one another. The program
+fails if the step does not fit, or if anything is sent but gradients, the scalars of the metrics
+and, where the state is split, the parameters. One program takes minutes.
+
+Any key of the configuration can be set, as for main.py: --config.train.batch_size=512.
+"""
+
+from collections.abc import Iterator
+import dataclasses
+import importlib.metadata
+import importlib.util
+import math
+import os
+import re
+import sys
+import time
+
+from absl import app, flags
+import jax
+from jax.experimental import topologies
+from jax.sharding import Mesh
+import ml_collections
+
+from configs import common
+from convit_jax import cli, optim, sharding, startup, train_step
+from convit_jax.model import ConViT
+
+_TOPOLOGY = flags.DEFINE_list(
+    "topology", ["v5e:2x4", "v4:2x2x8"], "Pods, as GENERATION:CHIPS along each axis."
+)
+_FSDP = flags.DEFINE_list("fsdp", ["1", "8"], "Devices over which the state is split.")
+flags.adopt_module_key_flags(cli)
+
+# Memory of a JAX device in GiB: cloud.google.com/tpu/docs, the page of each generation. A device is
+# a chip, but half a chip on v2 and v3. The compiler keeps about 0.25 GiB of it for itself.
+_MEMORY = {
+    "TPU v2": 8,
+    "TPU v3": 16,
+    "TPU v4": 32,
+    "TPU v5 lite": 16,
+    "TPU v5": 95,
+    "TPU v6 lite": 32,
+}
+_STEPS_PER_EPOCH, _EPOCHS = 1251, 300  # of the schedule's constants, which change no program
+
+_KINDS = "all-reduce|all-gather|reduce-scatter|all-to-all|ragged-all-to-all|collective-\\w+"
+_BYTES = {"bf16": 2, "f16": 2, "f32": 4, "s32": 4, "u32": 4, "f64": 8, "s64": 8, "u64": 8}
+
+
+@dataclasses.dataclass(frozen=True)
+class Collective:
+    """Something that devices send to one another in a step."""
+
+    kind: str
+    arrays: tuple[tuple[str, int], ...]  # type and number of elements of each, whole
+    turns: int  # how often in a step
+    source: str  # where in the program it comes from
+
+    @property
+    def bytes(self) -> int:
+        """In a step, of the whole arrays."""
+        return self.turns * sum(_BYTES.get(dtype, 1) * size for dtype, size in self.arrays)
+
+
+def find_collectives(hlo: str) -> list[Collective]:
+    """All collectives of a compiled program's text, those of loops with their turns."""
+    computations: dict[str, list[str]] = {}
+    entry, lines = "", []
+    for line in hlo.splitlines():
+        if start := re.match(r"(ENTRY )?%?([\w.-]+) \(.*\{$", line):
+            lines = computations.setdefault(start[2], [])
+            entry = start[2] if start[1] else entry
+        lines.append(line)
+
+    def turns_of(condition: str) -> int:
+        """`counter < constant`, as scans have it; other loops hold no collectives here."""
+        constants = re.findall(r"s32\[\]\S* constant\((\d+)\)", "\n".join(computations[condition]))
+        return int(constants[0]) if len(constants) == 1 else 1
+
+    def walk(name: str, turns: int) -> Iterator[tuple[str, Collective]]:
+        for line in computations[name]:
+            if match := re.search(rf" = (.*?) ({_KINDS})(-start)?\(", line):
+                yield _read_collective(line, match[1], match[2], bool(match[3]), name, turns)
+            if loop := re.search(r"condition=%?([\w.-]+), body=%?([\w.-]+)", line):
+                yield from walk(loop[2], turns * turns_of(loop[1]))
+            for called in re.findall(r"(?:calls|_computations?)=\{?%?([\w.-]+)", line):
+                yield from walk(called, turns)
+
+    # One that runs beside the arithmetic is written once for each of its stages.
+    return list(dict(walk(entry, 1)).values())
+
+
+def _read_collective(
+    line: str, types: str, kind: str, is_start: bool, computation: str, turns: int
+) -> tuple[str, Collective]:
+    """Returns its channel, which tells it from others, and the collective."""
+    arrays = re.findall(r"(\w+)\[([\d,]*)\]", types)
+    sizes = [(t, math.prod(int(n) for n in shape.split(",") if n)) for t, shape in arrays]
+    if is_start and kind == "all-gather":
+        sizes = sizes[len(sizes) // 2 :]  # (what goes in, what comes out)
+    if kind == "reduce-scatter":
+        groups = re.search(r"replica_groups=(?:\[\d+,(\d+)\]|\{\{([\d,]+)\})", line)
+        parts = int(groups[1]) if groups[1] else len(groups[2].split(","))
+        sizes = [(t, n * parts) for t, n in sizes]
+    if computation.startswith("all-reduce-scatter"):
+        kind = "reduce-scatter"  # the TPU's form of it: each device keeps its part
+    source = re.search(r'op_name="([^"]*)"', line)
+    channel = re.search(r"channel_id=(\d+)", line)
+    key = channel[1] if channel else line
+    return key, Collective(kind, tuple(sizes), turns, source[1] if source else "")
+
+
+def expected_sizes(state: train_step.TrainState, model: ConViT) -> dict[str, set[int]]:
+    """kind -> numbers of elements of the arrays that a step should send.
+
+    Gradients, of all layers or of one, are reduced. So is the gradient of a layer's positional
+    attention, before it becomes that of its few parameters. Parameters that are split are gathered.
+    """
+    reduced, gathered = {1}, set()
+    for path, leaf in jax.tree_util.tree_leaves_with_path(state.params):
+        layers = leaf.shape[0] if path[0].key in ("gpsa_blocks", "blocks") else 1
+        sizes = {leaf.size, leaf.size // layers}
+        reduced |= sizes
+        if not leaf.sharding.is_fully_replicated:
+            gathered |= sizes
+    rows, columns = model.grid
+    reduced |= {model.num_heads * n**2 for n in (rows, columns, rows * columns)}
+    return {"all-reduce": reduced, "reduce-scatter": reduced, "all-gather": gathered}
+
+
+def unexpected(
+    collectives: list[Collective], expected: dict[str, set[int]]
+) -> list[tuple[str, str]]:
+    """What is sent that a step should not send: (array, where it comes from)."""
+    return [
+        (f"{c.kind} of {dtype}[{size}]", c.source)
+        for c in collectives
+        for dtype, size in c.arrays
+        if size not in expected.get(c.kind, set())
+    ]
+
+
+def lower(
+    config: ml_collections.ConfigDict, model: ConViT, mesh: Mesh
+) -> tuple[jax.stages.Lowered, train_step.TrainState]:
+    """The real training step for the devices of a mesh, not yet compiled, and its state's shapes.
+
+    Raises:
+      ValueError: if the devices do not divide the batch.
+    """
+    batch_size = config.train.batch_size
+    sharding.check_batch_size(batch_size, config.train.accum_steps, mesh)
+    total_steps = _EPOCHS * _STEPS_PER_EPOCH
+    schedule = optim.learning_rate(config.optim, batch_size, _STEPS_PER_EPOCH, total_steps)
+    optimizer = optim.make_optimizer(config.optim, schedule)
+    state = train_step.abstract_state(model, optimizer, config, mesh)
+    step = train_step.make_train_step(model, optimizer, schedule, config, mesh)
+    shapes = {"image": (model.image_shape, "uint8"), "label": ((), "int32")}
+    shapes["skipped"] = shapes["label"]
+    batch = {
+        name: jax.ShapeDtypeStruct((batch_size, *shape), dtype, sharding=sharding.over_batch(mesh))
+        for name, (shape, dtype) in shapes.items()
+    }
+    return step.lower(state, batch), state
+
+
+def report(config: ml_collections.ConfigDict, model: ConViT, name: str, mesh: Mesh) -> list[str]:
+    """Compiles for one mesh, prints its rows of the table, and returns what is wrong."""
+    lowered, state = lower(config, model, mesh)
+    parts = f"{mesh.shape['data']} x {mesh.shape['fsdp']}"
+    images = config.train.batch_size // mesh.size
+    held = sum(
+        math.prod(x.sharding.shard_shape(x.shape)) * x.dtype.itemsize
+        for x in jax.tree.leaves(state)
+    )
+    memory = _MEMORY.get(mesh.devices.flat[0].device_kind, math.nan)
+    row = f"{name:<10}{parts:>8}{images:>8}{held / 2**30:>8.2f}"
+    start = time.perf_counter()
+    try:
+        compiled = lowered.compile()
+    except jax.errors.JaxRuntimeError as error:
+        if "RESOURCE_EXHAUSTED" not in str(error):
+            raise
+        needs = re.search(r"Ran out of memory.*", str(error))
+        print(f"{row}  {needs[0] if needs else error}", flush=True)
+        return [f"{name}, {parts}: the step does not fit the memory; try --config.train.remat=True"]
+    seconds = time.perf_counter() - start
+
+    stats = compiled.memory_analysis()
+    arguments, temporaries = stats.argument_size_in_bytes, stats.temp_size_in_bytes
+    total = arguments + temporaries + stats.output_size_in_bytes - stats.alias_size_in_bytes
+    total += stats.generated_code_size_in_bytes
+    for part in (arguments, temporaries, total):
+        row += f"{part / 2**30:>10.2f}"
+    print(f"{row}{memory:>6}{seconds:>9.0f}", flush=True)
+    collectives = find_collectives(compiled.as_text())
+    for kind in sorted({c.kind for c in collectives}):
+        those = [c for c in collectives if c.kind == kind]
+        times, sent = sum(c.turns for c in those), sum(c.bytes for c in those)
+        print(f"{'':<10}{kind}: {times} a step, {sent / 2**20:.1f} MiB", flush=True)
+
+    problems = [
+        f"{name}, {parts}: {what} is neither a gradient nor a parameter, from {source or 'unknown'}"
+        for what, source in unexpected(collectives, expected_sizes(state, model))
+    ]
+    if total > memory * 2**30:
+        problems.append(f"{name}, {parts}: the step does not fit the memory")
+    return problems
+
+
+def make_topology(name: str) -> list[jax.Device]:
+    """The devices of a pod, to compile for.
+
+    Raises:
+      ValueError: if the compiler knows no such pod.
+    """
+    # v4 and v5p join a chip's two cores to one device, unless told otherwise.
+    options = {"chip_config_name": "megacore"} if name.startswith(("v4", "v5p")) else {}
+    try:
+        return list(topologies.get_topology_desc(name, "tpu", **options).devices)
+    except jax.errors.JaxRuntimeError as error:
+        raise ValueError(
+            f"--topology: expected a pod such as v5e:2x4 or v4:2x2x8, got {name!r} ({error})"
+        ) from error
+
+
+def use_compiler_alone() -> None:
+    """Prepares for a TPU's compiler without a TPU: nobody is asked about one."""
+    if importlib.util.find_spec("libtpu") is None:
+        sys.exit("error: the TPU's compiler is missing: pip install libtpu")
+    jax.config.update("jax_platforms", "cpu")
+    os.environ["TPU_SKIP_MDS_QUERY"] = "1"
+    # The pod is the topology's; without these, libtpu complains that it finds none.
+    os.environ.setdefault("TPU_ACCELERATOR_TYPE", "v5litepod-8")
+    os.environ.setdefault("TPU_WORKER_HOSTNAMES", "localhost")
+    os.environ.setdefault("ALLOW_MULTIPLE_LIBTPU_LOAD", "1")  # beside others that compile
+
+
+def main(rest: list[str]) -> None:
+    if rest:
+        raise app.UsageError(f"expected only flags, got {' '.join(rest)}")
+    if cli.CONFIG.value is None:
+        raise app.UsageError("expected --config")
+    use_compiler_alone()
+    config = cli.CONFIG.value
+    problems = []
+    with cli.report(ValueError):
+        common.check(config)
+        if config.train.dtype == "auto":
+            config.train.dtype = "bfloat16"  # what it is on a TPU
+        model = startup.make_model(config)
+        meshes = [
+            (name, sharding.make_mesh(int(fsdp), make_topology(name)))
+            for name in _TOPOLOGY.value
+            for fsdp in _FSDP.value
+        ]
+        print(f"jax {jax.__version__}, libtpu {importlib.metadata.version('libtpu')}, ", end="")
+        print(f"{config.model.name}, global batch {config.train.batch_size}; GiB a device")
+        header = f"{'':<10}{'mesh':>8}{'images':>8}{'state':>8}{'arguments':>10}{'temp.':>10}"
+        print(f"{header}{'total':>10}{'of':>6}{'seconds':>9}", flush=True)
+        for name, mesh in meshes:
+            problems += report(config, model, name, mesh)
+    if problems:
+        sys.exit("error: " + "\n".join(problems))
+    print("Nothing is sent but gradients, scalars and, over several devices of fsdp, parameters.")
+
+
+if __name__ == "__main__":
+    cli.run(main)
