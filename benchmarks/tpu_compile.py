@@ -49,6 +49,7 @@ _MEMORY = {
 }
 _STEPS_PER_EPOCH, _EPOCHS = 1251, 300  # of the schedule's constants, which change no program
 
+_MIB = 2**20
 _KINDS = "all-reduce|all-gather|reduce-scatter|all-to-all|ragged-all-to-all|collective-\\w+"
 _BYTES = {"bf16": 2, "f16": 2, "f32": 4, "s32": 4, "u32": 4, "f64": 8, "s64": 8, "u64": 8}
 
@@ -61,11 +62,6 @@ class Collective:
     arrays: tuple[tuple[str, int], ...]  # type and number of elements of each, whole
     turns: int  # how often in a step
     source: str  # where in the program it comes from
-
-    @property
-    def bytes(self) -> int:
-        """In a step, of the whole arrays."""
-        return self.turns * sum(_BYTES.get(dtype, 1) * size for dtype, size in self.arrays)
 
 
 def find_collectives(hlo: str) -> list[Collective]:
@@ -92,8 +88,12 @@ def find_collectives(hlo: str) -> list[Collective]:
             for called in re.findall(r"(?:calls|_computations?)=\{?%?([\w.-]+)", line):
                 yield from walk(called, turns)
 
-    # One that runs beside the arithmetic is written once for each of its stages.
-    return list(dict(walk(entry, 1)).values())
+    found: dict[str, Collective] = {}
+    for channel, collective in walk(entry, 1):
+        # One that runs beside the arithmetic is written once for each of its stages.
+        if channel not in found or found[channel].turns < collective.turns:
+            found[channel] = collective
+    return list(found.values())
 
 
 def _read_collective(
@@ -102,7 +102,9 @@ def _read_collective(
     """Returns its channel, which tells it from others, and the collective."""
     arrays = re.findall(r"(\w+)\[([\d,]*)\]", types)
     sizes = [(t, math.prod(int(n) for n in shape.split(",") if n)) for t, shape in arrays]
-    if is_start and kind == "all-gather":
+    if is_start and kind == "collective-permute":
+        sizes = sizes[1:2]  # (what goes in, what comes out, and two that tell when)
+    elif is_start and kind == "all-gather":
         sizes = sizes[len(sizes) // 2 :]  # (what goes in, what comes out)
     if kind == "reduce-scatter":
         groups = re.search(r"replica_groups=(?:\[\d+,(\d+)\]|\{\{([\d,]+)\})", line)
@@ -120,18 +122,26 @@ def expected_sizes(state: train_step.TrainState, model: ConViT) -> dict[str, set
     """kind -> numbers of elements of the arrays that a step should send.
 
     Gradients, of all layers or of one, are reduced. So is the gradient of a layer's positional
-    attention, before it becomes that of its few parameters. Parameters that are split are gathered.
+    attention, before it becomes that of its few parameters. Parameters that are split are gathered;
+    their parts also go round in a ring, while they are multiplied or their gradients made.
     """
-    reduced, gathered = {1}, set()
+    reduced, gathered, parts = {1}, set(), set()
     for path, leaf in jax.tree_util.tree_leaves_with_path(state.params):
         layers = leaf.shape[0] if path[0].key in ("gpsa_blocks", "blocks") else 1
         sizes = {leaf.size, leaf.size // layers}
         reduced |= sizes
         if not leaf.sharding.is_fully_replicated:
             gathered |= sizes
+            part = math.prod(leaf.sharding.shard_shape(leaf.shape))
+            parts |= {part, part // layers}
     rows, columns = model.grid
-    reduced |= {model.num_heads * n**2 for n in (rows, columns, rows * columns)}
-    return {"all-reduce": reduced, "reduce-scatter": reduced, "all-gather": gathered}
+    reduced |= {model.num_heads * n**2 for n in (rows, columns, rows * columns)} | parts
+    return {
+        "all-reduce": reduced,
+        "reduce-scatter": reduced,
+        "all-gather": gathered,
+        "collective-permute": parts,
+    }
 
 
 def unexpected(
@@ -180,7 +190,7 @@ def report(config: ml_collections.ConfigDict, model: ConViT, name: str, mesh: Me
         for x in jax.tree.leaves(state)
     )
     memory = _MEMORY.get(mesh.devices.flat[0].device_kind, math.nan)
-    row = f"{name:<10}{parts:>8}{images:>8}{held / 2**30:>8.2f}"
+    row = f"{name:<10}{parts:>8}{images:>8}{held / _MIB:>10,.1f}"
     start = time.perf_counter()
     try:
         compiled = lowered.compile()
@@ -197,19 +207,24 @@ def report(config: ml_collections.ConfigDict, model: ConViT, name: str, mesh: Me
     total = arguments + temporaries + stats.output_size_in_bytes - stats.alias_size_in_bytes
     total += stats.generated_code_size_in_bytes
     for part in (arguments, temporaries, total):
-        row += f"{part / 2**30:>10.2f}"
-    print(f"{row}{memory:>6}{seconds:>9.0f}", flush=True)
+        row += f"{part / _MIB:>11,.1f}"
+    print(f"{row}{memory * 1024:>8,}{seconds:>9.0f}", flush=True)
     collectives = find_collectives(compiled.as_text())
     for kind in sorted({c.kind for c in collectives}):
         those = [c for c in collectives if c.kind == kind]
-        times, sent = sum(c.turns for c in those), sum(c.bytes for c in those)
-        print(f"{'':<10}{kind}: {times} a step, {sent / 2**20:.1f} MiB", flush=True)
+        times = sum(c.turns for c in those)
+        sent = {dtype: 0 for c in those for dtype, _ in c.arrays}
+        for c in those:
+            for dtype, size in c.arrays:
+                sent[dtype] += c.turns * size * _BYTES.get(dtype, 1)
+        amounts = ", ".join(f"{n / _MIB:,.1f} MiB {t}" for t, n in sent.items() if n >= 2**16)
+        print(f"{'':<10}{kind}: {times} a step, {amounts or 'scalars'}", flush=True)
 
     problems = [
         f"{name}, {parts}: {what} is neither a gradient nor a parameter, from {source or 'unknown'}"
         for what, source in unexpected(collectives, expected_sizes(state, model))
     ]
-    if total > memory * 2**30:
+    if total > memory * 1024 * _MIB:
         problems.append(f"{name}, {parts}: the step does not fit the memory")
     return problems
 
@@ -261,9 +276,9 @@ def main(rest: list[str]) -> None:
             for fsdp in _FSDP.value
         ]
         print(f"jax {jax.__version__}, libtpu {importlib.metadata.version('libtpu')}, ", end="")
-        print(f"{config.model.name}, global batch {config.train.batch_size}; GiB a device")
-        header = f"{'':<10}{'mesh':>8}{'images':>8}{'state':>8}{'arguments':>10}{'temp.':>10}"
-        print(f"{header}{'total':>10}{'of':>6}{'seconds':>9}", flush=True)
+        print(f"{config.model.name}, global batch {config.train.batch_size}; MiB a device")
+        header = f"{'':<10}{'mesh':>8}{'images':>8}{'state':>10}{'arguments':>11}{'temporary':>11}"
+        print(f"{header}{'total':>11}{'of':>8}{'seconds':>9}", flush=True)
         for name, mesh in meshes:
             problems += report(config, model, name, mesh)
     if problems:

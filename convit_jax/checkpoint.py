@@ -44,6 +44,17 @@ class _Manager(ocp.CheckpointManager):
         return self.stopping
 
 
+def _tree_handler() -> ocp.PyTreeCheckpointHandler:
+    """Writes each array, or each part of a split one, from one of the devices that hold it.
+
+    By default Orbax cuts arrays into as many pieces as there are copies, for all to write a piece:
+    hundreds of small programs to compile and to run while training waits, for a state of 1 GB.
+    """
+    arrays = ocp.type_handlers.ArrayHandler(use_replica_parallel=False)
+    registry = ocp.type_handlers.create_type_handler_registry((jax.Array, arrays))
+    return ocp.PyTreeCheckpointHandler(type_handler_registry=registry)
+
+
 class Checkpoints:
     """The checkpoints of a working directory; closed by leaving its `with` block."""
 
@@ -78,7 +89,10 @@ class Checkpoints:
                 best_fn=top1,
                 cleanup_tmp_directories=True,
             ),
-            item_names=("state", "progress"),
+            item_handlers={
+                "state": _tree_handler(),
+                "progress": ocp.JsonCheckpointHandler(),
+            },
         )
 
     def __enter__(self) -> "Checkpoints":
@@ -123,7 +137,7 @@ class Checkpoints:
             if not self._manager.should_save(step):
                 return False
             items = ocp.args.Composite(
-                state=ocp.args.StandardSave(state), progress=ocp.args.JsonSave(progress())
+                state=ocp.args.PyTreeSave(state), progress=ocp.args.JsonSave(progress())
             )
             return self._manager.save(step, args=items, metrics=metrics)
 
@@ -142,7 +156,10 @@ class Checkpoints:
           OSError: if there are checkpoints and none can be read.
         """
         items = ocp.args.Composite(
-            state=ocp.args.StandardRestore(like), progress=ocp.args.JsonRestore()
+            state=ocp.args.PyTreeRestore(
+                like, restore_args=ocp.checkpoint_utils.construct_restore_args(like)
+            ),
+            progress=ocp.args.JsonRestore(),
         )
         unreadable: list[int] = []
         for step in sorted(self._manager.all_steps(), reverse=True):

@@ -166,7 +166,7 @@ class Windows:
         """Reports what was closed; gives the metrics of the steps since, to go on with."""
         self.report()
         self._window = _fetch(self._window, self._step)
-        return self._window
+        return list(self._window)  # a copy: it is written while this one grows
 
 
 class TrainBatches:
