@@ -161,21 +161,19 @@ def test_a_loss_that_is_not_finite_stops_the_run(tmp_path):
 
 
 def test_weights_that_are_not_finite_are_not_saved(tmp_path, monkeypatch):
-    """Of a step whose own loss is finite, but not its gradients."""
-    config = small_config(epochs=3.0, log_every=100)
+    """Of a step whose own loss is finite."""
+    config = small_config(log_every=100)
     config.checkpoint.every = 1
-    original = optim.mean_gradients
 
-    def overflowing(loss_fn, params, batch, key, accum_steps):
-        loss, grads = original(loss_fn, params, batch, key, accum_steps)
-        return loss, jax.tree.map(lambda g: jnp.where(loss < 2.29, jnp.inf, g), grads)
+    def overflows_in_step_6(*_):
+        return lambda step: jnp.where(step == 5, jnp.inf, 1e-3)
 
-    monkeypatch.setattr(optim, "mean_gradients", overflowing)
-    with pytest.raises(FloatingPointError, match=r"the weights after step \d+ are not finite"):
+    monkeypatch.setattr(optim, "learning_rate", overflows_in_step_6)
+    with pytest.raises(FloatingPointError, match="the weights after step 6 are not finite"):
         train.train(startup.prepare(config, str(tmp_path)))
     run = startup.prepare(config, str(tmp_path))
     newest = checkpoint.newest(tmp_path / "checkpoints")
-    assert newest > 0
+    assert newest == 5
     with checkpoint.Checkpoints(tmp_path / "checkpoints", every=1, also=(), keep=2) as saved:
         optimizer = optim.make_optimizer(config.optim, optax.constant_schedule(0.0))
         like = train_step.abstract_state(run.model, optimizer, config, run.mesh)
@@ -217,3 +215,13 @@ def test_what_cannot_be_trained_is_refused_before_anything_is_written(tmp_path, 
     with pytest.raises(ValueError, match=message):
         startup.prepare(config, str(tmp_path / "run"))
     assert not (tmp_path / "run").exists()
+
+
+def test_what_a_checkpoint_carries_is_not_changed_by_later_steps():
+    """It is written while training goes on."""
+    windows = train.Windows(metrics=None, step=3, values=[])
+    windows.add({"loss": jnp.float32(0.5)})
+    carried = windows.carried()
+    windows.add({"loss": jnp.float32(0.25)})
+    assert carried == [{"loss": 0.5}]
+    assert windows.carried() == [{"loss": 0.5}, {"loss": 0.25}]
