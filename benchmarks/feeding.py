@@ -24,7 +24,6 @@ from benchmarks import input_pipeline
 from configs import convit_ti
 from convit_jax import data, startup, train
 
-
 # Of a few hundred images grain's index_shuffle takes 0.2 ms each, of ImageNet's 0.01.
 _IMAGES = 20_000
 
