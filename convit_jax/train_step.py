@@ -48,6 +48,8 @@ def make_train_step(
 
     def loss_fn(params: Any, batch: tuple[jax.Array, jax.Array], key: jax.Array) -> jax.Array:
         images, labels = batch
+        # Split parameters are gathered; left to itself, XLA would rather move activations.
+        params = jax.lax.with_sharding_constraint(params, sharding.replicated(mesh))
         logits = model.apply({"params": params}, images, train=True, rngs={"dropout": key})
         return optax.softmax_cross_entropy(logits, labels).mean()
 
