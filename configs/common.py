@@ -52,7 +52,8 @@ def get_config() -> ml_collections.ConfigDict:
     model.use_pos_embed = config_dict.placeholder(bool)
     model.cls_pos_embed = config_dict.placeholder(bool)
     model.global_pool = config_dict.placeholder(str)  # token, avg
-    model.positional = config_dict.placeholder(str)  # blend, contract
+    model.attention = config_dict.placeholder(str)  # auto, xla, chunked, cudnn
+    model.positional = config_dict.placeholder(str)  # auto, blend, contract
     model.unroll = config_dict.placeholder(int)  # layers in one iteration of the scan
 
     config.data = data = ml_collections.ConfigDict()
@@ -95,7 +96,7 @@ def get_config() -> ml_collections.ConfigDict:
     train.accum_steps = 1  # parts of a batch computed in turn, one update: less memory
     train.label_smoothing = 0.1
     train.dtype = "auto"  # of matrix products: float32, bfloat16; auto: bfloat16 on GPU and TPU
-    train.remat = False  # compute blocks again in the backward pass: less memory, more time
+    train.remat = "dots"  # computed again in the backward pass: none, dots, block (least memory)
     train.log_every = 50  # steps
     train.eval_every = 1.0  # epochs; the last step is always evaluated
 

@@ -24,23 +24,25 @@ Shapes: B batch, N patches (or tokens), H heads, K width of a head, D = H K widt
 R rows and C columns of the patch grid, N = R C.
 """
 
-from collections.abc import Callable
 import functools
 import math
 from typing import Any
 
 import flax.linen as nn
 import jax
+from jax.ad_checkpoint import checkpoint_name
 import jax.numpy as jnp
+
+from convit_jax import sdpa
+from convit_jax.sdpa import AttentionFn
 
 Array = jax.Array
 Grid = tuple[int, int]
 
-# (query, key, value, *, scale) -> output, all (B, N, H, K): the signature of
-# jax.nn.dot_product_attention, so that any of its implementations fits.
-AttentionFn = Callable[..., Array]
-
 POSITIONAL_FORMS = ("blend", "contract")
+
+# By this name a rematerialisation policy can keep what attention gives (see `convit_jax.model`).
+ATTENTION_OUTPUT = "attention_output"
 
 # The reference code truncates N(0, 0.02^2) at +-2, which is 100 standard deviations:
 # a plain normal. (Initialisers that truncate at 2 sigma give another distribution.)
@@ -81,24 +83,6 @@ def positional_map(p_y: Array, p_x: Array) -> Array:
     return outer.reshape(heads, size, size)
 
 
-def content_map(q: Array, k: Array, scale: float) -> Array:
-    """softmax(q k^T scale) over the keys: two (B, N, H, K) -> (B, H, N, N), float32."""
-    q, k = (jnp.moveaxis(x, 2, 1) for x in (q, k))
-    scores = jnp.einsum("bhnk,bhmk->bhnm", q, k, preferred_element_type=jnp.float32)
-    return jax.nn.softmax(scores * scale, axis=-1)
-
-
-def apply_map(attention: Array, v: Array) -> Array:
-    """Averages the values: (B, H, N, N), (B, N, H, K) -> (B, N, H, K) in v's dtype."""
-    out = jnp.einsum("bhnm,bhmk->bhnk", attention.astype(v.dtype), jnp.moveaxis(v, 2, 1))
-    return jnp.moveaxis(out, 1, 2)
-
-
-def dot_product_attention(q: Array, k: Array, v: Array, *, scale: float) -> Array:
-    """Plain attention, the softmax in float32; (B, N, H, K) -> (B, N, H, K)."""
-    return apply_map(content_map(q, k, scale), v)
-
-
 def contract_positional(p_y: Array, p_x: Array, v: Array) -> Array:
     """P v without P: along the columns with P_x, then along the rows with P_y.
 
@@ -113,11 +97,14 @@ def contract_positional(p_y: Array, p_x: Array, v: Array) -> Array:
       (B, N, H, K) in v's dtype.
     """
     batch, size, heads, width = v.shape
-    grid = v.reshape(batch, p_y.shape[-1], p_x.shape[-1], heads, width)
-    # q: query row or column, r: key row, c: key column.
-    grid = jnp.einsum("hqc,brchk->brqhk", p_x.astype(v.dtype), grid)
-    grid = jnp.einsum("hqr,brchk->bqchk", p_y.astype(v.dtype), grid)
-    return grid.reshape(batch, size, heads, width)
+    rows, columns = p_y.shape[-1], p_x.shape[-1]
+    # Heads in front, so that both products read and write v as it lies: (R, R) times (R, C K),
+    # then for every row (C, C) times (C, K).
+    grid = jnp.moveaxis(v, 2, 1).reshape(batch, heads, rows, columns * width)
+    grid = jnp.matmul(p_y.astype(v.dtype), grid)
+    grid = grid.reshape(batch, heads, rows, columns, width)
+    grid = jnp.matmul(p_x.astype(v.dtype)[:, None], grid)
+    return jnp.moveaxis(grid.reshape(batch, heads, size, width), 1, 2)
 
 
 def blended_map(content: Array, positional: Array, share: Array) -> Array:
@@ -133,6 +120,49 @@ def blended_map(content: Array, positional: Array, share: Array) -> Array:
     """
     share = share[:, None, None]
     return (1.0 - share) * content + share * positional
+
+
+def choose_forms(
+    attention: str | AttentionFn,
+    positional: str,
+    tokens: int,
+    attn_dropout: float = 0.0,
+    backend: str | None = None,
+) -> tuple[str | AttentionFn, str]:
+    """What "auto" stands for in `GPSA.attention` and `GPSA.positional`.
+
+    The two go together: a map that is blended has to be written out. Where either will do, the
+    positional part is contracted on a CPU and blended elsewhere: the axes of a 14 x 14 grid leave
+    matrix units of 128 x 128 idle (benchmarks/README.md has what was measured).
+
+    Args:
+      tokens: N.
+      backend: "cpu", "gpu" or "tpu"; None is JAX's default.
+    """
+    attention = sdpa.choose(attention, tokens, attn_dropout) if positional != "blend" else "xla"
+    if positional == "auto":
+        is_cpu = (backend or jax.default_backend()) == "cpu"
+        contract = attention != "xla" or (is_cpu and not attn_dropout)
+        positional = "contract" if contract else "blend"
+    return attention, positional
+
+
+def check_forms(attention: str | AttentionFn, positional: str, attn_dropout: float) -> None:
+    """Raises ValueError unless the options of `GPSA` by these names fit together."""
+    sdpa.check(attention)
+    if positional not in ("auto", *POSITIONAL_FORMS):
+        raise ValueError(
+            f"positional: expected auto or one of {POSITIONAL_FORMS}, got {positional!r}"
+        )
+    blend = positional == "blend" or attn_dropout > 0
+    if blend and attention not in ("auto", "xla"):
+        why = "positional='blend'" if positional == "blend" else f"attn_dropout={attn_dropout}"
+        raise ValueError(f"attention: expected auto or xla with {why}, got {attention!r}")
+    if attn_dropout and positional == "contract":
+        raise ValueError(
+            "attn_dropout acts on the blended map: expected positional auto or blend, got "
+            f"'contract' with attn_dropout={attn_dropout}"
+        )
 
 
 def local_kernel_init(strength: float, use_local_init: bool = True) -> nn.initializers.Initializer:
@@ -202,10 +232,10 @@ class SelfAttention(nn.Module):
       num_heads: H; must divide the width D of the input.
       qkv_bias: whether the query, key and value projection has a bias.
       qk_scale: factor of the scores; None is K ** -0.5.
-      attn_dropout: rate of dropout on the attention map.
+      attn_dropout: rate of dropout on the attention map; needs attention="xla".
       dropout: rate of dropout on the output.
-      attention_fn: computes attention from q, k and v, with the signature of
-        `jax.nn.dot_product_attention`; None is `dot_product_attention` of this file.
+      attention: how softmax(q k^T) v is computed: "auto", a name of `sdpa.IMPLEMENTATIONS`, or a
+        function with the signature of `jax.nn.dot_product_attention`.
       dtype: of the matrix products. Softmaxes are always float32.
     """
 
@@ -214,12 +244,16 @@ class SelfAttention(nn.Module):
     qk_scale: float | None = None
     attn_dropout: float = 0.0
     dropout: float = 0.0
-    attention_fn: AttentionFn | None = None
+    attention: str | AttentionFn = "auto"
     dtype: Any = jnp.float32
 
     def __post_init__(self):
-        if self.attn_dropout:
-            _refuse_attention_fn(self.attention_fn, f"attn_dropout={self.attn_dropout}")
+        sdpa.check(self.attention)
+        if self.attn_dropout and self.attention not in ("auto", "xla"):
+            raise ValueError(
+                "attn_dropout acts on the map of attention='xla': expected that or 'auto' with "
+                f"attn_dropout={self.attn_dropout}, got {self.attention!r}"
+            )
         super().__post_init__()
 
     @nn.compact
@@ -251,11 +285,12 @@ class SelfAttention(nn.Module):
 
         if train and self.attn_dropout:
             drop = nn.Dropout(self.attn_dropout, deterministic=False, name="attn_drop")
-            out = apply_map(drop(content_map(q, k, scale)), v)
+            out = sdpa.apply_map(drop(sdpa.content_map(q, k, scale)), v)
         else:
-            out = (self.attention_fn or dot_product_attention)(q, k, v, scale=scale)
+            attention = sdpa.choose(self.attention, size, self.attn_dropout)
+            out = sdpa.attention_fn(attention)(q, k, v, scale=scale)
         out = _project(out, self.dropout, train, self.dtype)
-        return (out, {"content": content_map(q, k, scale)}) if return_attention else out
+        return (out, {"content": sdpa.content_map(q, k, scale)}) if return_attention else out
 
 
 class GPSA(nn.Module):
@@ -265,15 +300,17 @@ class GPSA(nn.Module):
       num_heads: H; must divide the width D of the input.
       qkv_bias: whether the query, key and value projections have biases.
       qk_scale: factor of the content scores; None is K ** -0.5.
-      attn_dropout: rate of dropout on the blended attention map; needs positional="blend".
+      attn_dropout: rate of dropout on the blended attention map; needs positional="blend" or
+        "auto".
       dropout: rate of dropout on the output.
       locality_strength: the paper's alpha; how sharply heads look at their patch at the start.
       use_local_init: False starts from random positions and values (the paper's ablation).
       positional: "blend" mixes P = P_y (x) P_x into the content map and applies the blended map
-        to v; "contract" applies P_y and P_x along rows and columns of v, and leaves the content
-        part to `attention_fn`. The same function, other costs.
-      attention_fn: computes the content part of "contract", with the signature of
-        `jax.nn.dot_product_attention`; None is `dot_product_attention` of this file.
+        to v; "contract" applies P_y and P_x along rows and columns of v, beside the content part.
+        The same function, other costs: "auto" is `choose_forms`.
+      attention: how the content part is computed: "auto", a name of `sdpa.IMPLEMENTATIONS`, or a
+        function with the signature of `jax.nn.dot_product_attention`. All but "xla" need
+        positional="contract".
       dtype: of the matrix products. Positions, softmaxes and gates are always float32.
     """
 
@@ -284,22 +321,12 @@ class GPSA(nn.Module):
     dropout: float = 0.0
     locality_strength: float = 1.0
     use_local_init: bool = True
-    positional: str = "blend"
-    attention_fn: AttentionFn | None = None
+    positional: str = "auto"
+    attention: str | AttentionFn = "auto"
     dtype: Any = jnp.float32
 
     def __post_init__(self):
-        if self.positional not in POSITIONAL_FORMS:
-            raise ValueError(
-                f"positional: expected one of {POSITIONAL_FORMS}, got {self.positional!r}"
-            )
-        if self.positional == "blend":
-            _refuse_attention_fn(self.attention_fn, "positional='blend'")
-        elif self.attn_dropout:
-            raise ValueError(
-                "attn_dropout acts on the blended map: expected positional='blend', "
-                f"got {self.positional!r} with attn_dropout={self.attn_dropout}"
-            )
+        check_forms(self.attention, self.positional, self.attn_dropout)
         super().__post_init__()
 
     @nn.compact
@@ -343,19 +370,22 @@ class GPSA(nn.Module):
             self.num_heads, self.locality_strength, self.use_local_init, name="pos_proj"
         )(grid)
 
-        if self.positional == "blend":
-            blended = blended_map(content_map(q, k, scale), positional_map(p_y, p_x), share)
+        attention, positional = choose_forms(
+            self.attention, self.positional, size, self.attn_dropout
+        )
+        if positional == "blend":
+            content = sdpa.content_map(q, k, scale)
+            blended = blended_map(content, positional_map(p_y, p_x), share)
             drop = nn.Dropout(self.attn_dropout, deterministic=not train, name="attn_drop")
-            out = apply_map(drop(blended), v)
+            out = sdpa.apply_map(drop(blended), v)
         else:
-            content_fn = self.attention_fn or dot_product_attention
-            content_out = content_fn(q, k, v, scale=scale)
+            content_out = sdpa.attention_fn(attention)(q, k, v, scale=scale)
             positional_out = contract_positional(p_y, p_x, v)
             out = (1.0 - share[:, None]) * content_out + share[:, None] * positional_out
         out = _project(out, self.dropout, train, self.dtype)
         if not return_attention:
             return out
-        content, positional = content_map(q, k, scale), positional_map(p_y, p_x)
+        content, positional = sdpa.content_map(q, k, scale), positional_map(p_y, p_x)
         return out, {
             "content": content,
             "positional": positional,
@@ -367,13 +397,6 @@ class GPSA(nn.Module):
 def _project(out: Array, dropout: float, train: bool, dtype: Any) -> Array:
     """The output projection: (B, N, H, K) -> (B, N, D). Called inside a compact module."""
     batch, size, heads, head = out.shape
-    out = out.reshape(batch, size, heads * head)
+    out = checkpoint_name(out.reshape(batch, size, heads * head).astype(dtype), ATTENTION_OUTPUT)
     out = Linear(heads * head, dtype=dtype, name="proj")(out)
     return nn.Dropout(dropout, deterministic=not train, name="proj_drop")(out)
-
-
-def _refuse_attention_fn(attention_fn: AttentionFn | None, why: str) -> None:
-    if attention_fn is not None:
-        raise ValueError(
-            f"attention_fn computes no map to work on: expected None with {why}, got {attention_fn}"
-        )

@@ -12,6 +12,7 @@ import re
 import jax
 import jax.numpy as jnp
 
+from convit_jax.attention import choose_forms
 from convit_jax.model import ConViT
 
 
@@ -28,7 +29,8 @@ def forward_flops(model: ConViT) -> float:
     # Query, key, value and output projections; scores and their average of the values.
     block = {n: n * (4 * width**2 + mlp) + 2 * n**2 * width for n in (patches, patches + 1)}
     gpsa_block = block[patches]
-    if model.positional == "contract":
+    _, positional = choose_forms(model.attention, model.positional, patches, model.attn_dropout)
+    if positional == "contract":
         gpsa_block += patches * (rows + columns) * width
     patch_embed = model.image_shape[0] * model.image_shape[1] * model.in_channels * width
     tokens_out = patches + 1 if model.global_pool == "none" else 1

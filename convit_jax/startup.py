@@ -2,6 +2,7 @@
 
 import dataclasses
 import logging
+import math
 import pathlib
 from typing import Any
 
@@ -21,6 +22,7 @@ from convit_jax import (
     weights,
     workdir,
 )
+from convit_jax.attention import choose_forms
 from convit_jax.model import ConViT, create_model
 
 log = logging.getLogger(__name__)
@@ -53,19 +55,31 @@ class Run:
         return max(1, int(epochs * self.steps_per_epoch))
 
 
-def make_model(config: ml_collections.ConfigDict, num_classes: int | None = None) -> ConViT:
-    """The model of `config.model`, in the precision of `config.train`.
+def make_model(
+    config: ml_collections.ConfigDict,
+    num_classes: int | None = None,
+    backend: str | None = None,
+) -> ConViT:
+    """The model of `config.model`, in the precision of `config.train`; nothing is left to "auto".
 
-    `num_classes` is the data's, for a configuration that leaves it open.
+    Args:
+      config: see `configs/common.py`.
+      num_classes: the data's, for a configuration that leaves it open.
+      backend: that the model is to run on, "cpu", "gpu" or "tpu"; None is JAX's default.
     """
     if config.train.dtype not in _DTYPES:
         raise ValueError(f"train.dtype: expected one of {_DTYPES}, got {config.train.dtype!r}")
+    backend = backend or jax.default_backend()
     dtype = config.train.dtype
     if dtype == "auto":
-        dtype = "float32" if jax.default_backend() == "cpu" else "bfloat16"
+        dtype = "float32" if backend == "cpu" else "bfloat16"
     options = {} if num_classes is None else {"num_classes": num_classes}
     options |= {name: value for name, value in config.model.items() if value is not None}
-    return create_model(**options, dtype=jnp.dtype(dtype), remat=config.train.remat)
+    model = create_model(**options, dtype=jnp.dtype(dtype), remat=config.train.remat)
+    attention, positional = choose_forms(
+        model.attention, model.positional, math.prod(model.grid), model.attn_dropout, backend
+    )
+    return model.clone(attention=attention, positional=positional)
 
 
 def prepare(config: ml_collections.ConfigDict, folder: str, profile: bool = False) -> Run:

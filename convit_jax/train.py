@@ -329,6 +329,12 @@ def _describe(run: startup.Run, state: TrainState) -> None:
         run.mesh.devices.flat[0].device_kind,
     )
     log.info(
+        "attention: %s, positional part: %s, remat: %s",
+        run.model.attention,
+        run.model.positional if run.model.local_up_to_layer else "none",
+        run.model.remat,
+    )
+    log.info(
         "state: %.1f MB a device of %.1f MB",
         sharding.bytes_per_device(state) / 1e6,
         sum(x.nbytes for x in jax.tree.leaves(state)) / 1e6,

@@ -21,7 +21,8 @@ import jax
 import ml_collections
 
 # What may change between two starts of a run: how long it is, where things lie, what it shows and
-# saves, and how the work is split. Splitting a batch (accum_steps) draws other dropout.
+# saves, how the work is split and in what order it is summed. Splitting a batch (accum_steps)
+# draws other dropout.
 _MAY_CHANGE = frozenset(
     {
         "train.epochs",
@@ -32,6 +33,8 @@ _MAY_CHANGE = frozenset(
         "data.epochs_scale",
         "data.dir",
         "data.workers",
+        "model.attention",
+        "model.positional",
         "model.unroll",
         "mesh.fsdp",
         "checkpoint.every",

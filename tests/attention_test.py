@@ -152,10 +152,10 @@ def test_no_map_is_made_unless_asked_for():
         jaxpr = jax.make_jaxpr(function)(params, x)
         return {var.aval.shape for equation in _equations(jaxpr.jaxpr) for var in equation.outvars}
 
-    contract = GPSA(4, positional="contract", attention_fn=lambda q, k, v, scale: v)
+    contract = GPSA(4, positional="contract", attention=lambda q, k, v, scale: v)
     assert not [s for s in shapes(contract, False) if s[-2:] == (size, size)]
     assert [s for s in shapes(contract, True) if s[-2:] == (size, size)]
-    blend = shapes(GPSA(4), False)
+    blend = shapes(GPSA(4, positional="blend"), False)
     assert (4, size, size) in blend  # the positional part: for the layer, not for each image
     assert not [s for s in blend if len(s) > 2 and s[-1] == 3]
 
@@ -168,7 +168,7 @@ def _equations(jaxpr):
                 yield from _equations(value.jaxpr)
 
 
-def test_attention_fn_is_used_and_fits_that_of_jax():
+def test_a_function_can_be_given_such_as_that_of_jax():
     grid = (4, 5)
     x = jax.random.normal(jax.random.key(1), (2, 20, 16))
     gpsa, plain = GPSA(4, positional="contract"), SelfAttention(4, qkv_bias=True)
@@ -179,7 +179,7 @@ def test_attention_fn_is_used_and_fits_that_of_jax():
             (jax.nn.dot_product_attention, True),
             (lambda q, k, v, *, scale: 0 * v, False),
         ):
-            out = apply(module.clone(attention_fn=function), params, x, grid)
+            out = apply(module.clone(attention=function), params, x, grid)
             assert np.allclose(out, own, atol=1e-6) == same
 
 
@@ -243,17 +243,25 @@ def test_bad_options_are_refused():
     cases = [
         (
             lambda: GPSA(4, positional="dense"),
-            r"expected one of \('blend', 'contract'\), got 'dense'",
+            r"expected auto or one of \('blend', 'contract'\), got 'dense'",
         ),
         (
             lambda: GPSA(4, positional="contract", attn_dropout=0.1),
-            "attn_dropout acts on the blended map: expected positional='blend', got 'contract'",
+            "expected positional auto or blend, got 'contract' with attn_dropout=0.1",
         ),
-        (lambda: GPSA(4, attention_fn=max), "expected None with positional='blend', got <built-in"),
         (
-            lambda: SelfAttention(4, attention_fn=max, attn_dropout=0.1),
-            "expected None with attn_dropout=0.1, got <built-in",
+            lambda: GPSA(4, positional="blend", attention="chunked"),
+            "attention: expected auto or xla with positional='blend', got 'chunked'",
         ),
+        (
+            lambda: GPSA(4, attention=max, attn_dropout=0.1),
+            "attention: expected auto or xla with attn_dropout=0.1, got <built-in",
+        ),
+        (
+            lambda: SelfAttention(4, attention="cudnn", attn_dropout=0.1),
+            "expected that or 'auto' with attn_dropout=0.1, got 'cudnn'",
+        ),
+        (lambda: SelfAttention(4, attention="flash"), "attention: expected auto, one of .*'flash'"),
         (
             lambda: GPSA(3).init(jax.random.key(0), x, (3, 4)),
             "expected a divisor of 16, got 3",

@@ -57,10 +57,10 @@ def test_the_papers_models_differ_in_name_batch_and_rate_only(name):
 def test_overrides_reach_the_model():
     config = load("convit_ti")
     config.model.update(depth=4, local_up_to_layer=2, image_size=32, patch_size=8, unroll=2)
-    config.train.update(dtype="bfloat16", remat=True)
+    config.train.update(dtype="bfloat16", remat="block")
     model = startup.make_model(config)
     assert (model.depth, model.local_up_to_layer, model.image_size) == (4, 2, 32)
-    assert (model.num_heads, model.embed_dim, model.unroll, model.remat) == (4, 192, 2, True)
+    assert (model.num_heads, model.embed_dim, model.unroll, model.remat) == (4, 192, 2, "block")
     assert model.dtype == jnp.bfloat16
 
 

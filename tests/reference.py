@@ -18,35 +18,60 @@ def relative_positions(grid: tuple[int, int], queries: slice = np.s_[:]) -> np.n
     return np.stack([dx, dy, dx**2 + dy**2], axis=-1)
 
 
-def gpsa(params: dict, x: np.ndarray, grid: tuple[int, int], num_heads: int) -> dict:
-    """Equations 6 and 7 of the paper in float64, every N x N map written out.
-
-    Returns the maps "content", "positional", "blended", the "gate" and the output "out".
-    """
-    params = {
-        key: {k: np.asarray(v, np.float64) for k, v in value.items()}
-        if isinstance(value, dict)
-        else np.asarray(value, np.float64)
+def _float64(params: dict) -> dict:
+    return {
+        key: _float64(value) if isinstance(value, dict) else np.asarray(value, np.float64)
         for key, value in params.items()
     }
-    x = np.asarray(x, np.float64)
-    batch, size, width = x.shape
-    head = width // num_heads
 
-    def heads(y: np.ndarray) -> np.ndarray:
-        return y.reshape(batch, size, num_heads, head).transpose(0, 2, 1, 3)
 
+def _split_heads(x: np.ndarray, num_heads: int) -> np.ndarray:
+    """(B, N, D) -> (B, H, N, K)."""
+    return x.reshape(*x.shape[:2], num_heads, -1).transpose(0, 2, 1, 3)
+
+
+def _content(q: np.ndarray, k: np.ndarray) -> np.ndarray:
+    return softmax(q @ k.swapaxes(-1, -2) / np.sqrt(q.shape[-1]))
+
+
+def _project(averaged: np.ndarray, params: dict) -> np.ndarray:
+    """(B, H, N, K) -> (B, N, D)."""
+    batch, _, size, _ = averaged.shape
+    joined = averaged.transpose(0, 2, 1, 3).reshape(batch, size, -1)
+    return joined @ params["proj"]["kernel"] + params["proj"]["bias"]
+
+
+def self_attention(params: dict, x: np.ndarray, num_heads: int) -> np.ndarray:
+    """Plain attention in float64."""
+    params, x = _float64(params), np.asarray(x, np.float64)
+    qkv = x @ params["qkv"]["kernel"] + params["qkv"].get("bias", 0)
+    q, k, v = (_split_heads(part, num_heads) for part in np.split(qkv, 3, axis=-1))
+    return _project(_content(q, k) @ v, params)
+
+
+def gpsa(
+    params: dict,
+    x: np.ndarray,
+    grid: tuple[int, int],
+    num_heads: int,
+    kept: np.ndarray | float = 1.0,
+) -> dict:
+    """Equations 6 and 7 of the paper in float64, every N x N map written out.
+
+    `kept` is what dropout multiplies the blended map with. Returns the maps "content",
+    "positional", "blended", the "gate" and the output "out".
+    """
+    params, x = _float64(params), np.asarray(x, np.float64)
     qk = x @ params["qk"]["kernel"] + params["qk"].get("bias", 0)
-    q, k = heads(qk[..., :width]), heads(qk[..., width:])
-    v = heads(x @ params["v"]["kernel"] + params["v"].get("bias", 0))
-    content = softmax(q @ k.swapaxes(-1, -2) / np.sqrt(head))
+    q, k = (_split_heads(part, num_heads) for part in np.split(qk, 2, axis=-1))
+    v = _split_heads(x @ params["v"]["kernel"] + params["v"].get("bias", 0), num_heads)
+    content = _content(q, k)
     scores = relative_positions(grid) @ params["pos_proj"]["kernel"] + params["pos_proj"]["bias"]
     positional = softmax(scores.transpose(2, 0, 1))
     gate = 1 / (1 + np.exp(-params["gate"]))
     share = gate[:, None, None]
     blended = (1 - share) * content + share * positional
-    out = (blended @ v).transpose(0, 2, 1, 3).reshape(batch, size, width)
-    out = out @ params["proj"]["kernel"] + params["proj"]["bias"]
+    out = _project((kept * blended) @ v, params)
     return {
         "content": content,
         "positional": positional,

@@ -1,0 +1,134 @@
+"""Scaled dot-product attention: one function, several ways to compute it.
+
+    softmax(q k^T scale) v
+
+"xla" writes the scores of all queries out and leaves the rest to the compiler. "chunked" does the
+same for a few queries at a time, so that memory grows with the number of tokens and not with its
+square, in the backward pass too. "cudnn" is NVIDIA's fused kernel. `choose` picks for a backend.
+
+Scores and softmax are float32 whatever the inputs are.
+
+Shapes: B batch, N tokens, H heads, K width of a head.
+"""
+
+from collections.abc import Callable
+import functools
+
+import jax
+import jax.numpy as jnp
+
+Array = jax.Array
+
+# (query, key, value, *, scale) -> output, all (B, N, H, K): the signature of
+# jax.nn.dot_product_attention, so that any of its implementations fits.
+AttentionFn = Callable[..., Array]
+
+IMPLEMENTATIONS = ("xla", "chunked", "cudnn")
+
+# Tokens beyond which "auto" is "chunked": above 512 x 512 pixels in patches of 16. Up to there a
+# map of all queries costs less than the loop saves (benchmarks/README.md).
+_LARGEST_MAP = 1024
+_CHUNK = 256  # queries at a time
+
+
+def choose(attention: str | AttentionFn, tokens: int, attn_dropout: float) -> str | AttentionFn:
+    """What "auto" stands for; anything else as it is. Dropout acts on a map: only "xla" has one."""
+    if attention != "auto":
+        return attention
+    return "chunked" if tokens > _LARGEST_MAP and not attn_dropout else "xla"
+
+
+def attention_fn(attention: str | AttentionFn) -> AttentionFn:
+    """The function of a name of `IMPLEMENTATIONS`; a function as it is."""
+    named = {"xla": xla_attention, "chunked": chunked_attention, "cudnn": cudnn_attention}
+    return attention if callable(attention) else named[attention]
+
+
+def check(attention: str | AttentionFn) -> None:
+    """Raises ValueError if there is no such implementation."""
+    if not callable(attention) and attention not in ("auto", *IMPLEMENTATIONS):
+        raise ValueError(
+            f"attention: expected auto, one of {IMPLEMENTATIONS} or a function, got {attention!r}"
+        )
+
+
+def content_map(q: Array, k: Array, scale: float) -> Array:
+    """softmax(q k^T scale) over the keys: two (B, N, H, K) -> (B, H, N, N), float32."""
+    return jax.nn.softmax(_scores(_heads_first(q), _heads_first(k), scale), axis=-1)
+
+
+def apply_map(attention: Array, v: Array) -> Array:
+    """Averages the values: (B, H, N, N), (B, N, H, K) -> (B, N, H, K) in v's dtype."""
+    out = jnp.einsum("bhnm,bhmk->bhnk", attention.astype(v.dtype), _heads_first(v))
+    return jnp.moveaxis(out, 1, 2)
+
+
+def xla_attention(q: Array, k: Array, v: Array, *, scale: float) -> Array:
+    """Plain attention, for the compiler to optimise; (B, N, H, K) -> (B, N, H, K)."""
+    out = _attend(*(_heads_first(x) for x in (q, k, v)), scale=scale)
+    return jnp.moveaxis(out, 1, 2)
+
+
+def chunked_attention(q: Array, k: Array, v: Array, *, scale: float, chunk: int = _CHUNK) -> Array:
+    """Attention of at most `chunk` queries at a time; (B, N, H, K) -> (B, N, H, K).
+
+    Each chunk sees all keys, so its softmax is the plain one, not a running one. The backward pass
+    computes a chunk's scores again: no array is larger than (B, H, chunk, N) (the idea of Rabe and
+    Staats 2021, arXiv:2112.05682, with chunks of queries only).
+    """
+    q, k, v = (_heads_first(x) for x in (q, k, v))
+    batch, heads, tokens, width = q.shape
+    chunks = -(-tokens // chunk)
+    size = -(-tokens // chunks)
+    padded = jnp.pad(q, ((0, 0), (0, 0), (0, chunks * size - tokens), (0, 0)))
+    parts = jnp.moveaxis(padded.reshape(batch, heads, chunks, size, width), 2, 0)
+    attend = jax.checkpoint(functools.partial(_attend, scale=scale), prevent_cse=False)
+    out = jax.lax.map(lambda part: attend(part, k, v), parts)
+    out = jnp.moveaxis(out, 0, 2).reshape(padded.shape)[:, :, :tokens]
+    return jnp.moveaxis(out, 1, 2)
+
+
+def cudnn_attention(q: Array, k: Array, v: Array, *, scale: float) -> Array:
+    """NVIDIA's fused attention, in bfloat16 or float16; (B, N, H, K) -> (B, N, H, K).
+
+    Raises:
+      ValueError: on another backend, or if the inputs are float32, which the kernel does not take.
+    """
+    if q.dtype not in (jnp.bfloat16, jnp.float16):
+        raise ValueError(f"attention='cudnn': expected bfloat16 or float16, got {q.dtype}")
+    if jax.default_backend() not in ("gpu", "cuda"):
+        raise ValueError(
+            f"attention='cudnn' needs an NVIDIA GPU, got {jax.default_backend()}: "
+            "expected auto, xla or chunked"
+        )
+    # The kernel takes heads of a multiple of 8. Zeros change no score, and no value that is kept.
+    width = q.shape[-1]
+    padding = ((0, 0), (0, 0), (0, 0), (0, -width % 8))
+    q, k, v = (jnp.pad(x, padding) for x in (q, k, v))
+    out = jax.nn.dot_product_attention(q, k, v, scale=scale, implementation="cudnn")
+    return out[..., :width]
+
+
+def _heads_first(x: Array) -> Array:
+    """(B, N, H, K) -> (B, H, N, K): products over (N, K) that lie together are the fast ones."""
+    return jnp.moveaxis(x, 2, 1)
+
+
+def _scores(q: Array, k: Array, scale: float) -> Array:
+    """(B, H, N, K), (B, H, M, K) -> (B, H, N, M), float32."""
+    return scale * jnp.einsum("bhnk,bhmk->bhnm", q, k, preferred_element_type=jnp.float32)
+
+
+def _attend(q: Array, k: Array, v: Array, *, scale: float) -> Array:
+    """(B, H, N, K), keys and values (B, H, M, K) -> (B, H, N, K) in v's dtype.
+
+    The softmax is divided by its sum after the values are averaged: K divisions a query instead
+    of M, and a pass over the map less, forward and backward.
+    """
+    scores = _scores(q, k, scale)
+    weights = jnp.exp(scores - jax.lax.stop_gradient(scores.max(axis=-1, keepdims=True)))
+    total = weights.sum(axis=-1, keepdims=True)
+    out = jnp.einsum(
+        "bhnm,bhmk->bhnk", weights.astype(v.dtype), v, preferred_element_type=jnp.float32
+    )
+    return (out / total).astype(v.dtype)
