@@ -27,5 +27,5 @@ def test_names_to_show():
     assert (imagenet[0], imagenet[134], imagenet[999]) == ("tench", "crane bird", "toilet tissue")
     assert class_names.readable(None, 2) == ("class 0", "class 1")
     assert class_names.readable(["cat", "n02123045"], 2) == ("cat", "tabby")
-    with pytest.raises(ValueError, match="class names: expected 3, as many as .*, got 2"):
+    with pytest.raises(ValueError, match=r"class names: expected 3, as many as .*, got 2"):
         class_names.readable(["cat", "dog"], 3)
