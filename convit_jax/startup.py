@@ -15,6 +15,7 @@ from convit_jax import (
     checkpoint,
     data,
     distributed,
+    fit,
     mixup,
     sharding,
     sources,
@@ -102,13 +103,7 @@ def prepare(config: ml_collections.ConfigDict, folder: str, profile: bool = Fals
     init_params = None
     newest = checkpoint.newest(path / "checkpoints")
     if config.init_from and newest is None:
-        init_params = weights.fit_params(
-            weights.load_weights(config.init_from),
-            model,
-            new_head=config.init_new_head,
-            resize_pos_embed=config.init_resize_pos_embed,
-            seed=config.seed,
-        )
+        init_params = _init_params(config, model)
     path.mkdir(parents=True, exist_ok=True)
     distributed.check_shared_folder(path)
     for text in changed:
@@ -139,6 +134,21 @@ def prepare(config: ml_collections.ConfigDict, folder: str, profile: bool = Fals
             f"{run.total_steps} steps"
         )
     return run
+
+
+def _init_params(config: ml_collections.ConfigDict, model: ConViT) -> dict[str, Any]:
+    """The weights of `config.init_from`, fitted to the model as the configuration allows."""
+    # The heads of a DeiT are told by no shape: the model to be trained says what is expected.
+    loaded = weights.read(config.init_from, ema=config.init_ema, num_heads=model.num_heads)
+    return fit.fit_params(
+        loaded.params,
+        model,
+        new_head=config.init_new_head,
+        resize_pos_embed=config.init_resize_pos_embed,
+        adapt_channels=config.init_adapt_channels,
+        seed=config.seed,
+        grid=loaded.model.grid,
+    )
 
 
 def _check_options(config: ml_collections.ConfigDict) -> None:

@@ -1,11 +1,12 @@
 """The working directory of a run: whose it is, and what it was made with.
 
-`config.json` is the configuration, which a later start has to match; `starts.jsonl` says, a line a
-start, from which step, on what devices and with which versions. Checkpoints and metrics lie beside
+`config.json` is the configuration, which a later start has to match; `classes.json` has the names
+of the classes in the order of the logits; `starts.jsonl` says, a line a start, from which step, on
+what devices and with which versions. Checkpoints and metrics lie beside
 them (`convit_jax.checkpoint`, `convit_jax.metrics`).
 """
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 import contextlib
 import importlib.metadata
 import json
@@ -75,11 +76,21 @@ def check(path: pathlib.Path, config: ml_collections.ConfigDict) -> list[str]:
     return list(differences.values())
 
 
-def record_start(path: pathlib.Path, config: ml_collections.ConfigDict, step: int) -> None:
-    """Writes the configuration, and the line of this start; by one process."""
-    unfinished = path / "config.json.part"
-    unfinished.write_text(config.to_json(indent=2) + "\n")
-    unfinished.replace(path / "config.json")
+def record_start(
+    path: pathlib.Path,
+    config: ml_collections.ConfigDict,
+    step: int,
+    class_names: Sequence[str],
+) -> None:
+    """Writes the configuration, the classes and the line of this start; by one process."""
+    texts = {
+        "classes.json": json.dumps(class_names),
+        "config.json": config.to_json(indent=2),
+    }
+    for name, text in texts.items():
+        unfinished = path / f"{name}.part"
+        unfinished.write_text(text + "\n")
+        unfinished.replace(path / name)
     start = {
         "time": time.strftime("%Y-%m-%d %H:%M:%S %z"),
         "step": step,
