@@ -24,17 +24,21 @@ class Found:
     step: int | None
 
 
-def find(workdir: pathlib.Path, *, ema: bool) -> Found:
+def find(workdir: pathlib.Path, *, ema: bool, wanted: str = "best") -> Found:
     """The best checkpoint by top-1 on the test images, else the newest, else the final weights.
 
     Args:
       workdir: of main.py.
       ema: whether the averaged weights are wanted, and judged.
+      wanted: "best"; "newest", whether evaluated or not; or the step of a checkpoint.
 
     Raises:
       FileNotFoundError: if there is none of these.
-      ValueError: if averaged weights are wanted of a run that has none.
+      ValueError: if averaged weights are wanted of a run that has none, or `wanted` is no such
+        word.
     """
+    if wanted not in ("best", "newest") and not wanted.isdigit():
+        raise ValueError(f"checkpoint: expected best, newest or a step, got {wanted!r}")
     if not (workdir / "config.json").is_file():
         raise FileNotFoundError(
             f"{workdir}: expected a workdir of main.py (config.json, checkpoints) or a folder "
@@ -44,14 +48,10 @@ def find(workdir: pathlib.Path, *, ema: bool) -> Found:
     if ema and not averages:
         raise ValueError(f"{workdir}: the run has no averaged weights (optim.ema_decay=0)")
     folder = workdir / "checkpoints"
-    best = checkpoint.best(folder, "ema_top1" if ema else "top1")
-    step = checkpoint.newest(folder) if best is None else best
+    step, which = _choose(folder, "ema_top1" if ema else "top1", wanted)
     if step is not None:
-        log.info(
-            "%s: weights of step %d, the %s%s", workdir, step,
-            "newest checkpoint" if best is None else "best checkpoint by top-1",
-            ", averaged" if ema else "",
-        )  # fmt: skip
+        averaged = ", averaged" if ema else ""
+        log.info("%s: weights of step %d, %s%s", workdir, step, which, averaged)
         if averages and not ema:
             log.info("%s: the run has averaged weights too; not taken: ema is off", workdir)
         return Found(folder / str(step), step)
@@ -60,6 +60,21 @@ def find(workdir: pathlib.Path, *, ema: bool) -> Found:
         raise FileNotFoundError(f"{workdir}: holds no checkpoint and no {final.name} yet")
     log.info("%s: no checkpoint; %s%s", workdir, final.name, ", averaged" if averages else "")
     return Found(final, None)
+
+
+def _choose(folder: pathlib.Path, metric: str, wanted: str) -> tuple[int | None, str]:
+    """The step of a checkpoint, None if there is none at all, and what it is."""
+    if wanted.isdigit():
+        if not (folder / wanted).is_dir():
+            steps = sorted(int(path.name) for path in folder.glob("*") if path.name.isdigit())
+            raise FileNotFoundError(
+                f"{folder}: no checkpoint of step {wanted}; there are {steps or 'none'}"
+            )
+        return int(wanted), "the checkpoint asked for"
+    best = checkpoint.best(folder, metric) if wanted == "best" else None
+    if best is None:
+        return checkpoint.newest(folder), "the newest checkpoint"
+    return best, "the best checkpoint by top-1"
 
 
 def restore(found: Found, *, ema: bool) -> dict[str, Any]:

@@ -168,11 +168,14 @@ def _check_options(config: ml_collections.ConfigDict) -> None:
     mixup.check_options(smoothing=config.train.label_smoothing, **config.mixup)
 
 
-def use_compilation_cache(run: Run) -> None:
-    """Keeps compiled programs where `config.compilation_cache` says, for later starts."""
-    folder = run.config.compilation_cache
+def use_compilation_cache(config: ml_collections.ConfigDict, path: pathlib.Path | None) -> None:
+    """Keeps compiled programs where `config.compilation_cache` says, for later starts.
+
+    `path` is the working directory, if there is one.
+    """
+    folder = config.compilation_cache
     if folder == "workdir":
-        folder = str((run.workdir / "compilation_cache").resolve())
+        folder = str((path / "compilation_cache").resolve()) if path else ""
     if folder and not jax.config.jax_compilation_cache_dir:  # $JAX_COMPILATION_CACHE_DIR first
         jax.config.update("jax_compilation_cache_dir", folder)
 

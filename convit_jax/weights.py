@@ -41,6 +41,7 @@ class Loaded:
       mean: per channel, of values in [0, 1]; ImageNet's where the source does not say.
       std: likewise.
       crop_pct: of the evaluation's resized image; 0.875 where the source does not say.
+      step: of the checkpoint, if a run's was read.
     """
 
     model: ConViT
@@ -50,6 +51,7 @@ class Loaded:
     mean: tuple[float, ...] = (0.485, 0.456, 0.406)
     std: tuple[float, ...] = (0.229, 0.224, 0.225)
     crop_pct: float = 0.875
+    step: int | None = None
 
 
 @dataclasses.dataclass(frozen=True)
@@ -105,10 +107,14 @@ def read(
     *,
     ema: bool = False,
     offline: bool = False,
+    checkpoint: str = "best",
     **overrides: Any,
 ) -> Loaded:
-    """What `load` reads, with what else the source knows. Arguments and errors are `load`'s."""
-    contents = _contents(source, ema=ema, offline=offline)
+    """What `load` reads, with what else the source knows. Arguments and errors are `load`'s.
+
+    `checkpoint` is which one of a run: "best", "newest" or a step, see `run_weights.find`.
+    """
+    contents = _contents(source, ema=ema, offline=offline, checkpoint=checkpoint)
     try:
         model = model_options.model_of(contents.params, contents.stated, variant, overrides)
         log.info("%s: %s", source, model_options.describe(model))
@@ -152,12 +158,12 @@ def whole_file(path: str | os.PathLike) -> Iterator[pathlib.Path]:
         unfinished.unlink(missing_ok=True)
 
 
-def _contents(source: str | os.PathLike, *, ema: bool, offline: bool) -> Contents:
+def _contents(source: str | os.PathLike, *, ema: bool, offline: bool, checkpoint: str) -> Contents:
     path = pathlib.Path(source)
     if path.is_file():
         return _read_file(path, ema=ema)
     if path.is_dir():
-        return _read_folder(path, ema=ema)
+        return _read_folder(path, ema=ema, checkpoint=checkpoint)
     name, repository = str(source), None
     if path.suffix not in (*torch_files.SUFFIXES, ".safetensors"):
         repository = hub.repository_name(name)
@@ -170,16 +176,17 @@ def _contents(source: str | os.PathLike, *, ema: bool, offline: bool) -> Content
     return _read_repository(fetched)
 
 
-def _read_folder(path: pathlib.Path, *, ema: bool) -> Contents:
+def _read_folder(path: pathlib.Path, *, ema: bool, checkpoint: str) -> Contents:
     cloned = hub.cloned(path)
     if cloned is not None and not ema:
         return _read_repository(cloned)
     from convit_jax import run_weights  # needs Orbax
 
-    found = run_weights.find(path, ema=ema)
+    found = run_weights.find(path, ema=ema, wanted=checkpoint)
     if found.step is None:
         return _read_file(found.path, ema=False)
-    return Contents(run_weights.restore(found, ema=ema), *run_weights.describe(path))
+    stated, extras = run_weights.describe(path)
+    return Contents(run_weights.restore(found, ema=ema), stated, {**extras, "step": found.step})
 
 
 def _read_repository(repository: hub.Repository) -> Contents:

@@ -76,6 +76,29 @@ def check(path: pathlib.Path, config: ml_collections.ConfigDict) -> list[str]:
     return list(differences.values())
 
 
+def load_config(path: pathlib.Path) -> ml_collections.ConfigDict | None:
+    """The configuration of the run in a working directory; None if there is no run.
+
+    Raises:
+      ValueError: if it is not readable.
+    """
+    try:
+        text = (path / "config.json").read_text()
+    except (FileNotFoundError, NotADirectoryError):
+        return None
+    try:
+        return ml_collections.ConfigDict(_with_tuples(json.loads(text)))
+    except ValueError as error:
+        raise ValueError(f"{path / 'config.json'}: not readable: {error}") from None
+
+
+def _with_tuples(value: Any) -> Any:
+    """JSON's lists as the tuples that they were."""
+    if isinstance(value, dict):
+        return {key: _with_tuples(item) for key, item in value.items()}
+    return tuple(map(_with_tuples, value)) if isinstance(value, list) else value
+
+
 def record_start(
     path: pathlib.Path,
     config: ml_collections.ConfigDict,
@@ -99,7 +122,7 @@ def record_start(
         "processes": jax.process_count(),
         "git_revision": _git_revision(),
         "python": sys.version.split()[0],
-        "versions": dict(_versions()),
+        "versions": dict(versions()),
     }
     with (path / "starts.jsonl").open("a") as file:
         file.write(json.dumps(start) + "\n")
@@ -115,7 +138,8 @@ def _differences(saved: Any, found: Any, key: str = "") -> Iterator[tuple[str, s
         yield key, f"{key}: there {saved!r}, now {found!r}"
 
 
-def _versions() -> Iterator[tuple[str, str]]:
+def versions() -> Iterator[tuple[str, str]]:
+    """Of the packages that decide what comes out: (name, version)."""
     for package in _PACKAGES:
         with contextlib.suppress(importlib.metadata.PackageNotFoundError):  # not installed itself
             yield package, importlib.metadata.version(package)
