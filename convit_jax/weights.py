@@ -146,7 +146,10 @@ def whole_file(path: str | os.PathLike) -> Iterator[pathlib.Path]:
     path = pathlib.Path(path)
     unfinished = path.with_name(path.name + ".part")
     try:
+        unfinished.touch()
+        mode = unfinished.stat().st_mode
         yield unfinished
+        unfinished.chmod(mode)  # safetensors lets nobody else read
         unfinished.replace(path)
     finally:
         unfinished.unlink(missing_ok=True)
