@@ -69,8 +69,9 @@ def convert(args: argparse.Namespace) -> None:
             (args.batch, *loaded.model.image_shape), loaded.mean, loaded.std,
         )  # fmt: skip
     else:
-        with weights.whole_file(path) as unfinished:
-            torch_files.write(unfinished, to_torch(loaded.params))
+        state_dict = to_torch(loaded.params)
+        with weights.whole_file(path, RuntimeError) as unfinished:  # torch's
+            torch_files.write(unfinished, state_dict)
     megabytes = path.stat().st_size / 1e6
     log.info("wrote %s, %.1f MB, in %.1f s", path, megabytes, time.perf_counter() - start)
 
