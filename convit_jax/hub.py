@@ -23,7 +23,7 @@ RELEASED = {
     "deit_small": "timm/deit_small_patch16_224.fb_in1k",
     "deit_base": "timm/deit_base_patch16_224.fb_in1k",
 }
-_NAME = re.compile(r"(?:hf[-_]hub:)?([\w.-]+/[\w.-]+)(?:@([\w./-]+))?")
+_NAME = re.compile(r"(?:hf[-_]hub:)?(\w[\w.-]*/[\w.-]+)(?:@([\w./-]+))?")
 _WEIGHTS = ("model.safetensors", "pytorch_model.bin")
 
 

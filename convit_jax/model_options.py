@@ -72,6 +72,8 @@ def model_of(
     # The file's own word first: where others differ, they are named.
     known = {k: _plain(v) for claim in reversed(claims) for k, v in claim.options.items()}
     options |= _patches(params, options, known, overrides.get("image_size"))
+    if "mlp_ratio" in known and _hidden(options, known) == _hidden(options, options):
+        options["mlp_ratio"] = known["mlp_ratio"]  # many ratios make one width
     if "num_heads" not in options:
         options["num_heads"] = known.get("num_heads") or _heads_of_width(options["embed_dim"])
     problems = [
@@ -145,6 +147,10 @@ def _ratio(hidden: int, width: int) -> float:
     """The ratio of which the model makes this hidden width, by int(width * ratio)."""
     ratio = hidden / width
     return ratio if int(width * ratio) == hidden else math.nextafter(ratio, math.inf)
+
+
+def _hidden(width_of: Mapping[str, Any], ratio_of: Mapping[str, Any]) -> int:
+    return int(width_of["embed_dim"] * ratio_of["mlp_ratio"])
 
 
 def _patches(

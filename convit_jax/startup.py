@@ -140,6 +140,12 @@ def _init_params(config: ml_collections.ConfigDict, model: ConViT) -> dict[str, 
     """The weights of `config.init_from`, fitted to the model as the configuration allows."""
     # The heads of a DeiT are told by no shape: the model to be trained says what is expected.
     loaded = weights.read(config.init_from, ema=config.init_ema, num_heads=model.num_heads)
+    for key in ("mean", "std"):
+        if getattr(loaded, key) != tuple(config.data[key]):
+            log.warning(
+                "data.%s=%s is not what %s were made with, as far as is known: %s",
+                key, config.data[key], config.init_from, getattr(loaded, key),
+            )  # fmt: skip
     return fit.fit_params(
         loaded.params,
         model,

@@ -34,7 +34,7 @@ class Loaded:
     """Weights with their model, and what predictions need besides.
 
     Attributes:
-      model: in float32.
+      model: the one that `params` fit.
       params: what goes into `model.apply({"params": params}, images)`; numpy arrays.
       source: where they are from.
       class_names: in the order of the logits; None if not known.
@@ -135,25 +135,44 @@ def read(
 
 
 def save_weights(path: str | os.PathLike, loaded: Loaded) -> None:
-    """Writes our export; whole, or not at all."""
+    """Writes our export; whole, or not at all.
+
+    Raises:
+      OSError: if it cannot be written.
+    """
+    from safetensors import SafetensorError
     from safetensors.numpy import save_file
 
     extras = {key: getattr(loaded, key) for key in ("class_names", "mean", "std", "crop_pct")}
     ours = {"options": model_options.to_json(loaded.model), **extras}
     # "format" is what other readers of safetensors expect.
     metadata = {"format": "pt", _METADATA: json.dumps(ours)}
-    with whole_file(path) as unfinished:
-        save_file(to_torch(loaded.params), unfinished, metadata=metadata)
+    state_dict = to_torch(loaded.params)
+    with whole_file(path, SafetensorError) as unfinished:
+        save_file(state_dict, unfinished, metadata=metadata)
 
 
 @contextlib.contextmanager
-def whole_file(path: str | os.PathLike) -> Iterator[pathlib.Path]:
-    """A path to write to, which becomes `path` if all goes well and is deleted if not."""
+def whole_file(path: str | os.PathLike, *kinds: type[Exception]) -> Iterator[pathlib.Path]:
+    """A path to write to, which becomes `path` if all goes well and is deleted if not.
+
+    Args:
+      path: of the file.
+      *kinds: of errors that the writer raises where the file system fails, besides OSError.
+
+    Raises:
+      OSError: if it cannot be written.
+    """
     path = pathlib.Path(path)
     unfinished = path.with_name(path.name + ".part")
     try:
+        unfinished.touch()
+        mode = unfinished.stat().st_mode
         yield unfinished
+        unfinished.chmod(mode)  # safetensors lets nobody else read
         unfinished.replace(path)
+    except (OSError, *kinds) as error:
+        raise OSError(f"{path}: cannot be written: {error}") from error
     finally:
         unfinished.unlink(missing_ok=True)
 
