@@ -282,13 +282,25 @@ def _check_data(
         raise ValueError(
             f"model.in_channels: expected {channels} as in {name}, got {model.in_channels}"
         )
-    for key, known in (("mean", loaded.mean), ("std", loaded.std)):
+    for key in ("mean", "std"):
         if len(config.data[key]) != channels:
             raise ValueError(f"data.{key}: expected {channels} values, got {config.data[key]}")
-        if tuple(config.data[key]) != tuple(known):
-            log.warning(
-                "data.%s is %s; by %s it is %s", key, config.data[key], loaded.source, known
-            )
+    _warn_of_other_preprocessing(config, loaded)
+
+
+def _warn_of_other_preprocessing(config: ml_collections.ConfigDict, loaded: weights.Loaded) -> None:
+    """Says where the configuration prepares images otherwise than the weights were said to want."""
+    chosen = {
+        "mean": ("data.mean", tuple(config.data.mean)),
+        "std": ("data.std", tuple(config.data.std)),
+        "crop_pct": ("augment.eval_crop", config.augment.eval_crop),
+    }
+    for field in dataclasses.fields(loaded):
+        known = getattr(loaded, field.name)
+        # The default stands for "not said" too.
+        if field.name in chosen and known not in (field.default, chosen[field.name][1]):
+            key, value = chosen[field.name]
+            log.warning("%s is %s; %s says %s", key, value, loaded.source, known)
 
 
 def _batch_size(wanted: int, num_images: int, devices: int) -> int:
