@@ -2,7 +2,6 @@
 
 import io
 import json
-import os
 import pathlib
 import subprocess
 import sys
@@ -122,15 +121,14 @@ def test_other_sizes_are_timms_too_on_eight_devices(imagenet, small, tmp_path, c
     """A rectangle, which timm's ConViT does not take, against the model that `load` makes."""
     state_dict, path = small
     config = small_config(imagenet, path)
-    sizes = eval_run.parse_sizes("64,96,64x96")
+    sizes = eval_run.parse_sizes("96,64x96")
     options = eval_run.Options(sizes=sizes, predictions=True)
     prepared = eval_run.prepare(config, str(tmp_path), options)
     assert prepared.mesh.size == 8
     results = eval_run.run(prepared)["results"]
-    for size, result in zip(sizes[:2], results, strict=False):
-        assert_is_timms(tmp_path, result, *timm_logits(state_dict, size[0], imagenet))
+    assert_is_timms(tmp_path, results[0], *timm_logits(state_dict, 96, imagenet))
     rows = capsys.readouterr().out.splitlines()
-    assert [row.split("  ")[0].strip() for row in rows[1:]] == ["64 x 64", "96 x 96", "64 x 96"]
+    assert [row.split("  ")[0].strip() for row in rows[1:]] == ["96 x 96", "64 x 96"]
 
     model, variables = convit_jax.load(path, image_size=(64, 96))
     pixels = np.stack(
@@ -139,7 +137,7 @@ def test_other_sizes_are_timms_too_on_eight_devices(imagenet, small, tmp_path, c
     images = (pixels / 255 - np.array(config.data.mean)) / np.array(config.data.std)
     logits = np.asarray(model.apply(variables, jnp.asarray(images, jnp.float32)))
     labels = np.array([prepared.source[i]["label"] for i in range(IMAGES)])
-    assert_is_timms(tmp_path, results[2], logits, labels)
+    assert_is_timms(tmp_path, results[1], logits, labels)
 
 
 def small_config(imagenet, path):
@@ -151,18 +149,26 @@ def small_config(imagenet, path):
     return config
 
 
-@pytest.fixture(scope="module")
-def run_of_digits(tmp_path_factory):
-    """The workdir of a run on 8 devices, its state split over them, with averaged weights."""
-    folder = tmp_path_factory.mktemp("digits") / "run"
+def train_on_digits(folder, width, fsdp):
+    """A run on 8 devices with averaged weights, evaluated after each of 3 epochs."""
     config = digits.get_config()
-    config.model.update(patch_size=4, embed_dim=64, num_heads=4, depth=2, local_up_to_layer=1)
+    config.model.update(patch_size=4, embed_dim=width, depth=2, local_up_to_layer=1)
     config.train.update(epochs=3.0, batch_size=64, eval_every=1.0)
     config.optim.ema_decay = 0.9
-    config.mesh.fsdp = 8
-    config.checkpoint.keep = 2
+    config.mesh.fsdp = fsdp
     train.train(startup.prepare(config, str(folder)))
     return folder
+
+
+@pytest.fixture(scope="module")
+def run_of_digits(tmp_path_factory):
+    return train_on_digits(tmp_path_factory.mktemp("digits") / "run", width=8, fsdp=1)
+
+
+@pytest.fixture(scope="module")
+def split_run(tmp_path_factory):
+    """Its checkpoints are of a state that was split over the 8 devices."""
+    return train_on_digits(tmp_path_factory.mktemp("split") / "run", width=64, fsdp=8)
 
 
 def evaluations(folder):
@@ -198,31 +204,41 @@ def test_a_run_is_evaluated_as_it_evaluated_itself(run_of_digits):
     assert not list(run_of_digits.glob("*.part"))
 
 
-def test_the_command_on_one_device_with_and_without_a_workdir(run_of_digits, tmp_path):
-    """Of a run on eight devices: its checkpoint, and its weights elsewhere without a workdir."""
-    expected = evaluations(run_of_digits)[runs.steps_saved(run_of_digits)[-1]]
-    env = {k: v for k, v in os.environ.items() if k != "XLA_FLAGS"}
-    model = ("patch_size=4", "embed_dim=64", "depth=2", "local_up_to_layer=1")
-    of_weights = (
-        "--config=configs/digits.py",
-        *(f"--config.model.{option}" for option in model),
-        f"--config.init_from={run_of_digits / 'weights.safetensors'}",
-    )
-    for given, prefix in (
-        ((f"--workdir={run_of_digits}", "--checkpoint=newest"), ""),
-        (of_weights, "ema_"),  # the averaged ones are what a run leaves at its end
-    ):
-        done = subprocess.run(
-            [sys.executable, "main.py", "--mode=eval", *given],
-            cwd=ROOT, env=env, capture_output=True, text=True, timeout=120,
-        )  # fmt: skip
-        assert done.returncode == 0, done.stderr
-        header, row = done.stdout.splitlines()
-        assert header.split() == ["image", "top-1", "top-5", "loss", "images", "images/s"]
-        assert row.split()[3:6] == [
-            f"{expected[prefix + 'top1']:.3%}", f"{expected[prefix + 'top5']:.3%}",
-            f"{expected[prefix + 'loss']:.4f}",
-        ]  # fmt: skip
+@pytest.mark.slow
+def test_a_run_on_other_devices_and_weights_without_a_workdir(split_run, tmp_path):
+    """Of a run split over eight devices: on one, on two processes of two; and its weights alone."""
+    newest = runs.steps_saved(split_run)[-1]
+    expected = evaluations(split_run)[newest]
+    given = ("--mode=eval", "--checkpoint=newest")
+    runs.finish(runs.start(split_run, *given, devices=1), split_run)
+    one = json.loads((split_run / "eval.json").read_text())
+    for process in runs.start_pair(split_run, *given, "--ema", devices=2):
+        runs.finish(process, split_run)
+    two = json.loads((split_run / "eval.json").read_text())
+    for report, prefix, devices in ((one, "", "1 x"), (two, "ema_", "4 x")):
+        assert report["devices"].startswith(devices)
+        assert report["step"] == newest
+        (result,) = report["results"]
+        assert result["top1"] == expected[prefix + "top1"]
+        assert result["loss"] == pytest.approx(expected[prefix + "loss"], rel=1e-5)
+
+    done = subprocess.run(
+        [
+            sys.executable, "main.py", "--mode=eval", "--config=configs/digits.py",
+            "--config.model.patch_size=4", "--config.model.depth=2",
+            "--config.model.local_up_to_layer=1",
+            f"--config.init_from={split_run / 'weights.safetensors'}",
+        ],
+        cwd=ROOT, capture_output=True, text=True, timeout=120,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    header, row = done.stdout.splitlines()
+    assert header.split() == ["image", "top-1", "top-5", "loss", "images", "images/s"]
+    # The averaged weights are what a run leaves at its end.
+    assert row.split()[3:6] == [
+        f"{expected['ema_top1']:.3%}", f"{expected['ema_top5']:.3%}",
+        f"{expected['ema_loss']:.4f}",
+    ]  # fmt: skip
 
 
 def test_a_contradiction_names_the_key(imagenet, small, run_of_digits, tmp_path):
