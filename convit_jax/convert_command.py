@@ -33,6 +33,7 @@ def main(argv: list[str] | None = None) -> None:
     args = _parser().parse_args(argv)
     logging.basicConfig(format="%(message)s", level=logging.WARNING, force=True)
     logging.getLogger("convit_jax").setLevel(logging.INFO)
+    logging.getLogger("absl").setLevel(logging.CRITICAL)  # Orbax logs what it also raises
     try:
         convert(args)
     except (ValueError, OSError) as error:

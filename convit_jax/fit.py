@@ -41,7 +41,32 @@ def fit_params(
     params = dict(params)
     shapes = jax.eval_shape(model.init, jax.random.key(0), jnp.zeros((1, *model.image_shape)))
     shapes = shapes["params"]
-    if new_head and "head" in shapes:
+    if new_head:
+        _replace_head(params, shapes, model, seed)
+    if resize_pos_embed and "pos_embed" in params and "pos_embed" in shapes:
+        before = params["pos_embed"]
+        params["pos_embed"] = resample_pos_embed(before, model.grid, int(model.cls_pos_embed), grid)
+        if params["pos_embed"] is not before:
+            tokens = before.shape[1], params["pos_embed"].shape[1]
+            log.info(
+                "position embedding interpolated from %d to %d tokens, a grid of %d x %d",
+                *tokens, *model.grid,
+            )  # fmt: skip
+    if adapt_channels:
+        kernel = params["patch_embed"]["kernel"]
+        adapted = adapt_input_conv(kernel, model.in_channels)
+        if adapted is not kernel:
+            params["patch_embed"] = {**params["patch_embed"], "kernel": adapted}
+            log.info(
+                "first convolution adapted from %d to %d input channels",
+                kernel.shape[2], model.in_channels,
+            )  # fmt: skip
+    _check_shapes(params, shapes)
+    return params
+
+
+def _replace_head(params: dict[str, Any], shapes: dict[str, Any], model: ConViT, seed: int) -> None:
+    if "head" in shapes:
         # N(0, 0.02^2) and zero, as in ConViT.
         kernel = np.random.default_rng(seed).normal(0, 0.02, shapes["head"]["kernel"].shape)
         params["head"] = {
@@ -49,32 +74,8 @@ def fit_params(
             "bias": np.zeros(shapes["head"]["bias"].shape, np.float32),
         }
         log.info("new head for %d classes", model.num_classes)
-    elif new_head and params.pop("head", None) is not None:
+    elif params.pop("head", None) is not None:
         log.info("the head is left out: the model returns features")
-    if resize_pos_embed and "pos_embed" in params and "pos_embed" in shapes:
-        before = params["pos_embed"]
-        params["pos_embed"] = resample_pos_embed(
-            before, model.grid, num_prefix_tokens=int(model.cls_pos_embed), source_grid=grid
-        )
-        if params["pos_embed"] is not before:
-            tokens = before.shape[1], params["pos_embed"].shape[1]
-            log.info(
-                "position embedding interpolated from %d to %d tokens, a grid of %d x %d",
-                *tokens,
-                *model.grid,
-            )
-    if adapt_channels and "patch_embed" in params:
-        kernel = params["patch_embed"]["kernel"]
-        adapted = adapt_input_conv(kernel, model.in_channels)
-        if adapted is not kernel:
-            params["patch_embed"] = {**params["patch_embed"], "kernel": adapted}
-            log.info(
-                "first convolution adapted from %d to %d input channels",
-                kernel.shape[2],
-                model.in_channels,
-            )
-    _check_shapes(params, shapes)
-    return params
 
 
 def resample_pos_embed(

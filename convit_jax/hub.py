@@ -79,15 +79,15 @@ def fetch(name: str, *, offline: bool = False) -> Repository:
 
     repo, _, revision = name.partition("@")
 
-    def download(file: str) -> pathlib.Path:
+    def download(file: str, offline: bool) -> pathlib.Path:
         path = huggingface_hub.hf_hub_download(
             repo, file, revision=revision or None, local_files_only=offline
         )
         return pathlib.Path(path)
 
     try:
-        weights, missing = _first(download, _WEIGHTS)
-        config = None if weights is None else _first(download, ("config.json",))[0]
+        weights, missing = _first(download, _WEIGHTS, offline)
+        config = None if weights is None else _first(download, ("config.json",), offline)[0]
     except errors.RepositoryNotFoundError:  # what there is no right to see looks the same
         raise ValueError(
             f"{name}: no such file or folder here, and no such repository on {_endpoint()} (one "
@@ -107,6 +107,8 @@ def fetch(name: str, *, offline: bool = False) -> Repository:
         ) from missing
     if weights is None:
         raise ValueError(f"{name}: expected {' or '.join(_WEIGHTS)} in it, found neither")
+    if config is None:
+        log.warning("%s: no config.json: what it does not say is taken to be ImageNet's", name)
     return Repository(name, weights, _read_config(config))
 
 
@@ -163,7 +165,7 @@ def _read_config(path: pathlib.Path | None) -> dict[str, Any]:
 
 
 def _first(
-    download: Callable[[str], pathlib.Path], files: tuple[str, ...]
+    download: Callable[[str, bool], pathlib.Path], files: tuple[str, ...], offline: bool
 ) -> tuple[pathlib.Path | None, Exception | None]:
     """The first of these files that there is, else why there is none."""
     from huggingface_hub import errors
@@ -171,7 +173,9 @@ def _first(
     missing = None
     for file in files:
         try:
-            return download(file), None
+            return download(file, offline), None
+        except errors.LocalEntryNotFoundError as error:
+            missing, offline = error, True  # the library has tried for long: there is no network
         except errors.EntryNotFoundError as error:
             missing = error
     return None, missing

@@ -27,6 +27,7 @@ from convit_jax.model_options import Claim
 log = logging.getLogger(__name__)
 
 _METADATA = "convit_jax"  # the key of ours
+_EXTRAS = ("class_names", "mean", "std", "crop_pct")  # of Loaded
 
 
 @dataclasses.dataclass(frozen=True)
@@ -143,7 +144,7 @@ def save_weights(path: str | os.PathLike, loaded: Loaded) -> None:
     from safetensors import SafetensorError
     from safetensors.numpy import save_file
 
-    extras = {key: getattr(loaded, key) for key in ("class_names", "mean", "std", "crop_pct")}
+    extras = {key: getattr(loaded, key) for key in _EXTRAS}
     ours = {"options": model_options.to_json(loaded.model), **extras}
     # "format" is what other readers of safetensors expect.
     metadata = {"format": "pt", _METADATA: json.dumps(ours)}
@@ -241,11 +242,11 @@ def _read_safetensors(path: pathlib.Path) -> tuple[dict[str, np.ndarray], dict[s
     if _METADATA not in metadata:
         return state_dict, {}
     try:
-        ours = json.loads(metadata[_METADATA])
-        ours["options"] = dict(ours["options"])
+        written = json.loads(metadata[_METADATA])
+        ours = {key: written[key] for key in _EXTRAS}
         for key in ("class_names", "mean", "std"):
             ours[key] = None if ours[key] is None else tuple(ours[key])
-        return state_dict, ours
+        return state_dict, {"options": dict(written["options"]), **ours}
     except (ValueError, KeyError, TypeError) as error:
         raise ValueError(f"{path}: the metadata {_METADATA!r} are not ours: {error!r}") from error
 

@@ -135,7 +135,7 @@ class Malicious:
         self.path = path
 
     def __reduce__(self):
-        return open, (str(self.path), "w")
+        return os.mkdir, (str(self.path),)
 
 
 def bad_files(folder, torch):
@@ -171,11 +171,11 @@ def bad_files(folder, torch):
         "list.pth": (save([1, 2]), "expected a state dict, got list"),
         "mixed.pth": (save({**tensors, "note": "x"}), "names of tensors, got note"),
         "nothing.pth": (save({}), "names of tensors, got nothing"),
-        "evil.pth": (save(evil), "refused: reading it would call io.open"),
+        "evil.pth": (save(evil), "refused: reading it would call posix.mkdir"),
         "strange.pth": (save(strange), "refused: reading it would call pathlib.PurePosixPath"),
         "old_evil.pth": (
             lambda path: torch.save(evil, path, _use_new_zipfile_serialization=False),
-            "refused: reading it would call io.open",
+            "refused: reading it would call posix.mkdir",
         ),
         "truncated.safetensors": (
             lambda path: path.write_bytes(
@@ -199,7 +199,7 @@ def test_every_kind_of_bad_file_is_named_and_leaves_nothing(export, out, tmp_pat
             assert str(source) in text
         assert list(out.iterdir()) == [], name
     assert not (tmp_path / "ran").exists()
-    # The same pickle does run its code where it is trusted.
+    # Where it is trusted, the same pickle does run its code.
     torch.load(tmp_path / "evil.pth", weights_only=False)
     assert (tmp_path / "ran").exists()
 

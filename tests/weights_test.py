@@ -145,7 +145,8 @@ def test_contradictions_are_named(plain, tmp_path):
     weights.save_weights(export, weights.Loaded(DEIT, random_params(DEIT)))
     with pytest.raises(ValueError, match="num_heads: the options given: 2; the weights: 4"):
         convit_jax.load(export, num_heads=2)
-    lies = {"options": {"depth": 9}, "class_names": None, "mean": [0.5], "std": [0.5]}
+    lies = {"class_names": None, "mean": [0.5], "std": [0.5], "crop_pct": 1}
+    lies["options"] = {"depth": 9}
     save_file(to_torch(random_params()), export, {"convit_jax": json.dumps(lies)})
     with pytest.raises(ValueError, match="depth: its metadata: 9; the weights: 3"):
         convit_jax.load(export)
