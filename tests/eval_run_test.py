@@ -149,26 +149,17 @@ def small_config(imagenet, path):
     return config
 
 
-def train_on_digits(folder, width, fsdp):
-    """A run on 8 devices with averaged weights, evaluated after each of 3 epochs."""
-    config = digits.get_config()
-    config.model.update(patch_size=4, embed_dim=width, depth=2, local_up_to_layer=1)
-    config.train.update(epochs=3.0, batch_size=64, eval_every=1.0)
-    config.optim.ema_decay = 0.9
-    config.mesh.fsdp = fsdp
-    train.train(startup.prepare(config, str(folder)))
-    return folder
-
-
 @pytest.fixture(scope="module")
 def run_of_digits(tmp_path_factory):
-    return train_on_digits(tmp_path_factory.mktemp("digits") / "run", width=8, fsdp=1)
-
-
-@pytest.fixture(scope="module")
-def split_run(tmp_path_factory):
-    """Its checkpoints are of a state that was split over the 8 devices."""
-    return train_on_digits(tmp_path_factory.mktemp("split") / "run", width=64, fsdp=8)
+    """A run on 8 devices, its state split over them, with averaged weights: 3 evaluations."""
+    folder = tmp_path_factory.mktemp("digits") / "run"
+    config = digits.get_config()
+    config.model.update(patch_size=4, embed_dim=64, depth=2, local_up_to_layer=1)
+    config.train.update(epochs=3.0, batch_size=64, eval_every=1.0)
+    config.optim.ema_decay = 0.9
+    config.mesh.fsdp = 8
+    train.train(startup.prepare(config, str(folder)))
+    return folder
 
 
 def evaluations(folder):
@@ -182,6 +173,7 @@ def evaluate_run(folder, config=None, **options):
     return report, result
 
 
+@pytest.mark.slow
 def test_a_run_is_evaluated_as_it_evaluated_itself(run_of_digits):
     evaluated = evaluations(run_of_digits)
     kept = runs.steps_saved(run_of_digits)
@@ -205,16 +197,16 @@ def test_a_run_is_evaluated_as_it_evaluated_itself(run_of_digits):
 
 
 @pytest.mark.slow
-def test_a_run_on_other_devices_and_weights_without_a_workdir(split_run, tmp_path):
+def test_a_run_on_other_devices_and_weights_without_a_workdir(run_of_digits):
     """Of a run split over eight devices: on one, on two processes of two; and its weights alone."""
-    newest = runs.steps_saved(split_run)[-1]
-    expected = evaluations(split_run)[newest]
+    newest = runs.steps_saved(run_of_digits)[-1]
+    expected = evaluations(run_of_digits)[newest]
     given = ("--mode=eval", "--checkpoint=newest")
-    runs.finish(runs.start(split_run, *given, devices=1), split_run)
-    one = json.loads((split_run / "eval.json").read_text())
-    for process in runs.start_pair(split_run, *given, "--ema", devices=2):
-        runs.finish(process, split_run)
-    two = json.loads((split_run / "eval.json").read_text())
+    runs.finish(runs.start(run_of_digits, *given, devices=1), run_of_digits)
+    one = json.loads((run_of_digits / "eval.json").read_text())
+    for process in runs.start_pair(run_of_digits, *given, "--ema", devices=2):
+        runs.finish(process, run_of_digits)
+    two = json.loads((run_of_digits / "eval.json").read_text())
     for report, prefix, devices in ((one, "", "1 x"), (two, "ema_", "4 x")):
         assert report["devices"].startswith(devices)
         assert report["step"] == newest
@@ -227,7 +219,7 @@ def test_a_run_on_other_devices_and_weights_without_a_workdir(split_run, tmp_pat
             sys.executable, "main.py", "--mode=eval", "--config=configs/digits.py",
             "--config.model.patch_size=4", "--config.model.depth=2",
             "--config.model.local_up_to_layer=1",
-            f"--config.init_from={split_run / 'weights.safetensors'}",
+            f"--config.init_from={run_of_digits / 'weights.safetensors'}",
         ],
         cwd=ROOT, capture_output=True, text=True, timeout=120,
     )  # fmt: skip
@@ -241,7 +233,7 @@ def test_a_run_on_other_devices_and_weights_without_a_workdir(split_run, tmp_pat
     ]  # fmt: skip
 
 
-def test_a_contradiction_names_the_key(imagenet, small, run_of_digits, tmp_path):
+def test_a_contradiction_names_the_key(imagenet, small):
     _, path = small
     config = small_config(imagenet, path)
     config.model.update(depth=3, image_size=96, num_heads=8)
@@ -253,18 +245,9 @@ def test_a_contradiction_names_the_key(imagenet, small, run_of_digits, tmp_path)
         "  model.depth: the configuration says 3, the weights 2",
         "  model.num_heads: the configuration says 8, the weights 4",
     ]
-    with pytest.raises(ValueError, match=r"model\.patch_size: .* 2, the weights 4\n") as error:
-        eval_run.prepare(digits.get_config(), str(run_of_digits), eval_run.Options())
-    assert "Without --config a run is evaluated by its own." in str(error.value)
-    config = digits.get_config()
-    config.init_from = str(path)
-    with pytest.raises(
-        ValueError, match=r"holds a run, which would be evaluated, not .*small\.pth"
-    ):
-        eval_run.prepare(config, str(run_of_digits), eval_run.Options())
 
 
-def test_other_classes_are_refused(imagenet, small, run_of_digits, tmp_path):
+def test_other_classes_are_refused(imagenet, small, tmp_path):
     _, path = small
     runs.write_images(tmp_path / "images", per_class=4)
     config = small_config(imagenet, path)
@@ -288,7 +271,7 @@ def test_other_classes_are_refused(imagenet, small, run_of_digits, tmp_path):
     assert prepared.share.batch_size == 8  # 3 images, 8 devices
 
 
-def test_mistakes_are_named(imagenet, small, run_of_digits, tmp_path):
+def test_mistakes_are_named(imagenet, small, tmp_path):
     _, path = small
     config = small_config(imagenet, tmp_path / "no.pth")
     with pytest.raises(OSError, match=r"no such file or folder: .*no\.pth"):
@@ -304,15 +287,29 @@ def test_mistakes_are_named(imagenet, small, run_of_digits, tmp_path):
         eval_run.prepare(None, None, eval_run.Options())
     with pytest.raises(ValueError, match="--predictions: expected --workdir"):
         eval_run.prepare(config, None, eval_run.Options(predictions=True))
+    config.init_from = str(path)
+    with pytest.raises(ValueError, match="image_size: expected a multiple of patch_size=16"):
+        eval_run.prepare(config, None, eval_run.Options(sizes=((64, 65),)))
+
+
+@pytest.mark.slow
+def test_mistakes_about_a_run_are_named(small, run_of_digits):
+    _, path = small
+    with pytest.raises(ValueError, match=r"model\.patch_size: .* 2, the weights 4\n") as error:
+        eval_run.prepare(digits.get_config(), str(run_of_digits), eval_run.Options())
+    assert "Without --config a run is evaluated by its own." in str(error.value)
+    config = digits.get_config()
+    config.init_from = str(path)
+    with pytest.raises(
+        ValueError, match=r"holds a run, which would be evaluated, not .*small\.pth"
+    ):
+        eval_run.prepare(config, str(run_of_digits), eval_run.Options())
     for checkpoint, kind, message in (
         ("3", FileNotFoundError, r"no checkpoint of step 3; there are \[\d+, "),
         ("latest", ValueError, "expected best, newest or a step, got 'latest'"),
     ):
         with pytest.raises(kind, match=message):
             eval_run.prepare(None, str(run_of_digits), eval_run.Options(checkpoint))
-    config.init_from = str(path)
-    with pytest.raises(ValueError, match="image_size: expected a multiple of patch_size=16"):
-        eval_run.prepare(config, None, eval_run.Options(sizes=((64, 65),)))
 
 
 def test_sizes():
