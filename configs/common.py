@@ -26,9 +26,11 @@ def get_config() -> ml_collections.ConfigDict:
     checkpoint.every = 1000  # steps; besides, every evaluation and every interruption
     checkpoint.keep = 2  # newest; the best by top-1 stays too
 
-    config.init_from = ""  # weights to start from: .safetensors, .pth, .pt; "": random
+    config.init_from = ""  # weights to start from, all that convit_jax.load reads; "": random
+    config.init_ema = False  # with init_from: its averaged weights
     config.init_new_head = False  # with init_from: start the head anew, for other classes
     config.init_resize_pos_embed = False  # with init_from: interpolate it to another image size
+    config.init_adapt_channels = False  # with init_from: sum or repeat RGB for other in_channels
 
     config.model = model = ml_collections.ConfigDict()
     model.name = "convit_base"  # one of convit_jax.VARIANTS

@@ -31,6 +31,18 @@ def newest(folder: pathlib.Path) -> int | None:
     return max((int(path.name) for path in folder.iterdir() if path.name.isdigit()), default=None)
 
 
+def best(folder: pathlib.Path, metric: str) -> int | None:
+    """The step of the checkpoint that was evaluated best; None if none that is there was."""
+    if newest(folder) is None:
+        return None
+    options = ocp.CheckpointManagerOptions(
+        best_fn=lambda metrics: metrics[metric], read_only=True, save_interval_steps=0
+    )
+    with ocp.CheckpointManager(folder.resolve(), options=options) as manager:
+        evaluated = [step for step in manager.all_steps() if manager.metrics(step)]
+        return max(evaluated, key=lambda step: (manager.metrics(step)[metric], step), default=None)
+
+
 class _Manager(ocp.CheckpointManager):
     """One that is told when the process has to stop.
 

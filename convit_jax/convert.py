@@ -3,6 +3,8 @@
 The names on the PyTorch side are those of facebookresearch/convit, facebookresearch/deit and
 timm, which agree. On the Flax side the blocks of a group are stacked along a leading layer axis
 (see `convit_jax.model`): `from_torch` stacks them, `to_torch` splits them.
+
+    python -m convit_jax.convert --help
 """
 
 import collections
@@ -232,3 +234,9 @@ def _to_numpy(array: Any) -> np.ndarray:
     if hasattr(array, "detach"):  # a torch tensor; bfloat16 has no numpy counterpart there
         array = array.detach().cpu().float().numpy()
     return np.asarray(array, dtype=np.float32)
+
+
+if __name__ == "__main__":
+    from convit_jax import convert_command
+
+    convert_command.main()

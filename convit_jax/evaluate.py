@@ -1,5 +1,6 @@
 """Exact evaluation: top-1, top-5 and loss over every image, each counted once."""
 
+import collections
 from collections.abc import Callable, Iterable
 from typing import Any
 
@@ -15,10 +16,21 @@ from convit_jax import mixup, sharding
 EvalStep = Callable[[Any, dict[str, jax.Array]], dict[str, jax.Array]]
 
 
+_AHEAD = 2  # batches that are on their way to the devices at a time
+
+
 def make_eval_step(
-    model: nn.Module, mean: tuple[float, ...], std: tuple[float, ...], mesh: Mesh
+    model: nn.Module,
+    mean: tuple[float, ...],
+    std: tuple[float, ...],
+    mesh: Mesh,
+    predictions: bool = False,
 ) -> EvalStep:
-    """A jitted (params, batch) -> sums over the batch's images: loss, top1, top5, images."""
+    """A jitted (params, batch) -> sums over the batch's images: loss, top1, top5, images.
+
+    With `predictions` also, for each image of the global batch, "label" (B,) and "predictions"
+    (B, 5): the classes with the largest logits, the largest first (all, where there are fewer).
+    """
 
     def eval_step(params: Any, batch: dict[str, jax.Array]) -> dict[str, jax.Array]:
         logits = model.apply({"params": params}, mixup.normalise(batch["image"], mean, std))
@@ -28,7 +40,11 @@ def make_eval_step(
         rank = (logits >= jnp.take_along_axis(logits, labels[:, None], axis=-1)).sum(axis=-1)
         top5 = (rank >= 1) & (rank <= 5)
         per_image = {"loss": loss, "top1": rank == 1, "top5": top5, "images": mask}
-        return {name: (value * mask).sum() for name, value in per_image.items()}
+        sums = {name: (value * mask).sum() for name, value in per_image.items()}
+        if not predictions:
+            return sums
+        best = jax.lax.top_k(logits, min(5, logits.shape[-1]))[1]
+        return sums | {"label": labels, "predictions": best}
 
     return jax.jit(eval_step, out_shardings=sharding.replicated(mesh))
 
@@ -40,7 +56,7 @@ def evaluate(
     mesh: Mesh,
     num_images: int,
     interrupted: Callable[[], bool] = lambda: False,
-) -> dict[str, float] | None:
+) -> dict[str, Any] | None:
     """Means over all images of padded batches (`data.EvalChunks`), on any number of processes.
 
     Args:
@@ -53,21 +69,42 @@ def evaluate(
 
     Returns:
       "top1" and "top5" as shares in [0, 1], "loss" in nats, and "images", their number, for each
-      of the weights. None if it was interrupted.
+      of the weights; and "label" (images,) and "predictions" (images, 5) in the order of the data,
+      if the step gives them. None if it was interrupted.
     """
-    sums: dict[str, list[Any]] = {prefix: [] for prefix in weights}
+    done: dict[str, list[dict[str, np.ndarray]]] = {prefix: [] for prefix in weights}
+    running: collections.deque[dict[str, Any]] = collections.deque()
+
+    def fetch(ahead: int) -> None:
+        """Waits for the batches before the last `ahead`: else their images would pile up."""
+        while len(running) > ahead:
+            for prefix, outputs in jax.device_get(running.popleft()).items():
+                done[prefix].append(outputs)
+
     for batch in batches:
         if interrupted():
             return None
         batch = sharding.put_batch(batch, mesh)
-        for prefix, params in weights.items():
-            sums[prefix].append(eval_step(params, batch))
+        running.append({prefix: eval_step(params, batch) for prefix, params in weights.items()})
+        fetch(_AHEAD)
+    fetch(0)
     result = {}
-    for prefix, parts in jax.device_get(sums).items():
-        totals = jax.tree.map(lambda *values: float(np.sum(values)), *parts)
-        images = totals.pop("images")
-        if images != num_images:
-            raise RuntimeError(f"evaluated {images:.0f} images: expected {num_images}")
-        means = {name: total / images for name, total in totals.items()} | {"images": int(images)}
-        result |= {prefix + name: mean for name, mean in means.items()}
+    for prefix, parts in done.items():
+        means = _means(parts, num_images)
+        result |= {prefix + name: value for name, value in means.items()}
     return result
+
+
+def _means(parts: list[dict[str, np.ndarray]], num_images: int) -> dict[str, Any]:
+    """What the batches gave, over all images."""
+    images = float(sum(part["images"] for part in parts))
+    if images != num_images:
+        raise RuntimeError(f"evaluated {images:.0f} images: expected {num_images}")
+    means: dict[str, Any] = {"images": num_images}
+    for name in parts[0]:
+        values = [part[name] for part in parts]
+        if name in ("label", "predictions"):  # the last batch ends in padding
+            means[name] = np.concatenate(values)[:num_images]
+        elif name != "images":
+            means[name] = float(np.sum(values)) / num_images
+    return means

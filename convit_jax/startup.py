@@ -16,6 +16,7 @@ from convit_jax import (
     checkpoint,
     data,
     distributed,
+    fit,
     mixup,
     sharding,
     sources,
@@ -116,13 +117,7 @@ def prepare(config: ml_collections.ConfigDict, folder: str, profile: bool = Fals
     init_params = None
     newest = checkpoint.newest(path / "checkpoints")
     if config.init_from and newest is None:
-        init_params = weights.fit_params(
-            weights.load_weights(config.init_from),
-            model,
-            new_head=config.init_new_head,
-            resize_pos_embed=config.init_resize_pos_embed,
-            seed=config.seed,
-        )
+        init_params = _init_params(config, model)
     path.mkdir(parents=True, exist_ok=True)
     distributed.check_shared_folder(path)
     for text in changed:
@@ -155,6 +150,27 @@ def prepare(config: ml_collections.ConfigDict, folder: str, profile: bool = Fals
     return run
 
 
+def _init_params(config: ml_collections.ConfigDict, model: ConViT) -> dict[str, Any]:
+    """The weights of `config.init_from`, fitted to the model as the configuration allows."""
+    # The heads of a DeiT are told by no shape: the model to be trained says what is expected.
+    loaded = weights.read(config.init_from, ema=config.init_ema, num_heads=model.num_heads)
+    for key in ("mean", "std"):
+        if getattr(loaded, key) != tuple(config.data[key]):
+            log.warning(
+                "data.%s=%s is not what %s were made with, as far as is known: %s",
+                key, config.data[key], config.init_from, getattr(loaded, key),
+            )  # fmt: skip
+    return fit.fit_params(
+        loaded.params,
+        model,
+        new_head=config.init_new_head,
+        resize_pos_embed=config.init_resize_pos_embed,
+        adapt_channels=config.init_adapt_channels,
+        seed=config.seed,
+        grid=loaded.model.grid,
+    )
+
+
 def _check_options(config: ml_collections.ConfigDict) -> None:
     positive = ("train.epochs", "train.eval_every", "train.log_every", "train.accum_steps",
                 "data.epochs_scale", "data.repeats", "optim.lr", "checkpoint.every",
@@ -172,11 +188,14 @@ def _check_options(config: ml_collections.ConfigDict) -> None:
     mixup.check_options(smoothing=config.train.label_smoothing, **config.mixup)
 
 
-def use_compilation_cache(run: Run) -> None:
-    """Keeps compiled programs where `config.compilation_cache` says, for later starts."""
-    folder = run.config.compilation_cache
+def use_compilation_cache(config: ml_collections.ConfigDict, path: pathlib.Path | None) -> None:
+    """Keeps compiled programs where `config.compilation_cache` says, for later starts.
+
+    `path` is the working directory, if there is one.
+    """
+    folder = config.compilation_cache
     if folder == "workdir":
-        folder = str((run.workdir / "compilation_cache").resolve())
+        folder = str((path / "compilation_cache").resolve()) if path else ""
     if folder and not jax.config.jax_compilation_cache_dir:  # $JAX_COMPILATION_CACHE_DIR first
         jax.config.update("jax_compilation_cache_dir", folder)
 

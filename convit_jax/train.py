@@ -211,7 +211,8 @@ def _begin(
         log.info("starting from %s", run.config.init_from or "random weights")
     _describe(run, state)
     if distributed.is_main():
-        workdir.record_start(run.workdir, run.config, int(state.step))
+        class_names = run.train_chunks.source.class_names
+        workdir.record_start(run.workdir, run.config, int(state.step), class_names)
     return state, progress or {"window": [], "result": None}
 
 
@@ -314,7 +315,16 @@ def _save_weights(run: startup.Run, params: Any) -> None:
     whole = jax.jit(lambda x: x, out_shardings=sharding.replicated(run.mesh))(params)
     if distributed.is_main():
         path = run.workdir / "weights.safetensors"
-        weights.save_weights(path, jax.device_get(whole))
+        loaded = weights.Loaded(
+            run.model,
+            jax.device_get(whole),
+            str(run.workdir),
+            run.train_chunks.source.class_names,
+            run.config.data.mean,
+            run.config.data.std,
+            run.config.augment.eval_crop,
+        )
+        weights.save_weights(path, loaded)
         log.info("wrote %s", path)
 
 

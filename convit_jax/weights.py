@@ -1,164 +1,293 @@
-"""Weights in and out of files, and fitted to another model.
+"""Weights in and out: whatever holds them, what model they are of, and what belongs to them.
 
-Files hold PyTorch's names and layouts (see `convit_jax.convert`), so timm reads what is written
-here: `model.load_state_dict(safetensors.torch.load_file("weights.safetensors"))`.
+    model, variables = load("convit_base")              # or a file, or the workdir of a run
+
+The files written here are safetensors under PyTorch's names (see `convit_jax.convert`), which timm
+reads as it reads any: `model.load_state_dict(safetensors.torch.load_file(path))`. Their metadata
+holds the model's options and what else predictions need.
 """
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+import contextlib
+import dataclasses
+import json
 import logging
-import math
 import os
 import pathlib
 from typing import Any
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 
+from convit_jax import fit, hub, model_options, torch_files
 from convit_jax.convert import from_torch, to_torch
 from convit_jax.model import ConViT
+from convit_jax.model_options import Claim
 
 log = logging.getLogger(__name__)
 
-
-def save_weights(path: str | os.PathLike, params: Mapping[str, Any]) -> None:
-    """Writes parameters as safetensors under PyTorch's names; whole, or not at all."""
-    from safetensors.numpy import save_file
-
-    path = pathlib.Path(path)
-    unfinished = path.with_name(path.name + ".part")
-    save_file(to_torch(params), unfinished)
-    unfinished.replace(path)
+_METADATA = "convit_jax"  # the key of ours
+_EXTRAS = ("class_names", "mean", "std", "crop_pct")  # of Loaded
 
 
-def load_weights(path: str | os.PathLike) -> dict[str, Any]:
-    """Reads the parameters of a ConViT or DeiT.
+@dataclasses.dataclass(frozen=True)
+class Loaded:
+    """Weights with their model, and what predictions need besides.
+
+    Attributes:
+      model: the one that `params` fit.
+      params: what goes into `model.apply({"params": params}, images)`; numpy arrays.
+      source: where they are from.
+      class_names: in the order of the logits; None if not known.
+      mean: per channel, of values in [0, 1]; ImageNet's where the source does not say.
+      std: likewise.
+      crop_pct: of the evaluation's resized image; 0.875 where the source does not say.
+      step: of the checkpoint, if a run's was read.
+    """
+
+    model: ConViT
+    params: Mapping[str, Any]
+    source: str = ""
+    class_names: tuple[str, ...] | None = None
+    mean: tuple[float, ...] = (0.485, 0.456, 0.406)
+    std: tuple[float, ...] = (0.229, 0.224, 0.225)
+    crop_pct: float = 0.875
+    step: int | None = None
+
+
+@dataclasses.dataclass(frozen=True)
+class Contents:
+    """What a source holds: parameters, and what it says of them (fields of `Loaded`)."""
+
+    params: dict[str, Any]
+    stated: Claim | None = None
+    extras: Mapping[str, Any] = dataclasses.field(default_factory=dict)
+
+
+def load(
+    source: str | os.PathLike,
+    variant: str | None = None,
+    *,
+    ema: bool = False,
+    offline: bool = False,
+    **overrides: Any,
+) -> tuple[ConViT, dict[str, Any]]:
+    """A model and its variables, of PyTorch's files, ours, a run, or huggingface.co.
+
+    The model's options follow from the weights' shapes, and from what the source says; they are
+    logged.
 
     Args:
-      path: .safetensors, or PyTorch's .pth or .pt (needs torch): a state dict, or a training
-        checkpoint with one under "model".
+      source: a file .pth, .pt or .bin (a state dict, or a training checkpoint of upstream's or
+        timm's; needs torch) or .safetensors; a workdir of main.py (the best checkpoint by top-1,
+        else the newest, else its weights.safetensors); or a name on huggingface.co: "convit_base",
+        "timm/convit_base.fb_in1k", "hf-hub:ORGANISATION/NAME". What is on disk comes first.
+      variant: one of `VARIANTS`, for what shapes do not tell; checked against them.
+      ema: whether to take the averaged weights of a checkpoint or run.
+      offline: whether a name is looked for in the local cache only.
+      **overrides: options of `ConViT`. Another num_classes makes a new head (0: none), another
+        image_size interpolates the position embedding and other in_channels adapt the first
+        convolution, both as timm does. What the parameters are made by, such as depth, has to
+        agree with them.
+
+    Returns:
+      `model` and `variables`, for `model.apply(variables, images)`.
 
     Raises:
-      FileNotFoundError: if there is no such file.
-      ValueError: if it is of another kind, or not the weights of a ConViT or DeiT.
+      ValueError: if the source is not what it should be, with every key that is wrong, or if the
+        options are ambiguous or contradictory.
+      OSError: if it is not there, or the network is missing.
+    """
+    loaded = read(source, variant, ema=ema, offline=offline, **overrides)
+    return loaded.model, {"params": loaded.params}
+
+
+def read(
+    source: str | os.PathLike,
+    variant: str | None = None,
+    *,
+    ema: bool = False,
+    offline: bool = False,
+    checkpoint: str = "best",
+    **overrides: Any,
+) -> Loaded:
+    """What `load` reads, with what else the source knows. Arguments and errors are `load`'s.
+
+    `checkpoint` is which one of a run: "best", "newest" or a step, see `run_weights.find`.
+    """
+    contents = _contents(source, ema=ema, offline=offline, checkpoint=checkpoint)
+    try:
+        model = model_options.model_of(contents.params, contents.stated, variant, overrides)
+        log.info("%s: %s", source, model_options.describe(model))
+        wanted = model.clone(**overrides)
+        params = fit.fit_params(
+            contents.params,
+            wanted,
+            new_head=wanted.num_classes != model.num_classes,
+            resize_pos_embed=True,
+            adapt_channels=True,
+            grid=model.grid,
+        )
+    except ValueError as error:
+        raise ValueError(f"{source}: {error}") from None
+    _say_what_is_not_finite(source, contents.params)
+    loaded = Loaded(wanted, params, str(source), **contents.extras)
+    return _matched(loaded, same_head=wanted.num_classes == model.num_classes)
+
+
+def save_weights(path: str | os.PathLike, loaded: Loaded) -> None:
+    """Writes our export; whole, or not at all.
+
+    Raises:
+      OSError: if it cannot be written.
+    """
+    from safetensors import SafetensorError
+    from safetensors.numpy import save_file
+
+    extras = {key: getattr(loaded, key) for key in _EXTRAS}
+    ours = {"options": model_options.to_json(loaded.model), **extras}
+    # "format" is what other readers of safetensors expect.
+    metadata = {"format": "pt", _METADATA: json.dumps(ours)}
+    state_dict = to_torch(loaded.params)
+    with whole_file(path, SafetensorError) as unfinished:
+        save_file(state_dict, unfinished, metadata=metadata)
+
+
+@contextlib.contextmanager
+def whole_file(path: str | os.PathLike, *kinds: type[Exception]) -> Iterator[pathlib.Path]:
+    """A path to write to, which becomes `path` if all goes well and is deleted if not.
+
+    Args:
+      path: of the file.
+      *kinds: of errors that the writer raises where the file system fails, besides OSError.
+
+    Raises:
+      OSError: if it cannot be written.
     """
     path = pathlib.Path(path)
-    if not path.is_file():
-        raise FileNotFoundError(f"weights: no such file: {path}")
-    if path.suffix == ".safetensors":
-        from safetensors import SafetensorError
-        from safetensors.numpy import load_file
+    unfinished = path.with_name(path.name + ".part")
+    try:
+        unfinished.touch()
+        mode = unfinished.stat().st_mode
+        yield unfinished
+        unfinished.chmod(mode)  # safetensors lets nobody else read
+        unfinished.replace(path)
+    except (OSError, *kinds) as error:
+        raise OSError(f"{path}: cannot be written: {error}") from error
+    finally:
+        unfinished.unlink(missing_ok=True)
 
-        try:
-            state_dict = load_file(path)
-        except SafetensorError as error:
-            raise ValueError(f"{path}: not a readable safetensors file: {error}") from error
-    elif path.suffix in (".pth", ".pt"):
-        state_dict = _load_torch(path)
-    else:
-        raise ValueError(f"weights: expected a .safetensors, .pth or .pt file, got {path}")
+
+def _contents(source: str | os.PathLike, *, ema: bool, offline: bool, checkpoint: str) -> Contents:
+    path = pathlib.Path(source)
+    if path.is_file():
+        return _read_file(path, ema=ema)
+    if path.is_dir():
+        return _read_folder(path, ema=ema, checkpoint=checkpoint)
+    name, repository = str(source), None
+    if path.suffix not in (*torch_files.SUFFIXES, ".safetensors"):
+        repository = hub.repository_name(name)
+    if repository is None:
+        raise FileNotFoundError(f"weights: no such file or folder: {source}")
+    if ema:
+        raise ValueError(f"{source}: a repository has no averaged weights: read it without ema")
+    fetched = hub.fetch(repository, offline=offline)
+    log.info("%s is %s of %s", source, fetched.weights.name, repository)
+    return _read_repository(fetched)
+
+
+def _read_folder(path: pathlib.Path, *, ema: bool, checkpoint: str) -> Contents:
+    cloned = hub.cloned(path)
+    if cloned is not None and not ema:
+        return _read_repository(cloned)
+    from convit_jax import run_weights  # needs Orbax
+
+    found = run_weights.find(path, ema=ema, wanted=checkpoint)
+    if found.step is None:
+        return _read_file(found.path, ema=False)
+    stated, extras = run_weights.describe(path)
+    return Contents(run_weights.restore(found, ema=ema), stated, {**extras, "step": found.step})
+
+
+def _read_repository(repository: hub.Repository) -> Contents:
+    contents = _read_file(repository.weights, ema=False)
+    stated, extras = hub.describe(repository)
+    # Files of ours say all themselves, wherever they lie.
+    return Contents(contents.params, contents.stated or stated, {**extras, **contents.extras})
+
+
+def _read_file(path: pathlib.Path, *, ema: bool) -> Contents:
+    if path.suffix == ".safetensors":
+        if ema:
+            raise ValueError(f"{path}: a .safetensors file has no averaged weights beside others")
+        state_dict, ours = _read_safetensors(path)
+        stated = Claim("its metadata", ours.pop("options")) if ours else None
+        return Contents(_convert(path, state_dict), stated, ours)
+    if path.suffix in torch_files.SUFFIXES:
+        return Contents(_convert(path, torch_files.read(path, ema=ema)))
+    suffixes = ", ".join((".safetensors", *torch_files.SUFFIXES))
+    raise ValueError(f"weights: expected a file of {suffixes}, a workdir or a name, got {path}")
+
+
+def _read_safetensors(path: pathlib.Path) -> tuple[dict[str, np.ndarray], dict[str, Any]]:
+    """The state dict, and our metadata: {} if there are none."""
+    from safetensors import SafetensorError, safe_open
+
+    try:
+        with safe_open(path, framework="np") as file:
+            metadata = file.metadata() or {}
+            state_dict = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
+    except (SafetensorError, OSError) as error:
+        raise ValueError(f"{path}: not a readable safetensors file: {error}") from error
+    if _METADATA not in metadata:
+        return state_dict, {}
+    try:
+        written = json.loads(metadata[_METADATA])
+        ours = {key: written[key] for key in _EXTRAS}
+        for key in ("class_names", "mean", "std"):
+            ours[key] = None if ours[key] is None else tuple(ours[key])
+        return state_dict, {"options": dict(written["options"]), **ours}
+    except (ValueError, KeyError, TypeError) as error:
+        raise ValueError(f"{path}: the metadata {_METADATA!r} are not ours: {error!r}") from error
+
+
+def _convert(path: pathlib.Path, state_dict: dict[str, Any]) -> dict[str, Any]:
+    """Flax parameters of a state dict, with what is not of the weights taken off its names."""
+    prefix = "module."  # of torch.nn.parallel.DistributedDataParallel
+    if state_dict and all(name.startswith(prefix) for name in state_dict):
+        log.info("%s: the prefix %r of its names is taken off", path, prefix)
+        state_dict = {name.removeprefix(prefix): v for name, v in state_dict.items()}
+    buffers = [name for name in state_dict if name.endswith(".rel_indices")]
+    if buffers:
+        log.info("%s: %d buffers rel_indices dropped: they hold no weights", path, len(buffers))
     try:
         return from_torch(state_dict)
     except ValueError as error:
         raise ValueError(f"{path}: {error}") from None
 
 
-def _load_torch(path: pathlib.Path) -> Mapping[str, Any]:
-    import argparse
-    import pickle
-
-    try:
-        import torch
-    except ImportError:
-        raise ValueError(
-            f"{path}: reading it needs torch: pip install torch, or convert it to .safetensors"
-        ) from None
-    try:
-        # Data only: a pickle that would run code is refused. The original's checkpoints hold
-        # their command line.
-        with torch.serialization.safe_globals([argparse.Namespace]):
-            loaded = torch.load(path, map_location="cpu", weights_only=True)
-    except (pickle.UnpicklingError, RuntimeError, EOFError) as error:
-        raise ValueError(f"{path}: not a readable PyTorch file: {error}") from error
-    return loaded.get("model", loaded)
-
-
-def fit_params(
-    params: dict[str, Any], model: ConViT, *, new_head: bool, resize_pos_embed: bool, seed: int
-) -> dict[str, Any]:
-    """Fits loaded parameters to a model, by the named changes only.
-
-    Args:
-      params: of `load_weights`.
-      model: to be initialised with them.
-      new_head: whether the head starts anew, as for other classes.
-      resize_pos_embed: whether the position embedding may be interpolated to the model's grid.
-      seed: of the new head.
-
-    Raises:
-      ValueError: names every parameter whose shape is not the model's.
-    """
-    params = dict(params)
-    shapes = jax.eval_shape(model.init, jax.random.key(0), jnp.zeros((1, *model.image_shape)))
-    shapes = shapes["params"]
-    if new_head and "head" in shapes:
-        # N(0, 0.02^2) and zero, as in ConViT.
-        kernel = np.random.default_rng(seed).normal(0, 0.02, shapes["head"]["kernel"].shape)
-        params["head"] = {
-            "kernel": kernel.astype(np.float32),
-            "bias": np.zeros(shapes["head"]["bias"].shape, np.float32),
-        }
-        log.info("new head for %d classes", model.num_classes)
-    if resize_pos_embed and "pos_embed" in params and "pos_embed" in shapes:
-        tokens, wanted = params["pos_embed"].shape[1], shapes["pos_embed"].shape[1]
-        params["pos_embed"] = resample_pos_embed(
-            params["pos_embed"], model.grid, num_prefix_tokens=int(model.cls_pos_embed)
-        )
-        if tokens != wanted:
-            log.info("position embedding interpolated from %d to %d tokens", tokens, wanted)
-    _check_shapes(params, shapes)
-    return params
-
-
-def resample_pos_embed(
-    pos_embed: np.ndarray, grid: tuple[int, int], num_prefix_tokens: int = 0
-) -> np.ndarray:
-    """Interpolates a position embedding to another grid, as timm's resample_abs_pos_embed.
-
-    Bicubic, antialiased; tokens in front of the patches keep theirs.
-
-    Args:
-      pos_embed: (1, tokens, D), of a square grid.
-      grid: (rows, columns) wanted.
-      num_prefix_tokens: tokens in front of the patches.
-    """
-    prefix, patches = pos_embed[:, :num_prefix_tokens], pos_embed[:, num_prefix_tokens:]
-    side = math.isqrt(patches.shape[1])
-    if side * side != patches.shape[1]:
-        raise ValueError(f"pos_embed: expected a square grid of patches, got {patches.shape[1]}")
-    if (side, side) == tuple(grid):
-        return pos_embed
-    width = patches.shape[2]
-    resized = jax.image.resize(
-        patches.reshape(1, side, side, width), (1, *grid, width), "bicubic", antialias=True
-    )
-    return np.concatenate([prefix, np.asarray(resized).reshape(1, -1, width)], axis=1)
-
-
-def _check_shapes(params: dict[str, Any], shapes: dict[str, Any]) -> None:
-    def flat(tree: Any) -> dict[str, tuple[int, ...]]:
-        leaves = jax.tree_util.tree_flatten_with_path(tree)[0]
-        return {jax.tree_util.keystr(p, simple=True, separator="/"): x.shape for p, x in leaves}
-
-    found, expected = flat(params), flat(shapes)
-    problems = [
-        f"{name}: expected {expected.get(name, 'nothing')}, got {found.get(name, 'nothing')}"
-        for name in sorted(found.keys() | expected.keys())
-        if found.get(name) != expected.get(name)
+def _say_what_is_not_finite(source: str | os.PathLike, params: Mapping[str, Any]) -> None:
+    names = [
+        jax.tree_util.keystr(path, simple=True, separator="/")
+        for path, array in jax.tree_util.tree_leaves_with_path(params)
+        if not np.isfinite(array).all()
     ]
-    if problems:
-        raise ValueError(
-            "the weights do not fit the model (config.init_new_head and "
-            "config.init_resize_pos_embed allow for other classes and sizes):\n  "
-            + "\n  ".join(problems)
+    if names:
+        log.warning("%s: NaN or infinity in %s", source, ", ".join(names))
+
+
+def _matched(loaded: Loaded, *, same_head: bool) -> Loaded:
+    """What belongs to the weights, as far as it still does with another head or other channels."""
+    names, mean, std = loaded.class_names, loaded.mean, loaded.std
+    if names is not None and (not same_head or len(names) != loaded.model.num_classes):
+        if same_head:
+            log.warning("%s: %d class names left out: it has another number of classes: %d",
+                        loaded.source, len(names), loaded.model.num_classes)  # fmt: skip
+        names = None
+    channels = loaded.model.in_channels
+    if len(mean) != channels:  # as the first convolution was adapted
+        mean, std = (
+            (float(np.mean(v)),) if channels == 1 else tuple(v[i % len(v)] for i in range(channels))
+            for v in (mean, std)
         )
+    return dataclasses.replace(loaded, class_names=names, mean=tuple(mean), std=tuple(std))

@@ -1,11 +1,12 @@
 """The working directory of a run: whose it is, and what it was made with.
 
-`config.json` is the configuration, which a later start has to match; `starts.jsonl` says, a line a
-start, from which step, on what devices and with which versions. Checkpoints and metrics lie beside
+`config.json` is the configuration, which a later start has to match; `classes.json` has the names
+of the classes in the order of the logits; `starts.jsonl` says, a line a start, from which step, on
+what devices and with which versions. Checkpoints and metrics lie beside
 them (`convit_jax.checkpoint`, `convit_jax.metrics`).
 """
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 import contextlib
 import importlib.metadata
 import json
@@ -78,11 +79,44 @@ def check(path: pathlib.Path, config: ml_collections.ConfigDict) -> list[str]:
     return list(differences.values())
 
 
-def record_start(path: pathlib.Path, config: ml_collections.ConfigDict, step: int) -> None:
-    """Writes the configuration, and the line of this start; by one process."""
-    unfinished = path / "config.json.part"
-    unfinished.write_text(config.to_json(indent=2) + "\n")
-    unfinished.replace(path / "config.json")
+def load_config(path: pathlib.Path) -> ml_collections.ConfigDict | None:
+    """The configuration of the run in a working directory; None if there is no run.
+
+    Raises:
+      ValueError: if it is not readable.
+    """
+    try:
+        text = (path / "config.json").read_text()
+    except (FileNotFoundError, NotADirectoryError):
+        return None
+    try:
+        return ml_collections.ConfigDict(_with_tuples(json.loads(text)))
+    except ValueError as error:
+        raise ValueError(f"{path / 'config.json'}: not readable: {error}") from None
+
+
+def _with_tuples(value: Any) -> Any:
+    """JSON's lists as the tuples that they were."""
+    if isinstance(value, dict):
+        return {key: _with_tuples(item) for key, item in value.items()}
+    return tuple(map(_with_tuples, value)) if isinstance(value, list) else value
+
+
+def record_start(
+    path: pathlib.Path,
+    config: ml_collections.ConfigDict,
+    step: int,
+    class_names: Sequence[str],
+) -> None:
+    """Writes the configuration, the classes and the line of this start; by one process."""
+    texts = {
+        "classes.json": json.dumps(class_names),
+        "config.json": config.to_json(indent=2),
+    }
+    for name, text in texts.items():
+        unfinished = path / f"{name}.part"
+        unfinished.write_text(text + "\n")
+        unfinished.replace(path / name)
     start = {
         "time": time.strftime("%Y-%m-%d %H:%M:%S %z"),
         "step": step,
@@ -91,7 +125,7 @@ def record_start(path: pathlib.Path, config: ml_collections.ConfigDict, step: in
         "processes": jax.process_count(),
         "git_revision": _git_revision(),
         "python": sys.version.split()[0],
-        "versions": dict(_versions()),
+        "versions": dict(versions()),
     }
     with (path / "starts.jsonl").open("a") as file:
         file.write(json.dumps(start) + "\n")
@@ -107,7 +141,8 @@ def _differences(saved: Any, found: Any, key: str = "") -> Iterator[tuple[str, s
         yield key, f"{key}: there {saved!r}, now {found!r}"
 
 
-def _versions() -> Iterator[tuple[str, str]]:
+def versions() -> Iterator[tuple[str, str]]:
+    """Of the packages that decide what comes out: (name, version)."""
     for package in _PACKAGES:
         with contextlib.suppress(importlib.metadata.PackageNotFoundError):  # not installed itself
             yield package, importlib.metadata.version(package)

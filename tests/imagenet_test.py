@@ -106,7 +106,8 @@ def save_initial(model, path):
     from convit_jax import weights
 
     images = jnp.zeros((1, *model.image_shape))
-    weights.save_weights(path, jax.jit(model.init)(jax.random.key(0), images)["params"])
+    params = jax.jit(model.init)(jax.random.key(0), images)["params"]
+    weights.save_weights(path, weights.Loaded(model, params))
 
 
 def test_part_of_the_data_for_the_same_number_of_images(imagenet, tmp_path):

@@ -11,7 +11,17 @@ import optax
 import pytest
 
 from configs import digits
-from convit_jax import checkpoint, data, optim, sharding, sources, startup, train, train_step
+from convit_jax import (
+    checkpoint,
+    data,
+    optim,
+    sharding,
+    sources,
+    startup,
+    train,
+    train_step,
+    weights,
+)
 
 
 def small_config(**train_options):
@@ -103,7 +113,17 @@ def test_a_run_learns_and_leaves_its_metrics(tmp_path):
     assert training[0]["learning_rate"] < training[3]["learning_rate"]
     assert json.loads((workdir / "config.json").read_text())["model"]["embed_dim"] == 16
 
-    # The weights that were left start another run where this one ended.
+    # The weights that were left are those of the last checkpoint, with what belongs to them.
+    left = weights.read(workdir / "weights.safetensors")
+    there = weights.read(workdir)
+    assert left.class_names == there.class_names == tuple("0123456789")
+    assert left.mean == there.mean == config.data.mean
+    assert (left.std, left.crop_pct) == (there.std, there.crop_pct) == (config.data.std, 1.0)
+    assert left.model.clone(positional="blend") == there.model
+    if result["top1"] == max(line["top1"] for line in evaluations):
+        jax.tree.map(np.testing.assert_array_equal, left.params, there.params)
+
+    # They start another run where this one ended.
     config = small_config(epochs=0.05)
     config.model.embed_dim = 16
     config.optim.update(lr=1e-9, warmup_lr=1e-9, min_lr=1e-9, weight_decay=0.0, ema_decay=0.5)

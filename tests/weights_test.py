@@ -1,113 +1,274 @@
-"""Weights to files and back, and what may change on the way into another model."""
+"""Weights out of everything that holds them, with the model they are of; and our own export."""
 
 import argparse
+import json
+import logging
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 import reference
+from safetensors.numpy import load_file, save_file
 
-from convit_jax import ConViT, to_torch, weights
+from configs import digits
+import convit_jax
+from convit_jax import ConViT, checkpoint, create_model, to_torch, weights, workdir
 
-MODEL = ConViT(
-    image_size=16, patch_size=4, num_classes=5, embed_dim=16, depth=3, local_up_to_layer=2
-)
+SMALL = {"image_size": 16, "patch_size": 4, "num_classes": 5, "embed_dim": 16}
+MODEL = ConViT(**SMALL, depth=3, local_up_to_layer=2)
+DEIT = ConViT(**SMALL, depth=2, local_up_to_layer=0, cls_pos_embed=True, qkv_bias=True)
 
 
-def random_params(model=MODEL):
+def random_params(model=MODEL, seed=0):
     shapes = jax.eval_shape(model.init, jax.random.key(0), jnp.zeros((1, *model.image_shape)))
-    rng = np.random.default_rng(0)
+    rng = np.random.default_rng(seed)
     return jax.tree.map(lambda s: rng.normal(size=s.shape).astype("f"), shapes["params"])
 
 
-def test_safetensors_there_and_back(tmp_path):
-    params = random_params()
-    path = tmp_path / "weights.safetensors"
-    weights.save_weights(path, params)
-    jax.tree.map(np.testing.assert_array_equal, weights.load_weights(path), params)
-    assert [file.name for file in tmp_path.iterdir()] == ["weights.safetensors"]
+def equal(a, b):
+    jax.tree.map(np.testing.assert_array_equal, a, b)
 
 
-def test_pytorch_files(tmp_path):
-    _, torch = reference.import_timm()
-    params = random_params()
-    state_dict = {k: torch.from_numpy(v) for k, v in to_torch(params).items()}
-    wrapped = {"model": state_dict, "epoch": 3, "args": argparse.Namespace(lr=0.1)}
-    for name, content in (("bare.pth", state_dict), ("training.pt", wrapped)):
-        torch.save(content, tmp_path / name)
-        loaded = weights.load_weights(tmp_path / name)
-        jax.tree.map(np.testing.assert_array_equal, loaded, params)
+@pytest.fixture
+def log(caplog):
+    caplog.set_level(logging.INFO, logger="convit_jax")
+    return caplog
 
 
-class Malicious:
-    def __init__(self, path):
-        self.path = path
+@pytest.fixture
+def plain(tmp_path):
+    """A function that writes a state dict as others do, without metadata."""
 
-    def __reduce__(self):
-        return open, (str(self.path), "w")
+    def write(model, name="plain.safetensors"):
+        save_file(to_torch(random_params(model)), tmp_path / name)
+        return tmp_path / name
 
-
-def test_files_that_are_not_weights_are_refused(tmp_path):
-    _, torch = reference.import_timm()
-    ran = tmp_path / "ran"
-    torch.save({"model": Malicious(ran)}, tmp_path / "bad.pth")
-    (tmp_path / "short.safetensors").write_bytes(b"\x08\0\0\0")
-    (tmp_path / "empty.pth").touch()
-    (tmp_path / "weights.npz").touch()
-    torch.save({"conv1.weight": torch.zeros(64, 3, 7, 7)}, tmp_path / "resnet.pth")
-    cases = {
-        "bad.pth": r"bad\.pth: not a readable PyTorch file",
-        "short.safetensors": r"short\.safetensors: not a readable safetensors file",
-        "empty.pth": r"empty\.pth: not a readable PyTorch file",
-        "weights.npz": r"expected a \.safetensors, \.pth or \.pt file, got .*weights\.npz",
-        "resnet.pth": r"resnet\.pth: not the state dict of a ConViT or DeiT",
-    }
-    for name, message in cases.items():
-        with pytest.raises(ValueError, match=message):
-            weights.load_weights(tmp_path / name)
-    assert not ran.exists()
-    with pytest.raises(FileNotFoundError, match=r"no such file: .*nope\.pth"):
-        weights.load_weights(tmp_path / "nope.pth")
+    return write
 
 
-@pytest.mark.parametrize("grid", [(14, 14), (7, 9), (24, 24), (3, 5)])
-@pytest.mark.parametrize("prefix", [0, 1])
-def test_position_embedding_is_resampled_as_by_timm(grid, prefix):
-    _, torch = reference.import_timm()
-    from timm.layers import resample_abs_pos_embed
-
-    pos_embed = np.random.default_rng(0).normal(size=(1, prefix + 196, 8)).astype("f")
-    expected = resample_abs_pos_embed(
-        torch.from_numpy(pos_embed), list(grid), num_prefix_tokens=prefix
+def test_our_export_keeps_all_there_is(tmp_path):
+    model = ConViT(**SMALL, depth=3, local_up_to_layer=2, drop_path=0.1, qk_scale=0.3)
+    model = model.clone(image_size=(16, 32), global_pool="avg", num_heads=2, mlp_ratio=2.7)
+    names = ("ant", "bee", "crow", "dog", "élan")
+    written = weights.Loaded(
+        model, random_params(model), "", names, (0.5, 0.4, 0.3), (0.1, 0.2, 0.3), 0.9
     )
-    out = weights.resample_pos_embed(pos_embed, grid, num_prefix_tokens=prefix)
-    np.testing.assert_allclose(out, expected.numpy(), atol=2e-6)
+    path = tmp_path / "weights.safetensors"
+    weights.save_weights(path, written)
+    read = weights.read(path)
+    equal(read.params, written.params)
+    for field in ("model", "class_names", "mean", "std", "crop_pct"):
+        assert getattr(read, field) == getattr(written, field)
+    assert read.source == str(path)
+    assert [file.name for file in tmp_path.iterdir()] == [path.name]
+    (tmp_path / "ordinary").touch()
+    assert path.stat().st_mode == (tmp_path / "ordinary").stat().st_mode
+
+    other, variables = convit_jax.load(path, num_classes=3, image_size=16, drop_path=0.0)
+    assert (other.num_classes, other.image_size, other.drop_path) == (3, 16, 0.0)
+    assert variables["params"]["pos_embed"].shape == (1, 16, 16)
+    assert weights.read(path, num_classes=3).class_names is None
+    grey = weights.read(path, in_channels=1)
+    assert (len(grey.mean), len(grey.std)) == (1, 1)
+    np.testing.assert_allclose((*grey.mean, *grey.std), (0.4, 0.2))
+    assert weights.read(path, in_channels=4).mean == (0.5, 0.4, 0.3, 0.5)
 
 
-def test_fitting_changes_what_it_names_and_nothing_else():
-    params = random_params()
-    options = {"new_head": False, "resize_pos_embed": False, "seed": 0}
-    same = weights.fit_params(params, MODEL, **options)
-    jax.tree.map(np.testing.assert_array_equal, same, params)
+@pytest.mark.parametrize(
+    "options",
+    [
+        {},
+        {"depth": 5, "local_up_to_layer": 1, "num_heads": 2},
+        {"num_classes": 0, "patch_size": (2, 4), "image_size": (16, 32), "in_channels": 1},
+        {"use_pos_embed": False, "qkv_bias": True, "image_size": 56},
+        {"mlp_ratio": np.nextafter(15 / 11, 2), "embed_dim": 11, "num_heads": 1},
+    ],
+)
+def test_options_are_seen_in_the_weights(plain, options, log):
+    model = MODEL.clone(**options)
+    loaded, variables = convit_jax.load(plain(model))
+    assert loaded == model
+    equal(variables["params"], random_params(model))
+    for key in ("depth", "num_heads", "patch_size", "local_up_to_layer", "qkv_bias"):
+        assert f"{key}={getattr(model, key)}" in log.text
 
-    other = MODEL.clone(num_classes=3, image_size=(16, 24))
-    with pytest.raises(ValueError, match="the weights do not fit the model") as error:
-        weights.fit_params(params, other, **options)
+
+@pytest.mark.parametrize("name", ["convit_small_plus", "deit_tiny", "deit_small", "deit_base_plus"])
+def test_the_papers_models_are_recognised(plain, name, log):
+    model = create_model(name, num_classes=2)
+    if name.startswith("convit"):
+        model = model.clone(patch_size=32)
+    shapes = jax.eval_shape(model.init, jax.random.key(0), jnp.zeros((1, 224, 224, 3)))
+    params = jax.tree.map(lambda s: np.broadcast_to(np.float32(0), s.shape), shapes["params"])
+    assert weights.model_options.model_of(params) == model
+    assert weights.model_options.variant_of(create_model(name, image_size=96)) == name
+    assert weights.model_options.variant_of(model.clone(depth=11)) is None
+
+
+def test_what_shapes_do_not_tell_is_asked_for(plain):
+    path = plain(DEIT)
+    with pytest.raises(ValueError, match=r"num_heads: no shape tells .* a width of 16") as error:
+        convit_jax.load(path)
+    assert "deit_tiny 192" in str(error.value)
+    assert convit_jax.load(path, num_heads=4)[0] == DEIT
+
+    wide = plain(MODEL.clone(image_size=(8, 24)))
+    with pytest.raises(ValueError, match="the 12 position embeddings form no square"):
+        convit_jax.load(wide)
+    with pytest.raises(ValueError, match="the 12 position embeddings form no square"):
+        convit_jax.load(wide, image_size=(32, 24))
+    assert convit_jax.load(wide, image_size=(8, 24))[0].grid == (2, 6)
+    assert convit_jax.load(wide, image_size=(24, 8))[0].grid == (6, 2)
+
+
+def test_contradictions_are_named(plain, tmp_path):
+    path = plain(MODEL)
+    with pytest.raises(ValueError, match="what is said and the weights differ") as error:
+        convit_jax.load(path, "convit_small", patch_size=4)
     assert str(error.value).splitlines()[1:] == [
-        "  head/bias: expected (3,), got (5,)",
-        "  head/kernel: expected (16, 3), got (16, 5)",
-        "  pos_embed: expected (1, 24, 16), got (1, 16, 16)",
+        "  embed_dim: variant='convit_small': 432; the weights: 16",
+        "  depth: variant='convit_small': 12; the weights: 3",
+        "  num_heads: variant='convit_small': 9; the weights: 4",
+        "  local_up_to_layer: variant='convit_small': 10; the weights: 2",
     ]
-    options |= {"new_head": True, "resize_pos_embed": True}
-    fitted = weights.fit_params(params, other, **options)
-    assert fitted["head"]["kernel"].shape == (16, 3)
-    assert 0 < np.abs(fitted["head"]["kernel"]).max() < 0.1
-    assert fitted["pos_embed"].shape == (1, 24, 16)
-    for key in params.keys() - {"head", "pos_embed"}:
-        jax.tree.map(np.testing.assert_array_equal, fitted[key], params[key])
-    deeper = MODEL.clone(depth=4)
-    with pytest.raises(
-        ValueError, match=r"blocks/attn/proj/bias: expected \(2, 16\), got \(1, 16\)"
-    ):
-        weights.fit_params(params, deeper, **options)
+    with pytest.raises(ValueError, match="depth: the options given: 4; the weights: 3"):
+        convit_jax.load(path, depth=4)
+    fits = {"embed_dim": 16, "depth": 3, "num_heads": 4, "local_up_to_layer": 2, "patch_size": 4}
+    assert convit_jax.load(path, "convit_small", **fits)[0] == MODEL
+    with pytest.raises(ValueError, match=r"variant: expected one of convit_tiny, .*, got 'tiny'"):
+        convit_jax.load(path, "tiny")
+    with pytest.raises(ValueError, match=r"options: expected options of ConViT, .* got heads"):
+        convit_jax.load(path, heads=4)
+
+    export = tmp_path / "export.safetensors"
+    weights.save_weights(export, weights.Loaded(DEIT, random_params(DEIT)))
+    with pytest.raises(ValueError, match="num_heads: the options given: 2; the weights: 4"):
+        convit_jax.load(export, num_heads=2)
+    lies = {"class_names": None, "mean": [0.5], "std": [0.5], "crop_pct": 1}
+    lies["options"] = {"depth": 9}
+    save_file(to_torch(random_params()), export, {"convit_jax": json.dumps(lies)})
+    with pytest.raises(ValueError, match="depth: its metadata: 9; the weights: 3"):
+        convit_jax.load(export)
+    save_file(to_torch(random_params()), export, {"convit_jax": "{}"})
+    with pytest.raises(ValueError, match=r"the metadata 'convit_jax' are not ours: KeyError"):
+        convit_jax.load(export)
+
+
+def test_an_upstream_training_checkpoint(tmp_path, log):
+    _, torch = reference.import_timm()
+    tensors = {}
+    for seed in (0, 1):
+        state_dict = to_torch(random_params(seed=seed))
+        tensors[seed] = {k: torch.from_numpy(v) for k, v in state_dict.items()}
+    parameter = torch.nn.Parameter(torch.ones(3))
+    optimizer = torch.optim.AdamW([parameter])
+    parameter.sum().backward()
+    optimizer.step()
+    wrapped = {f"module.{name}": tensor for name, tensor in tensors[0].items()}
+    wrapped["module.blocks.0.attn.rel_indices"] = torch.zeros(1, 16, 16, 3)
+    content = {
+        "model": wrapped,
+        "optimizer": optimizer.state_dict(),
+        "lr_scheduler": {"base_values": [0.1], "step": 3},
+        "epoch": 3,
+        "model_ema": tensors[1],
+        "args": argparse.Namespace(lr=0.1, model="convit_tiny", output_dir="", data=["x"]),
+    }
+    path = tmp_path / "checkpoint.pth"
+    torch.save(content, path)
+    equal(convit_jax.load(path)[1]["params"], random_params(seed=0))
+    assert "holds averaged weights too; not taken: ema is off" in log.text
+    assert "the prefix 'module.' of its names is taken off" in log.text
+    assert "1 buffers rel_indices dropped" in log.text
+    equal(convit_jax.load(path, ema=True)[1]["params"], random_params(seed=1))
+
+    content["model_ema"] = None
+    for protocol in (True, False):  # zip, and the format of before 2020
+        torch.save(content, path, _use_new_zipfile_serialization=protocol)
+        equal(convit_jax.load(path)[1]["params"], random_params(seed=0))
+        with pytest.raises(ValueError, match="holds no averaged weights"):
+            convit_jax.load(path, ema=True)
+
+
+def test_released_files_and_other_types(tmp_path, log):
+    _, torch = reference.import_timm()
+    import safetensors.torch
+
+    state_dict = {k: torch.from_numpy(v) for k, v in to_torch(random_params()).items()}
+    torch.save(state_dict, tmp_path / "bare.pth")
+    equal(convit_jax.load(str(tmp_path / "bare.pth"))[1]["params"], random_params())
+    halves = {k: v.bfloat16() for k, v in state_dict.items()}
+    safetensors.torch.save_file(halves, tmp_path / "half.safetensors")
+    params = convit_jax.load(tmp_path / "half.safetensors")[1]["params"]
+    equal(params, jax.tree.map(lambda x: x.astype(jnp.bfloat16).astype("f"), random_params()))
+
+    state_dict["norm.bias"][0] = float("nan")
+    safetensors.torch.save_file(state_dict, tmp_path / "nan.safetensors")
+    log.clear()
+    params = convit_jax.load(tmp_path / "nan.safetensors")[1]["params"]
+    assert np.isnan(params["norm"]["bias"][0])
+    assert "NaN or infinity in norm/bias" in log.text
+
+
+def test_a_workdir(tmp_path, log):
+    config = digits.get_config()
+    model = {"patch_size": 4, "embed_dim": 16, "depth": 3, "local_up_to_layer": 2}
+    config.model.update(model)
+    config.optim.ema_decay = 0.9
+    options = {**model, "image_size": 8, "in_channels": 1, "num_classes": 10}
+    made = create_model("convit_tiny", **options)
+    run = tmp_path / "run"
+    run.mkdir()
+    workdir.record_start(run, config, 0, list("0123456789"))
+    with pytest.raises(FileNotFoundError, match=r"holds no checkpoint and no weights\.safetensors"):
+        convit_jax.load(run)
+    saved = weights.Loaded(made, random_params(made, seed=9), "", mean=(0.1,), std=(0.2,))
+    weights.save_weights(run / "weights.safetensors", saved)
+    equal(convit_jax.load(run)[1]["params"], saved.params)
+
+    top1 = {1: (0.3, 0.1), 2: (0.2, 0.8), 3: None}
+    with checkpoint.Checkpoints(run / "checkpoints", every=1, also=(), keep=3) as checkpoints:
+        for step, metrics in top1.items():
+            state = {
+                "step": jnp.array(step),
+                "params": jax.tree.map(jnp.asarray, random_params(made, seed=step)),
+                "ema": jax.tree.map(jnp.asarray, random_params(made, seed=10 + step)),
+            }
+            metrics = metrics and dict(zip(("top1", "ema_top1"), metrics, strict=True))
+            checkpoints.save(step, state, dict, metrics=metrics)
+    loaded = weights.read(run)
+    assert "weights of step 1, the best checkpoint by top-1" in log.text
+    equal(loaded.params, random_params(made, seed=1))
+    assert loaded.class_names == tuple("0123456789")
+    assert (loaded.mean, loaded.std, loaded.crop_pct) == (config.data.mean, config.data.std, 1.0)
+    assert loaded.model == made.clone(drop_path=config.model.drop_path)
+    equal(weights.read(run, ema=True).params, random_params(made, seed=12))
+
+    for file in (run / "checkpoints" / "1" / "state").rglob("*"):
+        if file.is_file():
+            file.write_bytes(b"torn")
+    with pytest.raises(OSError, match="1: cannot read this checkpoint"):
+        convit_jax.load(run)
+    config.optim.ema_decay = 0.0
+    workdir.record_start(run, config, 0, list("0123456789"))
+    with pytest.raises(ValueError, match=r"has no averaged weights \(optim.ema_decay=0\)"):
+        convit_jax.load(run, ema=True)
+    with pytest.raises(FileNotFoundError, match=r"expected a workdir of main\.py"):
+        convit_jax.load(tmp_path)
+
+
+def test_timm_reads_our_export(tmp_path):
+    _, torch = reference.import_timm()
+    from safetensors.torch import load_file as load_torch
+    from timm.models.convit import ConVit
+
+    path = tmp_path / "weights.safetensors"
+    weights.save_weights(path, weights.Loaded(MODEL, random_params()))
+    theirs = ConVit(
+        img_size=16, patch_size=4, num_classes=5, embed_dim=4, num_heads=4, depth=3,
+        local_up_to_layer=2,
+    )  # fmt: skip
+    theirs.load_state_dict(load_torch(path), strict=True)
+    for name, array in load_file(path).items():
+        assert torch.equal(theirs.state_dict()[name], torch.from_numpy(array))

@@ -14,7 +14,7 @@ from convit_jax import workdir
 def started(tmp_path):
     path = tmp_path / "run"
     path.mkdir()
-    workdir.record_start(path, digits.get_config(), 0)
+    workdir.record_start(path, digits.get_config(), 0, ["zero", "one"])
     return path
 
 
@@ -28,7 +28,7 @@ def test_the_same_run_goes_on(started):
     assert workdir.check(started, digits.get_config()) == []
     assert workdir.check(started / "new" / "folder", digits.get_config()) == []
     assert not (started / "new").exists()
-    workdir.record_start(started, digits.get_config(), 7)
+    workdir.record_start(started, digits.get_config(), 7, ["zero", "one"])
     first, second = map(json.loads, (started / "starts.jsonl").read_text().splitlines())
     assert (first["step"], second["step"]) == (0, 7)
     assert second["versions"].keys() >= {"jax", "flax", "optax", "orbax-checkpoint"}

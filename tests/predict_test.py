@@ -1,0 +1,211 @@
+"""Image files to classes, beside timm's transform and model."""
+
+import json
+import pathlib
+import subprocess
+import sys
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from PIL import Image
+import pytest
+import reference
+from sklearn import datasets
+
+import convit_jax
+from convit_jax import augment, class_names, predict, weights
+
+ROOT = pathlib.Path(__file__).parent.parent
+PHOTOS = [
+    pathlib.Path(datasets.__file__).with_name("images") / name
+    for name in ("china.jpg", "flower.jpg")
+]
+
+
+def save(path, num_classes=1000, names=None, **options):
+    """Small random weights as our export."""
+    model = convit_jax.ConViT(
+        embed_dim=32, depth=2, local_up_to_layer=1, num_classes=num_classes,
+        **{"image_size": 32, **options},
+    )  # fmt: skip
+    images, rng = jnp.zeros((1, *model.image_shape)), np.random.default_rng(0)
+    shapes = jax.eval_shape(model.init, jax.random.key(0), images)["params"]
+    params = jax.tree.map(lambda s: rng.normal(0, 0.3, s.shape).astype(np.float32), shapes)
+    weights.save_weights(path, weights.Loaded(model, params, class_names=names))
+
+
+@pytest.fixture(scope="module")
+def exported(tmp_path_factory):
+    path = tmp_path_factory.mktemp("weights") / "small.safetensors"
+    save(path)
+    return str(path)
+
+
+@pytest.fixture
+def photos(tmp_path):
+    """Good images of several kinds, and a bad one."""
+    folder = tmp_path / "photos"
+    (folder / "deeper").mkdir(parents=True)
+    for photo in PHOTOS:
+        (folder / photo.name).write_bytes(photo.read_bytes())
+    photo = Image.open(PHOTOS[0])
+    photo.resize((90, 70)).convert("L").save(folder / "deeper" / "grey.png")
+    photo.resize((70, 90)).convert("CMYK").save(folder / "deeper" / "inks.JPEG")
+    (folder / "broken.jpg").write_bytes(PHOTOS[0].read_bytes()[:3000])
+    (folder / "notes.txt").write_text("no image")
+    return folder
+
+
+def test_top_5_and_probabilities_are_timms(tmp_path):
+    timm, torch = reference.import_timm()
+    from timm.models.convit import ConVit
+
+    theirs = ConVit(img_size=64, embed_dim=8, num_heads=4, depth=2, local_up_to_layer=1).eval()
+    reference.randomise(theirs, torch, seed=1)
+    path = tmp_path / "theirs.pth"
+    torch.save(theirs.state_dict(), path)
+    config = timm.data.resolve_data_config({"crop_pct": 0.875, "input_size": (3, 64, 64)})
+    assert config["interpolation"] == "bicubic"
+    transform = timm.data.create_transform(**config)
+
+    predictor = predict.Predictor(weights.read(path), batch_size=2)
+    for (name, ours), photo in zip(
+        predict.predict_files(predictor, map(str, PHOTOS)), PHOTOS, strict=True
+    ):
+        assert name == str(photo)
+        with torch.inference_mode():
+            logits = theirs(transform(Image.open(photo).convert("RGB"))[None])
+        best = logits.softmax(-1)[0].topk(5)
+        assert [p.index for p in ours] == best.indices.tolist()
+        np.testing.assert_allclose([p.probability for p in ours], best.values, rtol=2e-5)
+
+
+def test_the_rest_is_predicted_and_the_unreadable_are_reported(exported, photos, capsys):
+    status = predict.main(
+        ["--weights", exported, str(photos), str(photos / "none*.jpg"), "nope.jpg", "--batch=3"]
+    )
+    out, err = capsys.readouterr()
+    assert status == 1
+    shown = [line for line in out.splitlines() if not line.startswith(" ")]
+    assert [pathlib.Path(line).name for line in shown] == [
+        "china.jpg", "grey.png", "inks.JPEG", "flower.jpg",
+    ]  # fmt: skip
+    assert len(out.splitlines()) == 4 * 6
+    lines = err.splitlines()
+    start = lines.index("error: 3 of 7 not read:")
+    assert lines[start + 1] == f"  {photos / 'none*.jpg'}: no file matches this pattern"
+    assert lines[start + 2].startswith(f"  {photos / 'broken.jpg'}: not a readable image")
+    assert lines[start + 3] == "  nope.jpg: No such file or directory"
+
+
+def test_json_lines(exported, photos, capsys):
+    good = [str(photos / "china.jpg"), str(photos / "deeper")]
+    assert predict.main(["--weights", exported, *good, "--json", "--top=3"]) == 0
+    lines = [json.loads(line) for line in capsys.readouterr().out.splitlines()]
+    assert [pathlib.Path(line["file"]).name for line in lines] == [
+        "china.jpg", "grey.png", "inks.JPEG",
+    ]  # fmt: skip
+    names = list(class_names.imagenet().values())
+    for line in lines:
+        first, second, third = line["predictions"]
+        assert 1 > first["probability"] > second["probability"] > third["probability"] > 0
+        assert first["name"] == names[first["index"]]
+    assert predict.main(["--weights", exported, str(photos / "broken.jpg"), "--json"]) == 1
+    (line,) = capsys.readouterr().out.splitlines()
+    assert "not a readable image" in json.loads(line)["error"]
+
+
+def test_batches_change_nothing_and_order_is_kept(exported, photos):
+    paths, _ = predict.find_images([str(photos)])
+    found = [
+        dict(predict.predict_files(predict.Predictor(weights.read(exported), batch), paths))
+        for batch in (1, 3)
+    ]
+    assert [list(result) for result in found] == [paths] * 2
+    for path in paths:
+        if path.endswith("broken.jpg"):
+            assert found[0][path] == found[1][path]
+            continue
+        one, three = found[0][path], found[1][path]
+        assert [p.index for p in one] == [p.index for p in three]
+        np.testing.assert_allclose(
+            [p.probability for p in one], [p.probability for p in three], rtol=1e-5
+        )
+
+
+def test_names_size_and_channels_are_the_weights(tmp_path, photos, capsys):
+    path = str(tmp_path / "grey.safetensors")
+    save(path, 3, ("cat", "dog", "n01440764"), in_channels=1, image_size=(32, 48))
+    image = str(photos / "china.jpg")
+    assert predict.main(["--weights", path, image, "--size=48x32", "--json"]) == 0
+    (line,) = capsys.readouterr().out.splitlines()
+    predictions = json.loads(line)["predictions"]
+    assert {p["name"] for p in predictions} == {"cat", "dog", "tench"}
+    assert sum(p["probability"] for p in predictions) == pytest.approx(1, abs=1e-6)
+    model = weights.read(path, image_size=(48, 32)).model
+    assert model.image_shape == (48, 32, 1)
+    predictor = predict.Predictor(weights.read(path), 1)
+    pixels = predictor.pixels(PHOTOS[0].read_bytes())
+    grey = np.asarray(Image.open(PHOTOS[0]).convert("L"))[..., None]
+    np.testing.assert_array_equal(pixels, augment.EvalTransform((32, 48))(grey))
+    with pytest.raises(ValueError, match="expected a head and global_pool"):
+        predict.Predictor(weights.read(path, num_classes=0), 1)
+
+
+def test_what_is_found(photos):
+    names = lambda found: [pathlib.Path(path).name for path in found[0]]  # noqa: E731
+    whole = ["broken.jpg", "china.jpg", "grey.png", "inks.JPEG", "flower.jpg"]
+    assert names(predict.find_images([str(photos)])) == whole
+    twice = [str(photos / "flower.jpg"), str(photos)]
+    assert names(predict.find_images(twice)) == ["flower.jpg", *whole[:4]]
+    assert names(predict.find_images([str(photos / "*.jpg")])) == [
+        "broken.jpg", "china.jpg", "flower.jpg",
+    ]  # fmt: skip
+    assert names(predict.find_images([str(photos / "**" / "*.png")])) == ["grey.png"]
+    assert names(predict.find_images([str(photos / "notes.txt")])) == ["notes.txt"]
+    odd = photos / "[1].jpg"
+    odd.write_bytes(PHOTOS[0].read_bytes())
+    assert names(predict.find_images([str(odd)])) == ["[1].jpg"]
+    (photos / "empty").mkdir()
+    paths, reasons = predict.find_images([str(photos / "empty")])
+    assert paths == []
+    assert reasons[str(photos / "empty")].startswith("no images in this folder (.jpg,")
+
+
+def run(*arguments):
+    command = [sys.executable, "-W", "error", "-m", "convit_jax.predict", *arguments]
+    return subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=120)
+
+
+def test_the_command(exported, photos):
+    done = run("--help")
+    assert done.returncode == 0
+    for text in ("--weights SRC", "--json", "--size PIXELS", "workdir of a run", "Exit status"):
+        assert text in done.stdout
+    done = run("--weights", exported, str(photos / "china.jpg"), "--timing")
+    assert done.returncode == 0, done.stderr
+    assert "%  " in done.stdout
+    assert "load " in done.stderr.splitlines()[-1]
+
+
+def test_mistakes_are_named(tmp_path, exported, capsys):
+    bad = tmp_path / "bad.safetensors"
+    bad.write_bytes(b"\x08\0\0\0")
+    image = str(PHOTOS[0])
+    for arguments, message in (
+        (["--weights", str(bad), image], "bad.safetensors: not a readable safetensors file"),
+        (["--weights", str(tmp_path / "no.pth"), image], "no such file or folder"),
+        (["--weights", exported, image, "--size=33"], "image_size: expected a multiple of"),
+    ):
+        assert predict.main(arguments) == 1
+        assert message in capsys.readouterr().err
+    for arguments, message in (
+        ([image], "--weights"),
+        (["--weights", exported, image, "--size=big"], "expected a number or HEIGHTxWIDTH"),
+        (["--weights", exported, image, "--top=0"], "expected 1 or more, got 0"),
+    ):
+        with pytest.raises(SystemExit) as ended:
+            predict.main(arguments)
+        assert ended.value.code == 2
+        assert message in capsys.readouterr().err
