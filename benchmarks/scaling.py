@@ -35,6 +35,11 @@ def merge(path: pathlib.Path, records: list[Record]) -> list[Record]:
     return result
 
 
+def like(subject: Record, records: list[Record]) -> list[Record]:
+    """Those of the same model, batch, type and device."""
+    return [r for r in records if all(r[name] == subject[name] for name in _KEY[:-2])]
+
+
 def draw(records: list[Record], path: pathlib.Path) -> None:
     """Time and peak memory of a forward pass over the side of the image, both axes logarithmic.
 

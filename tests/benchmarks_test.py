@@ -50,40 +50,40 @@ def test_the_peer_says_what_it_cannot_be():
         peer.like(create_model("convit_tiny", image_size=(32, 64)))
 
 
-def test_the_command_prints_a_row_for_each_contender(tmp_path, capsys):
+def rows(capsys):
+    """The header, and the rows of each part, of what a command printed."""
+    header, *parts = capsys.readouterr().out.split("\n\n")
+    return header, [re.findall(r"^convit_tiny {5}.*", part, re.MULTILINE) for part in parts]
+
+
+RATIO = re.compile(r" \d+\.\d\d \(\d+\.\d\d to \d+\.\d\d\)$")
+COMMAND = ["--variants", "convit_tiny", "--batch", "8", "--image_size", "32", "--repetitions", "2"]
+
+
+def test_the_command_prints_a_row_for_each_contender(capsys):
+    reference.import_timm()
+    model.main([*COMMAND, "--parts", "speed", "--no-memory", "--options", *TINY])
+    header, (found,) = rows(capsys)
+    assert "float32, jax " in header
+    assert "timm 1." in header
+    for row, start in zip(found, ("forward, timm", "forward, ours", "step, timm"), strict=False):
+        assert row.split(maxsplit=3)[3].startswith(start)
+    assert [bool(RATIO.search(row)) for row in found] == [False, True, False, True]
+
+
+def test_deit_and_resolutions_by_the_command(tmp_path, capsys):
     reference.import_timm()
     picture = tmp_path / "curves.png"
-    command = [
-        "--variants",
-        "convit_tiny",
-        "--batch",
-        "8",
-        "--image_size",
-        "32",
-        "--options",
-        *TINY,
-    ]
-    command += ["--options", *TINY, "positional=contract", "--repetitions", "2", "--no-memory"]
-    model.main([*command, "--picture", str(picture)])
-    lines = capsys.readouterr().out.splitlines()
-    assert "float32, jax " in lines[0]
-    assert "timm 1." in lines[0]
-    parts = "\n".join(lines).split("\n\n")
-    found = [re.findall(r"^convit_tiny .*", part, re.MULTILINE) for part in parts[1:]]
-    # Forward and step, each of timm and two forms of ours; the last two beside timm.
-    assert [len(rows) for rows in found] == [6, 6, 3]
-    for rows in found[0], found[2]:
-        ratios = [re.search(r"\d\.\d\d \(\d+\.\d\d to \d+\.\d\d\)$", row) for row in rows]
-        assert [bool(ratio) for ratio in ratios] == [False, True, True] * (len(rows) // 3)
-    assert all(re.search(r"\(\d+\.\d\d to \d+\.\d\d\)$", row) for row in found[1])
-    assert parts[3].count("positional=contract") == 1
-
+    forms = ["--options", *TINY, "--options", *TINY, "positional=contract"]
+    flags = ["--parts", "deit", "scaling", "--work", "forward", *forms, "--no-memory"]
+    model.main([*COMMAND, *flags, "--picture", str(picture)])
+    _, (ratios, curve) = rows(capsys)
+    assert [bool(RATIO.search(row)) for row in ratios] == [True] * 3
+    assert [bool(RATIO.search(row)) for row in curve] == [False, True, True]
+    assert [row.count("positional=contract") for row in curve] == [0, 0, 1]
     records = json.loads(picture.with_suffix(".json").read_text())
-    assert [(r["who"].split(",")[0], r["image_size"]) for r in records] == [
-        ("ours", [32, 32]), ("ours", [32, 32]), ("timm", [32, 32])
-    ]  # fmt: skip
-    if "wrote" in lines[-1]:
-        assert picture.read_bytes().startswith(b"\x89PNG")
+    assert sorted(r["who"].split(",")[0] for r in records) == ["ours", "ours", "timm"]
+    assert all(len(r["seconds"]) == 3 and r["image_size"] == [32, 32] for r in records)
 
 
 def test_what_is_no_option_of_the_model_is_refused(capsys):
