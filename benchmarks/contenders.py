@@ -117,17 +117,17 @@ def _training(spec: Spec):
 
 def _state(model: ConViT, optimizer, config, mesh) -> train_step.TrainState:
     """A state of arbitrary values: initialising would be one more program to compile."""
-    shapes, rng = (
-        train_step.abstract_state(model, optimizer, config, mesh),
-        np.random.default_rng(0),
-    )
+    state = train_step.abstract_state(model, optimizer, config, mesh)
+    rng = np.random.default_rng(0)
 
-    def weights(x: jax.ShapeDtypeStruct) -> jax.Array:
+    def random(x: jax.ShapeDtypeStruct) -> jax.Array:
         return jax.device_put(0.02 * rng.standard_normal(x.shape, np.float32), x.sharding)
 
-    params = jax.tree.map(weights, shapes.params)
-    zeros = jax.tree.map(lambda x: jax.device_put(np.zeros(x.shape, x.dtype), x.sharding), shapes)
-    return zeros.replace(params=params)
+    def zeros(x: jax.ShapeDtypeStruct) -> jax.Array:
+        return jax.device_put(np.zeros(x.shape, x.dtype), x.sharding)
+
+    params = jax.tree.map(random, state.params)
+    return jax.tree.map(zeros, state.replace(params=None)).replace(params=params)
 
 
 def _compile(function, *arguments) -> tuple[Any, float, int]:

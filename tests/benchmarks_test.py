@@ -19,9 +19,10 @@ def test_the_peak_of_a_known_allocation():
         array = np.ones(100 * 2**20, np.uint8)  # touched, and gone when the call ends
         return int(array[-1])
 
-    assert memory.peak_bytes(lambda: None) <= 2**20
+    # Linux counts pages by core, and adds them up by some dozens.
+    assert memory.peak_bytes(lambda: None) == pytest.approx(0, abs=2**20)
     for _ in range(2):
-        assert 100 * 2**20 <= memory.peak_bytes(run) <= 104 * 2**20
+        assert memory.peak_bytes(run) == pytest.approx(100 * 2**20, abs=2**20)
 
 
 def test_a_fresh_process_measures_what_a_pass_takes():
