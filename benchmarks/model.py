@@ -1,82 +1,196 @@
-"""Forward passes beside timm's, in one process, turn by turn.
+"""Our models beside timm's: speed, memory, compilation, ConViT against DeiT, and resolutions.
 
-    python -m benchmarks.model --variants convit_tiny convit_small --batch 8
+    python -m benchmarks.model --peer timm
+    python -m benchmarks.model --parts speed --variants convit_base --batch 4 --no-memory
+    python -m benchmarks.model --parts speed --options --options positional=contract unroll=12
+    python -m benchmarks.model --parts scaling --image_size 224 512 1024
 
-The same weights on both sides (timm's initialisation), float32, images of 224 x 224 pixels; timm
-eager. The speed of a machine wanders, so each repetition times every contender once and the ratio
-is taken repetition by repetition.
+Every time is taken in one process, turn by turn, and ratios are those within a repetition: their
+median, and quartiles in brackets. Peak memory is measured in a process of its own each; see
+benchmarks.memory for what counts, and benchmarks.contenders for what a step is.
+
+    speed     for each variant, batch and image size: forward pass and training step, ours and
+              timm's. MFU, where the device's peak is known, counts matrix products
+              (convit_jax.flops). "compile" is tracing and compiling in seconds.
+    deit      the speed of ConViT over that of DeiT with the same heads and width, ours and timm's
+    scaling   forward passes over resolutions, with a picture and its data as JSON beside it
 """
 
 import argparse
-import functools
+import dataclasses
+import os
+import pathlib
+import platform
 import time
+from typing import Any
 
 import jax
 import jaxlib
 import numpy as np
 
-from benchmarks import peer
-from convit_jax import create_model, from_torch
+from benchmarks import command, contenders, memory, peer, scaling, timing
+from benchmarks.contenders import COMPILED, FORWARD, TIMM, Contender, Spec
+from convit_jax import flops
+
+# The DeiT that differs from a ConViT in nothing but its attention and class token.
+_DEIT = {"local_up_to_layer": 0, "cls_pos_embed": True, "qkv_bias": True}
 
 
-def contenders(name: str, batch: int) -> dict:
-    """name -> a function that runs one forward pass and waits for it."""
-    _, torch = peer.import_timm()
-    theirs = peer.make(name)
-    images = np.random.default_rng(0).standard_normal((batch, 224, 224, 3), np.float32)
-    tensor = torch.from_numpy(np.ascontiguousarray(images.transpose(0, 3, 1, 2)))
-    variables = jax.device_put({"params": from_torch(theirs.state_dict())})
-    images = jax.device_put(images)
-
-    def run_timm() -> None:
-        with torch.inference_mode():
-            theirs(tensor)
-
-    def run_ours(forward) -> None:
-        forward(variables, images).block_until_ready()
-
-    runs = {"timm": run_timm}
-    for positional in ("blend", "contract") if name.startswith("convit") else ("blend",):
-        forward = jax.jit(create_model(name, positional=positional).apply)
-        runs[f"ours, {positional}"] = functools.partial(run_ours, forward)
-    return runs
+def _ready(specs: dict[Any, Spec]) -> dict[Any, Contender]:
+    """Those that can run here, run once; says why the others cannot."""
+    made = {key: contenders.attempt(contenders.warmed, spec) for key, spec in specs.items()}
+    for key, result in made.items():
+        if isinstance(result, str):
+            print(f"left out, {key}: {result}", flush=True)
+    return {key: result for key, result in made.items() if isinstance(result, Contender)}
 
 
-def measure(runs: dict, repetitions: int) -> dict[str, np.ndarray]:
-    """Seconds of every repetition; the first, which compiles, is left out."""
-    times = {name: [] for name in runs}
-    for _ in range(repetitions + 1):
-        for name, function in runs.items():
-            start = time.perf_counter()
-            function()
-            times[name].append(time.perf_counter() - start)
-    return {name: np.array(seconds[1:]) for name, seconds in times.items()}
+def _memory(flags: argparse.Namespace, spec: Spec) -> memory.Memory | None:
+    found = memory.in_fresh_process(spec) if flags.memory else None
+    if isinstance(found, str):
+        print(f"no memory of {spec.who}: {found}")
+        return None
+    return found
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
-    parser.add_argument(
-        "--variants", nargs="+", choices=peer.NAMES, metavar="NAME", default=["convit_small"],
-        help=f"of {', '.join(peer.NAMES)} (default: convit_small)",
-    )  # fmt: skip
-    parser.add_argument("--batch", type=int, default=8, help="images a pass (default: 8)")
-    parser.add_argument("--repetitions", type=int, default=15, help="(default: 15)")
-    args = parser.parse_args()
+def _gigabytes(number: int | None) -> str:
+    return f"{'' if number is None else f'{number / 1e9:.3f}':>9}"
 
-    timm, torch = peer.import_timm()
-    print(
-        f"timm {timm.__version__}, torch {torch.__version__}, jaxlib {jaxlib.__version__}, ", end=""
-    )
-    print(f"{torch.get_num_threads()} threads")
-    print(f"{'variant':<18}{'':<16}{'images/s':>9}{'ours / timm: median (quartiles)':>34}")
-    for name in args.variants:
-        times = measure(contenders(name, args.batch), args.repetitions)
+
+def _against(who: str, times: dict[str, np.ndarray]) -> str:
+    """The speed of a contender over that of each peer, for the columns of `_header`."""
+    peers = [name for name in (TIMM, COMPILED) if name in times and name != who]
+    return "".join(f"{timing.speed_ratio(times[who], times[name]):>26}" for name in peers)
+
+
+def _label(flags: argparse.Namespace, text: str = "") -> str:
+    """The column that says what and who, as wide as the longest form of ours needs."""
+    forms = [" ".join(f"{k}={v}," for k, v in form) for form in flags.options]
+    return f"{text:<{24 + max(map(len, forms))}}"
+
+
+def _header(flags: argparse.Namespace, middle: str) -> str:
+    peers = [] if flags.peer == "none" else [TIMM, COMPILED] if flags.torch_compile else [TIMM]
+    return middle + "".join(f"{'/ ' + name:>26}" for name in peers)
+
+
+def speed(flags: argparse.Namespace) -> None:
+    """Prints a row for each case, kind of work and contender."""
+    columns = f"{'ms':>9}{'images/s':>10}{'MFU':>7}{'compile':>9}{'peak GB':>9}{'plan GB':>9}"
+    print(_header(flags, f"{'variant':<18}{'batch':>6}{'pixels':>9}  {_label(flags)}{columns}"))
+    for case in command.cases(flags):
+        for what in flags.work:
+            specs = command.specs(flags, case, what)
+            ready = _ready(specs)
+            times = timing.measure({who: c.run for who, c in ready.items()}, flags.repetitions)
+            compiled = {who: c.compile_seconds for who, c in ready.items()}
+            del ready  # its memory
+            for who, seconds in times.items():
+                held = _memory(flags, specs[who])
+                median = np.median(seconds)
+                count = flops.forward_flops(specs[who].model) * (1 if what == FORWARD else 3)
+                peak = flops.peak_flops(jax.devices()[0], flags.dtype)
+                share = case.batch / median * count / peak / jax.device_count() if peak else None
+                line = f"{case}  {_label(flags, f'{what}, {who}')}{median * 1e3:>9.1f}"
+                line += f"{case.batch / median:>10.2f}{'' if share is None else f'{share:.1%}':>7}"
+                took = compiled[who]
+                line += f"{'' if took is None else f'{took:.1f}':>9}"
+                line += _gigabytes(held and held.peak) + _gigabytes(held and held.planned)
+                print(line + _against(who, times), flush=True)
+
+
+def deit(flags: argparse.Namespace) -> None:
+    """Prints the speed of ConViT over that of DeiT at equal heads and width."""
+    columns = f"{'ConViT/s':>10}{'DeiT/s':>10}{'ConViT / DeiT':>26}"
+    print(f"{'variant':<18}{'batch':>6}{'pixels':>9}  {_label(flags)}{columns}")
+    for case in command.cases(flags):
+        for what in flags.work:
+            convits = command.specs(flags, case, what)
+            deits = command.specs(flags, case, what, **_DEIT)
+            specs = {("ConViT", who): spec for who, spec in convits.items()}
+            specs |= {("DeiT", who): spec for who, spec in deits.items()}
+            ready = _ready(specs)
+            times = timing.measure({key: c.run for key, c in ready.items()}, flags.repetitions)
+            del ready
+            for who in convits:
+                pair = [times.get((family, who)) for family in ("ConViT", "DeiT")]
+                if any(seconds is None for seconds in pair):
+                    continue
+                rates = "".join(f"{case.batch / np.median(s):>10.2f}" for s in pair)
+                ratio = timing.speed_ratio(*pair)
+                print(f"{case}  {_label(flags, f'{what}, {who}')}{rates}{ratio:>26}", flush=True)
+
+
+def scale(flags: argparse.Namespace) -> None:
+    """Prints forward passes over resolutions, adds them to the JSON, and draws the picture."""
+    columns = f"{'ms':>9}{'peak GB':>9}{'plan GB':>9}"
+    print(_header(flags, f"{'variant':<18}{'batch':>6}{'pixels':>9}  {_label(flags)}{columns}"))
+    records = []
+    for case in command.cases(flags):
+        specs = command.specs(flags, case, FORWARD)
+        ready = _ready(specs)
+        times = timing.measure({who: c.run for who, c in ready.items()}, flags.repetitions)
+        del ready
         for who, seconds in times.items():
-            low, median, high = np.percentile(times["timm"] / seconds, [25, 50, 75])
-            ratio = "" if who == "timm" else f"{median:.2f} ({low:.2f} to {high:.2f})"
-            print(f"{name:<18}{who:<16}{args.batch / np.median(seconds):>9.1f}{ratio:>34}")
+            held = _memory(flags, specs[who])
+            record = dataclasses.asdict(case) | {"who": who, "dtype": flags.dtype}
+            record |= {"device": _device(), "date": time.strftime("%Y-%m-%d")}
+            record |= {"seconds": np.percentile(seconds, [25, 50, 75]).round(5).tolist()}
+            if held:
+                record |= {"peak_bytes": held.peak, "planned_bytes": held.planned}
+            records.append(record)
+            line = f"{case}  {_label(flags, who)}{np.median(seconds) * 1e3:>9.1f}"
+            line += _gigabytes(held and held.peak) + _gigabytes(held and held.planned)
+            print(line + _against(who, times), flush=True)
+    _print_growth(records)
+    kept = scaling.merge(flags.picture.with_suffix(".json"), records)
+    try:
+        scaling.draw(scaling.like(records[0], kept), flags.picture)
+    except ImportError:
+        print("no picture: it needs matplotlib: pip install '.[benchmarks]'")
+    else:
+        print(f"wrote {flags.picture}")
+
+
+def _print_growth(records: list[scaling.Record]) -> None:
+    """Of time and memory, from each resolution to that of four times the pixels."""
+    found = {(r["variant"], r["batch"], r["who"], *r["image_size"]): r for r in records}
+    for (*subject, height, width), large in found.items():
+        small = found.get((*subject, height / 2, width / 2))
+        if small is None:
+            continue
+        growth = f"time x {large['seconds'][1] / small['seconds'][1]:.1f}"
+        if small.get("peak_bytes", 0) > 0 and "peak_bytes" in large:
+            growth += f", peak memory x {large['peak_bytes'] / small['peak_bytes']:.1f}"
+        print(f"{subject[0]}, {subject[2]}: from {height // 2} to {height} pixels {growth}")
+
+
+def _device() -> str:
+    if jax.default_backend() != "cpu":
+        return f"{jax.device_count()} {jax.devices()[0].device_kind}"
+    info = pathlib.Path("/proc/cpuinfo")
+    names = [x for x in info.read_text().splitlines() if "model name" in x] if info.exists() else []
+    name = names[0].split(": ", 1)[1] if names else platform.machine()
+    return f"{os.cpu_count()} cores of {name}"
+
+
+def main(arguments: list[str] | None = None) -> None:
+    parts = command.parse(__doc__, arguments)
+    flags = next(iter(parts.values()))
+    # Otherwise three quarters of a GPU's memory are JAX's from the start, and a program that was
+    # compiled before would seem to compile in no time.
+    os.environ.setdefault("XLA_PYTHON_CLIENT_PREALLOCATE", "false")
+    jax.config.update("jax_enable_compilation_cache", False)
+    # torch.compile would leave worker processes behind, which start up beside what is timed.
+    os.environ.setdefault("TORCHINDUCTOR_COMPILE_THREADS", "1")
+    versions = f"jax {jax.__version__}, jaxlib {jaxlib.__version__}"
+    if flags.peer != "none":
+        timm, torch = peer.import_timm()
+        versions += f", timm {timm.__version__}, torch {torch.__version__}"
+    print(f"{time.strftime('%Y-%m-%d')}, {_device()}, {flags.dtype}, {versions}")
+    for part, filled in parts.items():
+        print(f"\n{part}")
+        {"speed": speed, "deit": deit, "scaling": scale}[part](filled)
 
 
 if __name__ == "__main__":

@@ -1,8 +1,9 @@
 """timm and PyTorch, the peers that tests and benchmarks compare with."""
 
 from types import ModuleType
+from typing import Any
 
-from convit_jax import VARIANTS, create_model
+from convit_jax import VARIANTS, ConViT, create_model
 
 # timm registers no DeiT of the "+" sizes.
 NAMES = tuple(n for n in VARIANTS if n.startswith("convit") or not n.endswith("_plus"))
@@ -32,11 +33,44 @@ def import_timm() -> tuple[ModuleType, ModuleType]:
 def make(name: str):
     """timm's model of one of `NAMES`, in evaluation mode, with timm's own initialisation."""
     timm, _ = import_timm()
-    from timm.models.convit import ConVit
-
     if name.startswith("deit"):
         return timm.create_model(f"{name}_patch16_224").eval()
-    # timm registers three of the six, and takes the width of a head for embed_dim.
-    model = create_model(name)
-    head = model.embed_dim // model.num_heads
-    return ConVit(embed_dim=head, num_heads=model.num_heads, local_up_to_layer=10).eval()
+    return like(create_model(name))
+
+
+def like(model: ConViT, **options: Any):
+    """timm's model of the sizes of one of ours, with timm's own initialisation.
+
+    timm registers three of the ConViTs, and none at another width or image size.
+
+    Args:
+      model: a ConViT, or a DeiT (`local_up_to_layer=0`, for which timm has its VisionTransformer).
+      **options: of timm's class, in place of its defaults.
+
+    Raises:
+      ValueError: if timm's class cannot be such a model.
+    """
+    import_timm()
+    from timm.models.convit import ConVit
+    from timm.models.vision_transformer import VisionTransformer
+
+    height, width, channels = model.image_shape
+    sizes = {
+        "img_size": (height, width),
+        "patch_size": model.patch_size,
+        "in_chans": channels,
+        "num_classes": model.num_classes,
+        "embed_dim": model.embed_dim,
+        "depth": model.depth,
+        "num_heads": model.num_heads,
+        "mlp_ratio": model.mlp_ratio,
+        "qkv_bias": model.qkv_bias,
+    }
+    if model.cls_pos_embed:
+        return VisionTransformer(**sizes | options).eval()
+    if model.grid[0] != model.grid[1]:
+        raise ValueError(f"timm's ConViT takes square images only, not {height} x {width}")
+    # It takes the width of a head for embed_dim.
+    sizes["embed_dim"] //= model.num_heads
+    sizes["local_up_to_layer"] = model.local_up_to_layer
+    return ConVit(**sizes | options).eval()

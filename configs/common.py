@@ -35,7 +35,8 @@ def get_config() -> ml_collections.ConfigDict:
     config.model = model = ml_collections.ConfigDict()
     model.name = "convit_base"  # one of convit_jax.VARIANTS
     model.num_classes = config_dict.placeholder(int)  # None: the data's
-    model.image_size = 224  # pixels
+    # Pixels: the side of a square, or (height, width): --config.model.image_size=224,320
+    model.image_size = config_dict.FieldReference(224, field_type=object)
     model.drop_path = 0.1  # rate of the last block, growing linearly from 0
     model.dropout = 0.0
     model.attn_dropout = 0.0
@@ -137,9 +138,20 @@ def _problems(
         yield f"missing key: {path}{key}"
     for key in sorted(known & found):
         value, expected = config[key], reference.get_type(key)
-        if expected is ml_collections.ConfigDict and isinstance(value, expected):
+        if f"{path}{key}" == "model.image_size":
+            if not _is_image_size(value):
+                yield (
+                    f"{path}{key}: expected the side of a square or (height, width), each a whole "
+                    f"number of pixels, got {value!r}"
+                )
+        elif expected is ml_collections.ConfigDict and isinstance(value, expected):
             yield from _problems(value, reference[key], f"{path}{key}.")
         elif value is None and reference[key] is None:
             pass  # a placeholder that was left alone
         elif type(value) is not expected and (type(value), expected) != (int, float):
             yield f"{path}{key}: expected {expected.__name__}, got {value!r}"
+
+
+def _is_image_size(value: object) -> bool:
+    sides = value if isinstance(value, tuple) and len(value) == 2 else (value,)
+    return all(type(side) is int and side > 0 for side in sides)

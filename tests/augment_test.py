@@ -166,6 +166,30 @@ def test_exact_training_transform_gives_the_pixels_of_timm(seed):
     np.testing.assert_array_equal(actual, np.asarray(image))
 
 
+@pytest.mark.parametrize("size", [(224, 320), (320, 224), 224])
+def test_training_crops_of_rectangles_are_those_of_timm(size, monkeypatch):
+    """timm's whole transform for such an input, handed our boxes."""
+    reference.import_timm()
+    from timm.data import create_transform
+    from timm.data.transforms import RandomResizedCropAndInterpolation as TimmCrop
+
+    data = encode(photo("china", 375, 500))
+    input_size = (3, *size) if isinstance(size, tuple) else size
+    theirs = create_transform(
+        input_size, is_training=True, hflip=0.0, color_jitter=0.0, interpolation="bicubic",
+        use_prefetcher=True,
+    )  # fmt: skip
+    (crop,) = (t for t in theirs.transforms if isinstance(t, TimmCrop))
+    assert (crop.scale, crop.ratio) == (TrainTransform.scale, TrainTransform.ratio)
+    for seed in range(5):
+        box = augment.random_box(375, 500, np.random.default_rng(seed))
+        monkeypatch.setattr(crop, "get_params", lambda *_, box=box: box)
+        transform = TrainTransform(size, flip=0.0, backend="exact", **PLAIN)
+        actual = transform(data, np.random.default_rng(seed))
+        expected = theirs(opened(data)).numpy().transpose(1, 2, 0)
+        np.testing.assert_array_equal(actual, expected)
+
+
 @pytest.mark.parametrize("backend", augment.BACKENDS)
 def test_jitter_is_that_of_torchvision(backend):
     reference.import_timm()
@@ -272,7 +296,8 @@ def test_evaluation_transform_gives_the_pixels_of_timm(name):
     from timm.data import create_transform
 
     data = EVALUATED[name]()
-    for size, crop_pct in ((224, 0.875), (224, 0.9), (64, 1.0), ((96, 160), 0.875), (384, 1.0)):
+    sizes = [(224, 0.875), (224, 0.9), (64, 1.0), (384, 1.0), ((96, 160), 0.875)]
+    for size, crop_pct in [*sizes, ((224, 320), 0.875), ((320, 224), 1.0)]:
         theirs = create_transform(
             size, is_training=False, interpolation="bicubic", crop_pct=crop_pct,
             use_prefetcher=True,

@@ -87,6 +87,30 @@ def test_every_problem_is_named():
     assert len(lines) == 5
 
 
+def test_an_image_is_a_square_or_height_and_width():
+    config = load("convit_ti").lock()
+    for size, pixels in ((160, (160, 160)), ((224, 320), (224, 320))):
+        config.model.image_size = size
+        common.check(config)
+        model = startup.make_model(config)
+        assert (model.image_shape, model.grid) == ((*pixels, 3), (pixels[0] // 16, pixels[1] // 16))
+        assert [t.size for t in startup.make_transforms(config, model)] == [pixels, pixels]
+
+
+@pytest.mark.parametrize(
+    "size", [0, -224, True, 224.0, "224x320", None, (), (224,), (224, 320, 3), (224, 0), [224, 320]]
+)
+def test_what_is_no_image_size_is_refused(size):
+    config = load("convit_ti")
+    config.model.image_size = size
+    with pytest.raises(ValueError, match="does not fit") as error:
+        common.check(config)
+    assert str(error.value).splitlines()[1:] == [
+        "  model.image_size: expected the side of a square or (height, width), each a whole number "
+        f"of pixels, got {size!r}"
+    ]
+
+
 def test_every_key_is_read():
     """A key that no code reads is a promise that is not kept."""
     code = "".join(path.read_text() for path in (CONFIGS.parent / "convit_jax").glob("*.py"))

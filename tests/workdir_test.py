@@ -36,6 +36,16 @@ def test_the_same_run_goes_on(started):
     assert len((second["git_revision"] or 40 * "x").removesuffix("-dirty")) == 40
 
 
+def test_a_rectangle_is_the_same_after_it_was_saved(tmp_path):
+    rectangle = changed(**{"model.image_size": (8, 12)})
+    workdir.record_start(tmp_path, rectangle, 0)
+    assert workdir.check(tmp_path, rectangle) == []
+    with pytest.raises(ValueError, match=r"model.image_size: there \[8, 12\], now \[12, 8\]"):
+        workdir.check(tmp_path, changed(**{"model.image_size": (12, 8)}))
+    with pytest.raises(ValueError, match=r"model.image_size: there \[8, 12\], now 8"):
+        workdir.check(tmp_path, changed())
+
+
 def test_what_may_change_is_said(started):
     config = changed(**{"train.epochs": 7.0, "data.workers": 3, "mesh.fsdp": 2})
     assert workdir.check(started, config) == [

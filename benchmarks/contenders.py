@@ -1,0 +1,221 @@
+"""Forward passes and training steps, ours and timm's, made from a description.
+
+The description (`Spec`) is plain data, so that the same can be made again in another process.
+
+    forward      inference: normalised images in, logits out
+    step         training: forward with stochastic depth 0.1, cross entropy with soft labels,
+                 backward, AdamW with DeiT's decay groups. Ours is the step of main.py without
+                 erasing and mixing: it also normalises uint8 images, makes the soft labels, takes
+                 the norm of the gradients and updates the schedule. timm's has normalised images
+                 and soft labels beforehand; in bfloat16, torch.autocast.
+    whole step   ours with erasing and mixing; timm has none
+"""
+
+from collections.abc import Callable
+import dataclasses
+import time
+from typing import Any, TypeVar
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from benchmarks import peer
+from configs import common
+from convit_jax import ConViT, create_model, optim, sharding, train_step
+
+FORWARD, STEP, WHOLE_STEP = WORK = ("forward", "step", "whole step")
+Result = TypeVar("Result")
+OURS, TIMM, COMPILED = "ours", "timm", "timm, compiled"
+
+
+@dataclasses.dataclass(frozen=True)
+class Spec:
+    """What is run, by whom.
+
+    Attributes:
+      who: OURS, TIMM or COMPILED (by torch.compile).
+      what: one of WORK.
+      variant: a name of `convit_jax.VARIANTS`.
+      options: of `create_model`, in place of the variant's. timm takes the sizes from them.
+      batch: images.
+      dtype: of the matrix products, "float32" or "bfloat16".
+    """
+
+    who: str
+    what: str
+    variant: str
+    options: dict[str, Any]
+    batch: int
+    dtype: str = "float32"
+
+    @property
+    def model(self) -> ConViT:
+        options = {"dtype": jnp.dtype(self.dtype), "drop_path": 0.1} | self.options
+        return create_model(self.variant, **options)
+
+
+@dataclasses.dataclass(frozen=True)
+class Contender:
+    """Something ready to be run.
+
+    Attributes:
+      run: does it once, and waits for it.
+      compile_seconds: what the compiler took beforehand, tracing included; None without one. Of
+        torch.compile, the first call.
+      planned_bytes: memory for temporaries and outputs by the compiler's own plan, if it says.
+      release: lets go of what a run leaves behind and the next one makes anew.
+    """
+
+    run: Callable[[], object]
+    compile_seconds: float | None = None
+    planned_bytes: int | None = None
+    release: Callable[[], object] = lambda: None
+
+
+def make(spec: Spec) -> Contender:
+    """Makes the model and its inputs, and compiles.
+
+    Raises:
+      ValueError: if there is no such model.
+      RuntimeError: if it does not fit the memory, or the machine lacks what it needs.
+    """
+    if spec.who == OURS:
+        return _our_forward(spec) if spec.what == FORWARD else _our_step(spec)
+    return _timms(spec)
+
+
+def attempt(work: Callable[[Spec], Result], spec: Spec) -> Result | str:
+    """What a function makes of a spec; or the reason why that cannot be on this machine.
+
+    Memory, a C++ compiler or Triton for torch.compile, a kernel for this device: there are many
+    errors, and all of them are ValueErrors and RuntimeErrors.
+    """
+    try:
+        return work(spec)
+    except (ValueError, RuntimeError) as error:
+        return f"{type(error).__name__}: {next(iter(str(error).strip().splitlines()), '')}"
+
+
+def warmed(spec: Spec) -> Contender:
+    """`make`, and a first run."""
+    contender = make(spec)
+    contender.run()
+    return contender
+
+
+def _training(spec: Spec):
+    """The parts of our training step: model, optimizer, schedule, config and mesh."""
+    config = common.get_config()
+    config.train.batch_size = spec.batch
+    if spec.what != WHOLE_STEP:
+        config.mixup.update(mixup=0.0, cutmix=0.0, erase_prob=0.0)
+    schedule = optim.learning_rate(config.optim, spec.batch, 1251, 300 * 1251)
+    optimizer = optim.make_optimizer(config.optim, schedule)
+    return spec.model, optimizer, schedule, config, sharding.make_mesh()
+
+
+def _state(model: ConViT, optimizer, config, mesh) -> train_step.TrainState:
+    """A state of arbitrary values: initialising would be one more program to compile."""
+    state = train_step.abstract_state(model, optimizer, config, mesh)
+    rng = np.random.default_rng(0)
+
+    def random(x: jax.ShapeDtypeStruct) -> jax.Array:
+        return jax.device_put(0.02 * rng.standard_normal(x.shape, np.float32), x.sharding)
+
+    def zeros(x: jax.ShapeDtypeStruct) -> jax.Array:
+        return jax.device_put(np.zeros(x.shape, x.dtype), x.sharding)
+
+    params = jax.tree.map(random, state.params)
+    return jax.tree.map(zeros, state.replace(params=None)).replace(params=params)
+
+
+def _compile(function, *arguments) -> tuple[Any, float, int]:
+    """The program of a jitted function, seconds taken, and bytes it plans for."""
+    start = time.perf_counter()
+    compiled = function.lower(*arguments).compile()
+    seconds, plan = time.perf_counter() - start, compiled.memory_analysis()
+    planned = plan.temp_size_in_bytes + plan.output_size_in_bytes - plan.alias_size_in_bytes
+    return compiled, seconds, planned
+
+
+def _our_forward(spec: Spec) -> Contender:
+    model, optimizer, _, config, mesh = _training(spec)
+    params = _state(model, optimizer, config, mesh).params
+    images = np.random.default_rng(0).standard_normal((spec.batch, *model.image_shape), np.float32)
+    images = sharding.put_batch({"image": images}, mesh)["image"]
+    arguments = ({"params": params}, images)
+    forward, seconds, planned = _compile(jax.jit(model.apply), *arguments)
+    return Contender(lambda: forward(*arguments).block_until_ready(), seconds, planned)
+
+
+def _our_step(spec: Spec) -> Contender:
+    model, optimizer, schedule, config, mesh = _training(spec)
+    rng = np.random.default_rng(0)
+    batch = {
+        "image": rng.integers(256, size=(spec.batch, *model.image_shape), dtype=np.uint8),
+        "label": rng.integers(model.num_classes, size=spec.batch, dtype=np.int32),
+        "skipped": np.zeros(spec.batch, np.int32),
+    }
+    batch = sharding.put_batch(batch, mesh)
+    states = [_state(model, optimizer, config, mesh)]
+    jitted = train_step.make_train_step(model, optimizer, schedule, config, mesh)
+    step, seconds, planned = _compile(jitted, states[0], batch)
+
+    def run() -> None:
+        state, _ = step(states.pop(), batch)
+        states.append(jax.block_until_ready(state))
+
+    return Contender(run, seconds, planned)
+
+
+def _timms(spec: Spec) -> Contender:
+    _, torch = peer.import_timm()
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    sizes = spec.model
+    model = peer.like(sizes, drop_path_rate=sizes.drop_path).to(device)
+    images = torch.randn(spec.batch, 3, *sizes.image_shape[:2], device=device)
+    autocast = torch.autocast(device.type, torch.bfloat16, enabled=spec.dtype == "bfloat16")
+    release = model.zero_grad
+    called = torch.compile(model) if spec.who == COMPILED else model
+    if spec.what == FORWARD:
+
+        def work() -> None:
+            with torch.inference_mode(), autocast:
+                called(images)
+    else:
+        model.train()
+        work = _torch_step(model, called, images, sizes.num_classes, autocast)
+
+    def run() -> None:
+        work()
+        if device.type == "cuda":
+            torch.cuda.synchronize()
+
+    if spec.who != COMPILED:
+        return Contender(run, release=release)
+    start = time.perf_counter()
+    run()
+    return Contender(run, time.perf_counter() - start, release=release)
+
+
+def _torch_step(model, called, images, num_classes: int, autocast) -> Callable[[], None]:
+    """A training step of a torch model; `called` is the model or its compiled form."""
+    _, torch = peer.import_timm()
+    from timm.loss import SoftTargetCrossEntropy
+    from timm.optim import param_groups_weight_decay
+
+    labels = torch.softmax(torch.randn(len(images), num_classes, device=images.device), dim=1)
+    groups = param_groups_weight_decay(
+        model, weight_decay=0.05, no_weight_decay_list=model.no_weight_decay()
+    )
+    optimizer, criterion = torch.optim.AdamW(groups, lr=1e-3), SoftTargetCrossEntropy()
+
+    def work() -> None:
+        optimizer.zero_grad()
+        with autocast:
+            logits = called(images)
+        criterion(logits.float(), labels).backward()
+        optimizer.step()
+
+    return work

@@ -1,0 +1,97 @@
+"""What is measured over resolutions: kept as JSON, and drawn.
+
+    python -m benchmarks.scaling
+
+draws benchmarks/scaling.png again from benchmarks/scaling.json; `python -m benchmarks.model`
+measures, and writes both.
+"""
+
+import json
+import pathlib
+from typing import Any
+
+Record = dict[str, Any]
+
+PICTURE = pathlib.Path(__file__).with_name("scaling.png")
+
+# What a record is of; the rest of it is what was measured.
+_KEY = ("variant", "batch", "dtype", "device", "who", "image_size")
+
+# Okabe and Ito's palette, which those who do not see all colours tell apart; timm is black. Lines
+# also differ by marker.
+_COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#56B4E9", "#E69F00")
+_MARKERS = "os^Dv<"
+
+
+def merge(path: pathlib.Path, records: list[Record]) -> list[Record]:
+    """Adds to what a file holds, replaces what was measured anew, and returns all of it."""
+    old = json.loads(path.read_text()) if path.exists() else []
+    merged: dict[str, Record] = {}
+    for record in [*old, *records]:
+        key = str([str(record[name]) for name in _KEY[:-1]] + list(record["image_size"]))
+        merged[key] = merged.get(key, {}) | record
+    result = sorted(merged.values(), key=lambda r: [str(r[n]) for n in _KEY[:-1]] + [_pixels(r)])
+    path.write_text(json.dumps(result, indent=1) + "\n")
+    return result
+
+
+def like(subject: Record, records: list[Record]) -> list[Record]:
+    """Those of the same model, batch, type and device."""
+    return [r for r in records if all(r[name] == subject[name] for name in _KEY[:-2])]
+
+
+def draw(records: list[Record], path: pathlib.Path) -> None:
+    """Time and peak memory of a forward pass over the side of the image, both axes logarithmic.
+
+    Raises:
+      ValueError: if the records are not of one model on one machine.
+      ImportError: if matplotlib is not installed (pip install '.[benchmarks]').
+    """
+    import matplotlib
+
+    matplotlib.use("agg")
+    from matplotlib import pyplot, ticker
+
+    subjects = {tuple(record[name] for name in _KEY[:-2]) for record in records}
+    if len(subjects) != 1:
+        raise ValueError(f"expected one model, batch, dtype and device, got {subjects}")
+    ((variant, batch, dtype, device),) = subjects
+    names = sorted({r["who"] for r in records}, key=lambda who: (not who.startswith("timm"), who))
+    ours = [who for who in names if not who.startswith("timm")]
+    figure, panels = pyplot.subplots(1, 2, figsize=(10, 4.2), layout="constrained")
+    for who in names:
+        style = {"color": "black", "marker": "x", "linestyle": "-" if who == "timm" else ":"}
+        if who in ours:
+            index = ours.index(who) % len(_COLOURS)
+            style = {"color": _COLOURS[index], "marker": _MARKERS[index]}
+        curve = [r for r in records if r["who"] == who]
+        timed = [r for r in curve if r.get("seconds")]
+        sizes = [_pixels(r) for r in timed]
+        low, median, high = zip(*(r["seconds"] for r in timed), strict=True) if timed else [[]] * 3
+        panels[0].plot(sizes, median, label=who, **style)
+        panels[0].fill_between(sizes, low, high, color=style["color"], alpha=0.2, linewidth=0)
+        held = [(_pixels(r), r["peak_bytes"] / 1e9) for r in curve if r.get("peak_bytes")]
+        panels[1].plot(*zip(*held, strict=True) if held else [[]] * 2, label=who, **style)
+    for panel, title in zip(panels, ("seconds", "peak memory above the model, GB"), strict=True):
+        sides = sorted({_pixels(r) for r in records})
+        panel.set(xscale="log", yscale="log", xlabel="image, pixels a side", title=title)
+        panel.xaxis.set_major_locator(ticker.FixedLocator(sides))
+        panel.xaxis.set_major_formatter(ticker.FormatStrFormatter("%g"))
+        panel.xaxis.set_minor_locator(ticker.NullLocator())
+        panel.yaxis.set_major_formatter(ticker.FormatStrFormatter("%g"))
+        panel.grid(alpha=0.3, which="both")
+    panels[0].legend()
+    images = "image" if batch == 1 else "images"
+    figure.suptitle(f"Forward pass of {variant}, {batch} {images}, {dtype}, on {device}")
+    figure.savefig(path, dpi=110)
+    pyplot.close(figure)
+
+
+def _pixels(record: Record) -> float:
+    """The side of a square of as many pixels."""
+    height, width = record["image_size"]
+    return (height * width) ** 0.5
+
+
+if __name__ == "__main__":
+    draw(json.loads(PICTURE.with_suffix(".json").read_text()), PICTURE)
