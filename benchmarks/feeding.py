@@ -25,7 +25,7 @@ from configs import convit_ti
 from convit_jax import data, startup, train
 
 # Of a few hundred images grain's index_shuffle takes 0.2 ms each, of ImageNet's 0.01.
-_IMAGES = 20_000
+IMAGES = 20_000
 
 
 def write_folder(root: pathlib.Path, images: int) -> None:
@@ -46,7 +46,7 @@ def make_config(root: pathlib.Path, batch_size: int, steps: int, workers: int):
     config = convit_ti.get_config()
     config.data.update(source=f"folder:{root / 'images'}", workers=workers)
     config.train.update(batch_size=batch_size, log_every=2, eval_every=1e9)
-    draws = data.draws_per_epoch(_IMAGES, config.data.repeats)
+    draws = data.draws_per_epoch(IMAGES, config.data.repeats)
     config.train.epochs = (steps + 0.5) * batch_size / draws
     return config
 
@@ -95,7 +95,7 @@ def main() -> None:
     flags.FLAGS.mark_as_parsed()  # grain's workers inherit the flags
     with tempfile.TemporaryDirectory() as folder:
         root = pathlib.Path(folder)
-        write_folder(root / "images", _IMAGES)
+        write_folder(root / "images", IMAGES)
         if args.what == "workers":
             time_workers(root, args.repetitions)
         else:

@@ -10,12 +10,17 @@ import json
 import pathlib
 from typing import Any
 
+import numpy as np
+
 Record = dict[str, Any]
 
 PICTURE = pathlib.Path(__file__).with_name("scaling.png")
 
 # What a record is of; the rest of it is what was measured.
 _KEY = ("variant", "batch", "dtype", "device", "who", "image_size")
+
+# The panels, from left to right.
+_TITLES = {"seconds": "seconds", "peak_bytes": "peak memory above the model, GB"}
 
 # Okabe and Ito's palette, which those who do not see all colours tell apart; timm is black. Lines
 # also differ by marker.
@@ -58,33 +63,40 @@ def draw(records: list[Record], path: pathlib.Path) -> None:
     ((variant, batch, dtype, device),) = subjects
     names = sorted({r["who"] for r in records}, key=lambda who: (not who.startswith("timm"), who))
     ours = [who for who in names if not who.startswith("timm")]
-    figure, panels = pyplot.subplots(1, 2, figsize=(10, 4.2), layout="constrained")
-    for who in names:
-        style = {"color": "black", "marker": "x", "linestyle": "-" if who == "timm" else ":"}
-        if who in ours:
-            index = ours.index(who) % len(_COLOURS)
-            style = {"color": _COLOURS[index], "marker": _MARKERS[index]}
-        curve = [r for r in records if r["who"] == who]
-        timed = [r for r in curve if r.get("seconds")]
-        sizes = [_pixels(r) for r in timed]
-        low, median, high = zip(*(r["seconds"] for r in timed), strict=True) if timed else [[]] * 3
-        panels[0].plot(sizes, median, label=who, **style)
-        panels[0].fill_between(sizes, low, high, color=style["color"], alpha=0.2, linewidth=0)
-        held = [(_pixels(r), r["peak_bytes"] / 1e9) for r in curve if r.get("peak_bytes")]
-        panels[1].plot(*zip(*held, strict=True) if held else [[]] * 2, label=who, **style)
-    for panel, title in zip(panels, ("seconds", "peak memory above the model, GB"), strict=True):
-        sides = sorted({_pixels(r) for r in records})
-        panel.set(xscale="log", yscale="log", xlabel="image, pixels a side", title=title)
-        panel.xaxis.set_major_locator(ticker.FixedLocator(sides))
+    measured = [key for key in _TITLES if any(_positive(r, key) for r in records)]
+    figure, panels = pyplot.subplots(
+        1, len(measured), figsize=(5 * len(measured), 4.2), layout="constrained", squeeze=False
+    )
+    for panel, key in zip(panels[0], measured, strict=True):
+        for who in names:
+            style = {"color": "black", "marker": "x", "linestyle": "-" if who == "timm" else ":"}
+            if who in ours:
+                index = ours.index(who) % len(_COLOURS)
+                style = {"color": _COLOURS[index], "marker": _MARKERS[index]}
+            curve = [(_pixels(r), r[key]) for r in records if r["who"] == who and _positive(r, key)]
+            sizes = [size for size, _ in curve]
+            if key == "seconds":
+                low, median, high = np.reshape([y for _, y in curve], (-1, 3)).T
+                panel.plot(sizes, median, label=who, **style)
+                panel.fill_between(sizes, low, high, color=style["color"], alpha=0.2, linewidth=0)
+            else:
+                panel.plot(sizes, [y / 1e9 for _, y in curve], label=who, **style)
+        panel.set(xscale="log", yscale="log", xlabel="image, pixels a side", title=_TITLES[key])
+        panel.xaxis.set_major_locator(ticker.FixedLocator(sorted({_pixels(r) for r in records})))
         panel.xaxis.set_major_formatter(ticker.FormatStrFormatter("%g"))
         panel.xaxis.set_minor_locator(ticker.NullLocator())
         panel.yaxis.set_major_formatter(ticker.FormatStrFormatter("%g"))
         panel.grid(alpha=0.3, which="both")
-    panels[0].legend()
+    panels[0][0].legend().set_in_layout(False)  # a long name of a form squeezes no panel
     images = "image" if batch == 1 else "images"
     figure.suptitle(f"Forward pass of {variant}, {batch} {images}, {dtype}, on {device}")
     figure.savefig(path, dpi=110)
     pyplot.close(figure)
+
+
+def _positive(record: Record, key: str) -> bool:
+    """Whether this was measured, and is something that a logarithmic axis can show."""
+    return bool(np.all(np.greater(record.get(key) or 0, 0)))
 
 
 def _pixels(record: Record) -> float:

@@ -7,11 +7,12 @@ for the one before it. It fits any number of devices and processes, and any mesh
 
 from collections.abc import Callable, Container, Iterator
 import contextlib
+import json
 import logging
 import os
 import pathlib
 import re
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 from jax.experimental import multihost_utils
@@ -21,7 +22,18 @@ from orbax.checkpoint import checkpoint_managers
 
 log = logging.getLogger(__name__)
 
+_METRICS = ocp.checkpoint_manager.METRIC_ITEM_NAME  # Orbax's folder, and the file in it
+
 Progress = dict[str, Any]  # of JSON's types
+
+
+class Restored(NamedTuple):
+    """What was read from a checkpoint."""
+
+    step: int
+    state: Any
+    progress: Progress
+    metrics: dict[str, float] | None  # of an evaluation of the state; None: it had none yet
 
 
 def newest(folder: pathlib.Path) -> int | None:
@@ -54,6 +66,13 @@ class _Manager(ocp.CheckpointManager):
 
     def reached_preemption(self, step: int) -> bool:
         return self.stopping
+
+    def metrics(self, step: int) -> Any:
+        """None of a broken file too: the state beside it may be whole, and evaluated again."""
+        try:
+            return super().metrics(step)
+        except ValueError:  # no JSON
+            return None
 
 
 def _tree_handler() -> ocp.PyTreeCheckpointHandler:
@@ -91,6 +110,7 @@ class Checkpoints:
             checkpoint_managers.PreemptionCheckpointingPolicy(),
         ]
         self._folder = folder
+        self._unevaluated: int | None = None  # a checkpoint that may get its metrics yet
         self._manager = _Manager(
             folder.resolve(),
             options=ocp.CheckpointManagerOptions(
@@ -128,7 +148,8 @@ class Checkpoints:
     ) -> bool:
         """Saves if it is time to; to be called after every step, by all processes.
 
-        The arrays are copied to the host before this returns, and written afterwards.
+        The arrays are copied to the host before this returns, and written afterwards. If it is the
+        step that was restored, saved before its evaluation was over, its metrics are added.
 
         Args:
           step: the number of finished steps.
@@ -138,7 +159,7 @@ class Checkpoints:
           stopping: whether the process ends after this step.
 
         Returns:
-          Whether there will be a checkpoint.
+          Whether there will be another checkpoint.
 
         Raises:
           OSError: if this or an earlier checkpoint cannot be written.
@@ -146,6 +167,9 @@ class Checkpoints:
         self._manager.stopping = stopping
         with _as_os_error(self._folder):
             self._manager.check_for_errors()
+            if step == self._unevaluated and metrics is not None:
+                self._add_metrics(step, metrics)
+                return False
             if not self._manager.should_save(step):
                 return False
             items = ocp.args.Composite(
@@ -153,7 +177,7 @@ class Checkpoints:
             )
             return self._manager.save(step, args=items, metrics=metrics)
 
-    def restore(self, like: Any) -> tuple[int, Any, Progress] | None:
+    def restore(self, like: Any) -> Restored | None:
         """The newest checkpoint that can be read, or None if there is none at all.
 
         Those that cannot be read are renamed, so that their steps can be saved again.
@@ -161,13 +185,10 @@ class Checkpoints:
         Args:
           like: a tree of `jax.ShapeDtypeStruct` with the shardings wanted.
 
-        Returns:
-          Its step, state and progress.
-
         Raises:
           OSError: if there are checkpoints and none can be read.
         """
-        items = ocp.args.Composite(
+        wanted = ocp.args.Composite(
             state=ocp.args.PyTreeRestore(
                 like, restore_args=ocp.checkpoint_utils.construct_restore_args(like)
             ),
@@ -177,13 +198,16 @@ class Checkpoints:
         for step in sorted(self._manager.all_steps(), reverse=True):
             restored = failure = None
             try:
-                restored = self._manager.restore(step, args=items)
+                items = self._manager.restore(step, args=wanted)
+                metrics = self._manager.metrics(step)
+                restored = Restored(step, items["state"], items["progress"], metrics)
             except Exception as error:  # whatever broken files make of the readers
                 failure = error
             if _on_all(restored is not None):
                 for bad in unreadable:
                     self._set_aside(bad)
-                return step, restored["state"], restored["progress"]
+                self._unevaluated = step if restored.metrics is None else None
+                return restored
             log.warning(
                 "cannot read checkpoint %s: %s; trying the one before it",
                 self._folder / str(step),
@@ -196,6 +220,21 @@ class Checkpoints:
                 "them, or delete the folder to start anew"
             )
         return None
+
+    def _add_metrics(self, step: int, metrics: dict[str, float]) -> None:
+        """To a checkpoint that is there, where Orbax looks for them; at once, or not at all."""
+        if jax.process_index() == 0:
+            path = self._folder / str(step) / _METRICS / _METRICS
+            path.parent.mkdir(exist_ok=True)
+            part = path.with_name("part")
+            with part.open("w") as file:
+                json.dump(metrics, file)
+                file.flush()
+                os.fsync(file.fileno())
+            part.replace(path)
+        multihost_utils.sync_global_devices("evaluated")
+        self._manager.reload()
+        self._unevaluated = None
 
     def _set_aside(self, step: int) -> None:
         if jax.process_index() == 0:

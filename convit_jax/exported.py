@@ -33,7 +33,7 @@ def save_exported(path: str | os.PathLike, loaded: Loaded, batch: int) -> None:
     """
     if batch < 1:
         raise ValueError(f"batch: expected 1 or more, got {batch}")
-    model = loaded.model.clone(dtype=jnp.float32, attention_fn=None, remat=False)
+    model = loaded.model.clone(dtype=jnp.float32, attention="auto", remat="none")
 
     def inference(images: jax.Array) -> jax.Array:
         return model.apply({"params": loaded.params}, images)

@@ -27,10 +27,10 @@ _SPEED = ("images_per_second", "data_seconds", "data_wait", "mfu")
 class JsonLines:
     """metrics.jsonl."""
 
-    def __init__(self, workdir: pathlib.Path, start_step: int):
+    def __init__(self, workdir: pathlib.Path, start_step: int, evaluated: bool):
         self._path = workdir / "metrics.jsonl"
         with _naming(self._path):
-            _remove_lines_after(self._path, start_step)
+            _remove_lines_after(self._path, start_step, evaluated)
             # Unbuffered: a killed run leaves whole lines, and a failed write leaves nothing that
             # would be tried again on closing.
             self._file = self._path.open("ab", buffering=0)
@@ -120,16 +120,17 @@ def _json_value(value: float | Sequence[float]) -> int | float | list | None:
     return float(value) if math.isfinite(value) else None
 
 
-def _remove_lines_after(path: pathlib.Path, step: int) -> None:
+def _remove_lines_after(path: pathlib.Path, step: int, evaluated: bool) -> None:
     """Removes the lines of steps after `step`, and what is no line, from a file of JSON lines.
 
-    All lines, if step is 0. The file is replaced by another: it is never seen half-written.
+    Also that of an evaluation at `step`, unless `evaluated`; all lines, if step is 0. The file is
+    replaced by another: it is never seen half-written.
     """
     try:
         lines = path.read_bytes().splitlines(keepends=True)
     except FileNotFoundError:
         return
-    kept = [line for line in lines if step and _step_of(line) <= step]
+    kept = [line for line in lines if step and _place_of(line) <= (step, evaluated)]
     if len(kept) == len(lines):
         return
     temporary = path.with_name(path.name + ".tmp")
@@ -142,17 +143,21 @@ def _remove_lines_after(path: pathlib.Path, step: int) -> None:
     except OSError:
         temporary.unlink(missing_ok=True)
         raise
-    log.info("%s: removed %d lines of steps after %d", path, len(lines) - len(kept), step)
+    log.info("%s: removed %d lines of what came after step %d", path, len(lines) - len(kept), step)
 
 
-def _step_of(line: bytes) -> float:
-    """Infinity for what is not a whole line of ours, as a killed run may leave at the end."""
+def _place_of(line: bytes) -> tuple[float, bool]:
+    """Step, and whether it is of the evaluation after it, to order lines by.
+
+    Of step infinity is what is not a whole line of ours, as a killed run may leave at the end.
+    """
     if not line.endswith(b"\n"):
-        return math.inf
+        return math.inf, False
     try:
-        return int(json.loads(line)["step"])
+        values = json.loads(line)
+        return int(values["step"]), values["kind"] == "eval"
     except (ValueError, TypeError, KeyError):
-        return math.inf
+        return math.inf, False
 
 
 @contextlib.contextmanager

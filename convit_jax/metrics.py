@@ -32,6 +32,7 @@ class Metrics:
         total_steps: int,
         batch_size: int,
         start_step: int = 0,
+        evaluated: bool = True,
         flops_per_step: float | None = None,
         peak_flops: float | None = None,
         main: bool = True,
@@ -43,6 +44,7 @@ class Metrics:
           total_steps: at which the run ends.
           batch_size: images of a step, on all processes together.
           start_step: at which the run (re)starts.
+          evaluated: whether the state of that step was; if not, what was written of it goes too.
           flops_per_step: that the model needs for a step, see `flops.training_flops`.
           peak_flops: that all devices together can do in a second.
           main: whether this process is the one that writes and shows; the others do neither.
@@ -56,9 +58,10 @@ class Metrics:
         self._writers: list[JsonLines | EventFile] = []
         with contextlib.ExitStack() as stack:
             if main:
-                for writer in (JsonLines, EventFile):
-                    self._writers.append(writer(workdir, start_step))
-                    stack.callback(self._writers[-1].close)
+                self._writers.append(JsonLines(workdir, start_step, evaluated))
+                stack.callback(self._writers[-1].close)
+                self._writers.append(EventFile(workdir, start_step))
+                stack.callback(self._writers[-1].close)
             self._bar = tqdm.tqdm(
                 total=total_steps,
                 initial=start_step,

@@ -28,7 +28,7 @@ _STRUCTURE = (
     "cls_pos_embed",
 )
 # How a model is computed, not what: not kept in files.
-COMPUTATION = ("dtype", "attention_fn", "positional", "unroll", "remat")
+COMPUTATION = ("dtype", "attention", "positional", "unroll", "remat")
 
 
 @dataclasses.dataclass(frozen=True)

@@ -62,17 +62,17 @@ def train(run: startup.Run) -> dict[str, float] | None:
         interruption = stack.enter_context(Interruption())
         folder, options = run.workdir / "checkpoints", config.checkpoint.to_dict()
         checkpoints = stack.enter_context(Checkpoints(folder, also=eval_steps, **options))
-        state, progress = _begin(run, optimizer, checkpoints)
-        step, result, stopped = int(state.step), progress["result"], False
+        state, window, result = _begin(run, optimizer, checkpoints)
+        step, stopped = int(state.step), False
         if step < total:
             batches = stack.enter_context(contextlib.closing(TrainBatches(run, step)))
             batch = batches.next()
             train_step = _compiled_step(run, optimizer, schedule, state, batch)
             batches.seconds_waited()  # for the workers' start: of no window
-        metrics = stack.enter_context(_metrics(run, step))
+        metrics = stack.enter_context(_metrics(run, step, evaluated=result is not None))
         traced = run.profile and distributed.is_main()
         profile = stack.enter_context(Profile(run.workdir / "profile", step, total, traced))
-        windows = Windows(metrics, step, progress["window"])
+        windows = Windows(metrics, step, window)
 
         while True:
             if step in eval_steps and result is None and not stopped:
@@ -81,7 +81,7 @@ def train(run: startup.Run) -> dict[str, float] | None:
                 stopped = result is None
                 if result is not None:
                     metrics.evaluation(step, result)
-            carried = functools.partial(_progress, windows, state, result)
+            carried = functools.partial(_progress, windows, state)
             checkpoints.save(step, state, carried, metrics=result, stopping=stopped)
             if stopped or step == total:
                 break
@@ -194,14 +194,15 @@ class TrainBatches:
 
 def _begin(
     run: startup.Run, optimizer: optax.GradientTransformation, checkpoints: Checkpoints
-) -> tuple[TrainState, dict[str, Any]]:
-    """The state to go on from, and what a checkpoint carries beside it (`_progress`)."""
+) -> tuple[TrainState, list[dict[str, Any]], dict[str, float] | None]:
+    """The state to go on from, its window of metrics (`Windows`), its evaluation if it had one."""
     restored = checkpoints.restore(abstract_state(run.model, optimizer, run.config, run.mesh))
     if restored is not None:
-        step, state, progress = restored
+        step, state, progress, result = restored
+        window = progress["window"]
         log.info("going on from step %d of %s", step, run.workdir)
     else:
-        state, progress = init_state(run.model, optimizer, run.config, run.mesh), None
+        state, window, result = init_state(run.model, optimizer, run.config, run.mesh), [], None
         if run.init_params is not None:
             params = jax.device_put(
                 run.init_params, jax.tree.map(lambda x: x.sharding, state.params)
@@ -213,17 +214,15 @@ def _begin(
     if distributed.is_main():
         class_names = run.train_chunks.source.class_names
         workdir.record_start(run.workdir, run.config, int(state.step), class_names)
-    return state, progress or {"window": [], "result": None}
+    return state, window, result
 
 
-def _progress(
-    windows: Windows, state: TrainState, result: dict[str, float] | None
-) -> dict[str, Any]:
-    """What a checkpoint carries: metrics not yet reported, the evaluation of its state if any.
+def _progress(windows: Windows, state: TrainState) -> dict[str, Any]:
+    """What a checkpoint carries beside the state: metrics that were not reported yet.
 
     Raises FloatingPointError rather than have a good checkpoint followed by a bad one.
     """
-    carried = {"window": windows.carried(), "result": result}
+    carried = {"window": windows.carried()}
     if not _all_finite(state):
         raise FloatingPointError(
             f"the weights after step {int(state.step)} are not finite. Try a lower optim.lr or "
@@ -237,7 +236,7 @@ def _all_finite(tree: Any) -> jax.Array:
     return jnp.stack([jnp.isfinite(x).all() for x in jax.tree.leaves(tree)]).all()
 
 
-def _metrics(run: startup.Run, step: int) -> Metrics:
+def _metrics(run: startup.Run, step: int, evaluated: bool) -> Metrics:
     batch_size = run.config.train.batch_size
     device = run.mesh.devices.flat[0]
     peak = flops.peak_flops(device, run.model.dtype)
@@ -248,6 +247,7 @@ def _metrics(run: startup.Run, step: int) -> Metrics:
         run.total_steps,
         batch_size,
         step,
+        evaluated,
         flops_per_step=flops.training_flops(run.model) * batch_size,
         peak_flops=None if peak is None else peak * run.mesh.size,
         main=distributed.is_main(),

@@ -50,7 +50,7 @@ def read(folder, mesh=None):
         restored = checkpoints.restore(like(mesh))
     if restored is None:
         return None
-    step, state, progress = restored
+    step, state, progress, _ = restored
     np.testing.assert_array_equal(state["w"], noise(step))
     assert int(state["step"]) == progress["seen"] == step
     assert state["w"].sharding.mesh.shape == mesh.shape
@@ -72,6 +72,32 @@ def test_the_policy_decides_what_is_saved_and_what_stays(tmp_path):
         assert not checkpoints.save(19, make_state(19), dict)
         assert checkpoints.save(20, make_state(20), lambda: {"seen": 20}, stopping=True)
     assert steps(tmp_path) == [4, 18, 20]
+
+
+def test_an_evaluation_that_ends_after_a_restart_belongs_to_its_checkpoint(tmp_path):
+    write(tmp_path, [1, 2, 3], top1={1: 0.5})  # stopped during the evaluation of step 3
+    unfinished = tmp_path / "3" / "metrics"
+    unfinished.mkdir()  # as a start that was killed while it wrote them leaves it
+    (unfinished / "part").write_text('{"top1": 0.')
+    with Checkpoints(tmp_path, every=1, also=(), keep=1) as checkpoints:
+        assert checkpoints.restore(like(sharding.make_mesh())).metrics is None
+        found = {"top1": 0.9, "loss": 1.25, "images": 9}
+        assert not checkpoints.save(3, make_state(3), dict, metrics=found)
+    with Checkpoints(tmp_path, every=1, also=(), keep=1) as checkpoints:
+        assert checkpoints.restore(like(sharding.make_mesh())).metrics == found
+        assert not checkpoints.save(3, make_state(3), dict, metrics={"top1": 0.1})  # has its own
+    write(tmp_path, [4, 5], keep=1, top1={4: 0.7})
+    assert steps(tmp_path) == [3, 5]  # the best, the newest
+
+
+def test_metrics_that_cannot_be_read_are_measured_anew(tmp_path):
+    write(tmp_path, [1], top1={1: 0.5})
+    os.truncate(tmp_path / "1" / "metrics" / "metrics", 5)
+    with Checkpoints(tmp_path, every=1, also=(), keep=1) as checkpoints:
+        assert checkpoints.restore(like(sharding.make_mesh())).metrics is None
+        checkpoints.save(1, make_state(1), dict, metrics={"top1": 0.5})
+    with Checkpoints(tmp_path, every=1, also=(), keep=1) as checkpoints:
+        assert checkpoints.restore(like(sharding.make_mesh())).metrics == {"top1": 0.5}
 
 
 def test_any_mesh_reads_what_any_mesh_wrote(tmp_path):

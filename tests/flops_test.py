@@ -51,7 +51,7 @@ def multiplications(jaxpr):
     ],
 )
 def test_models_of_the_paper(name, giga):
-    model = create_model(name)
+    model = create_model(name, positional="blend")
     assert flops.forward_flops(model) / 2e9 == pytest.approx(giga, rel=0.065, abs=0.25)
     assert flops.training_flops(model) == 3 * flops.forward_flops(model)
 
@@ -64,13 +64,13 @@ def test_timms_count():
         ("convit_base", 17_505_452_544, 16),
     ):
         expected = 2 * (products - 10 * 196**2 * 3 * heads)
-        assert flops.forward_flops(create_model(name)) == expected
+        assert flops.forward_flops(create_model(name, positional="blend")) == expected
 
 
 @pytest.mark.parametrize(
     "options",
     [
-        {},
+        {"positional": "blend"},
         {"positional": "contract"},
         {"global_pool": "none", "mlp_ratio": 2.5},
         {"global_pool": "avg", "num_classes": 0},

@@ -145,7 +145,7 @@ def test_a_restart_removes_what_is_trained_again(tmp_path, caplog):
     assert [(line["step"], line["loss"]) for line in json_lines(tmp_path)] == [
         (0, 0.0), (10, 1.0), (20, 1.0), (30, 2.0), (40, 2.0),
     ]  # fmt: skip
-    assert f"{path}: removed 5 lines of steps after 20" in caplog.messages
+    assert f"{path}: removed 5 lines of what came after step 20" in caplog.messages
     # TensorBoard drops what earlier files have from the step of the last file's start.
     assert [file[1].step for file in event_files(tmp_path)] == [0, 21]
 
@@ -160,6 +160,16 @@ def test_a_restart_removes_what_is_trained_again(tmp_path, caplog):
     assert [(line["step"], line["loss"]) for line in json_lines(tmp_path)] == [(10, 4.0)]
     assert [file[1].step for file in event_files(tmp_path)] == [0, 21, 41, 0]
     assert not list(tmp_path.glob("*.tmp"))
+
+
+def test_a_restart_removes_an_evaluation_that_is_done_again(tmp_path):
+    """Killed when it was written, but not in the checkpoint yet."""
+    write_steps(tmp_path, 0, (40,), loss=1.0)
+    with Metrics(tmp_path, 100, 64, 40) as metrics:
+        metrics.write("eval", 40, {"loss": 3.0})
+    for evaluated, kinds in ((True, ["train", "eval"]), (False, ["train"])):
+        with Metrics(tmp_path, 100, 64, 40, evaluated=evaluated):
+            assert [line["kind"] for line in json_lines(tmp_path)] == kinds
 
 
 @contextlib.contextmanager

@@ -136,11 +136,13 @@ def assert_close(workdir, other):
 
 
 def test_goes_on_with_other_devices_and_processes(stopped, flags, whole, tmp_path):
-    one, pair = tmp_path / "one", tmp_path / "pair"
-    for workdir in (one, pair):
+    for devices in (1, 4):
+        workdir = tmp_path / str(devices)
         shutil.copytree(stopped, workdir)
-    runs.finish(runs.start(one, *flags, devices=1), one)
-    assert_close(one, whole)
+        runs.finish(runs.start(workdir, *flags, devices=devices), workdir)
+        assert_close(workdir, whole)
+    pair = tmp_path / "pair"
+    shutil.copytree(stopped, pair)
     for process in runs.start_pair(pair, *flags, "--config.mesh.fsdp=4", devices=2):
         runs.finish(process, pair)
     assert_close(pair, whole)

@@ -52,7 +52,9 @@ def start(workdir: pathlib.Path, *flags: str, devices: int = 8) -> subprocess.Po
     """Starts main.py on so many CPU devices; its output goes to a file beside the workdir."""
     env = dict(os.environ) | {
         "JAX_PLATFORMS": "cpu",
-        "XLA_FLAGS": f"--xla_force_host_platform_device_count={devices}",
+        # Without LLVM's optimisation, as conftest.py has it.
+        "XLA_FLAGS": f"--xla_force_host_platform_device_count={devices} "
+        "--xla_backend_optimization_level=0",
         "JAX_DEFAULT_MATMUL_PRECISION": "highest",
     }
     log = workdir.with_name(workdir.name + ".log").open("a")

@@ -3,9 +3,11 @@
 import jax
 import jax.numpy as jnp
 import numpy as np
+import optax
 import pytest
 
-from convit_jax import create_model, sharding
+from configs import convit_b
+from convit_jax import optim, sharding, startup, train_step
 
 
 def test_the_mesh_keeps_the_order_of_the_devices():
@@ -48,14 +50,20 @@ def test_arrays_are_split_along_their_longest_axis():
 
 
 def test_convit_base_needs_an_eighth_of_the_memory():
-    model = create_model("convit_base")
-    shapes = jax.eval_shape(model.init, jax.random.key(0), jnp.zeros((1, 224, 224, 3)))
+    """The whole state: parameters, both moments of Adam, the average."""
+    config = convit_b.get_config()
+    config.model.num_classes = 1000
+    config.optim.ema_decay = 0.99996
+    model = startup.make_model(config)
+    optimizer = optim.make_optimizer(config.optim, optax.constant_schedule(0.0))
     sizes = {}
     for fsdp in (1, 8):
-        shardings = sharding.by_shape(shapes, sharding.make_mesh(fsdp))
-        held = jax.tree.map(lambda x, s: np.prod(s.shard_shape(x.shape)), shapes, shardings)
-        sizes[fsdp] = 4 * sum(jax.tree.leaves(held))
-    assert sizes[1] == 4 * 86_540_040
+        state = train_step.abstract_state(model, optimizer, config, sharding.make_mesh(fsdp))
+        sizes[fsdp] = sum(
+            x.dtype.itemsize * np.prod(x.sharding.shard_shape(x.shape), dtype=int)
+            for x in jax.tree.leaves(state)
+        )
+    assert sizes[1] == pytest.approx(4 * 4 * 86_540_040, abs=100)  # and some counters
     assert sizes[8] / sizes[1] == pytest.approx(1 / 8, rel=0.02)
     tree = {"x": jax.device_put(jnp.zeros((256, 256)), sharding.over_batch(sharding.make_mesh()))}
     assert sharding.bytes_per_device(tree) == 4 * 256 * 256 / 8

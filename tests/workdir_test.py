@@ -38,7 +38,7 @@ def test_the_same_run_goes_on(started):
 
 def test_a_rectangle_is_the_same_after_it_was_saved(tmp_path):
     rectangle = changed(**{"model.image_size": (8, 12)})
-    workdir.record_start(tmp_path, rectangle, 0)
+    workdir.record_start(tmp_path, rectangle, 0, ["zero", "one"])
     assert workdir.check(tmp_path, rectangle) == []
     with pytest.raises(ValueError, match=r"model.image_size: there \[8, 12\], now \[12, 8\]"):
         workdir.check(tmp_path, changed(**{"model.image_size": (12, 8)}))

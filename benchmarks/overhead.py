@@ -1,0 +1,182 @@
+"""What the loop of training costs beside the bare step: data, logging and checkpoints.
+
+    python -m benchmarks.overhead --batch 16 --block 8 --pairs 3
+
+It trains convit_tiny on the machine's devices by `train.train`. After every few steps (a block)
+the loop is stopped until its last step is done and its checkpoint written, and the same compiled
+step runs as often alone, on a batch that lies on the devices. A block of the loop is set beside
+the mean of the two bare blocks around it. (Worker processes go on making batches while the loop
+stands: at most two for each of them, which it finds ready.)
+
+    loop          data in memory; no line of metrics, no checkpoint
+    logging       as loop, with a line of metrics after every step
+    checkpoints   as loop, with a checkpoint in every block
+    workers       as loop, but from JPEGs through worker processes, see benchmarks.feeding
+    all           workers, and as many lines and checkpoints
+
+At the end: what a run pays that logs and saves as often as configs/common.py has it.
+"""
+
+import argparse
+from collections.abc import Callable, Iterator
+import dataclasses
+import pathlib
+import tempfile
+import time
+from typing import Any
+from unittest import mock
+
+from absl import flags
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from benchmarks import feeding
+from configs import common
+from convit_jax import sources, startup, train
+
+VARIANTS = ("loop", "logging", "checkpoints", "workers", "all")
+_NEVER = 10**9
+
+
+class _Done(Exception):
+    """Enough has been measured."""
+
+
+class InTurns:
+    """A step of training as the loop calls it, with the same one alone after every block.
+
+    Attributes:
+      looped: seconds of the blocks of the loop.
+      alone: seconds of the bare blocks, one before each of them and one after the last.
+    """
+
+    def __init__(self, step: Callable, checkpoints: pathlib.Path, block: int, pairs: int):
+        self._step, self._checkpoints = step, checkpoints
+        self._block, self._pairs = block, pairs
+        # Blocks begin in the middle of two checkpoints, which are written well before their end.
+        self._until = max(2, block // 2)
+        self._state: Any = None
+        self._start = 0.0
+        self.looped: list[float] = []
+        self.alone: list[float] = []
+
+    def __call__(self, state: Any, batch: dict[str, jax.Array]) -> Any:
+        if not self._until:
+            self._turn(state, batch)
+            self._until = self._block
+        self._until -= 1
+        return self._step(state, batch)
+
+    def _turn(self, state: Any, batch: dict[str, jax.Array]) -> None:
+        jax.block_until_ready(state)
+        while any(self._checkpoints.glob("*tmp*")):
+            time.sleep(1e-3)
+        if self._state is None:
+            self._state = jax.block_until_ready(jax.tree.map(jnp.copy, state))
+        else:
+            self.looped.append(time.perf_counter() - self._start)
+        start = time.perf_counter()
+        for _ in range(self._block):
+            self._state, _ = self._step(self._state, batch)
+        jax.block_until_ready(self._state)
+        self.alone.append(time.perf_counter() - start)
+        if len(self.looped) == self._pairs:
+            raise _Done
+        self._start = time.perf_counter()
+
+
+def keep(image: np.ndarray, rng: np.random.Generator) -> np.ndarray:
+    return image
+
+
+def in_memory(run: startup.Run) -> startup.Run:
+    """The run with an image that is ready in place of each of its own."""
+    image, count = run.train_chunks[0]["image"][0], len(run.train_chunks.source)
+    source = sources.ArraySource(
+        images=np.broadcast_to(image, (count, *image.shape)),
+        labels=np.arange(count) % run.model.num_classes,
+        class_names=run.train_chunks.source.class_names,
+        names=np.broadcast_to(np.bytes_(b"image"), count),
+    )
+    chunks = dataclasses.replace(run.train_chunks, source=source, transform=keep)
+    return dataclasses.replace(run, train_chunks=chunks, workers=0)
+
+
+def measure(variant: str, root: pathlib.Path, batch_size: int, block: int, pairs: int) -> InTurns:
+    """Trains until so many blocks are timed."""
+    config = feeding.make_config(root, batch_size, 10 * block * pairs, workers=2)
+    config.compilation_cache = str(root / "programs")
+    config.train.log_every = 1 if variant in ("logging", "all") else _NEVER
+    config.checkpoint.every = block if variant in ("checkpoints", "all") else _NEVER
+    run = startup.prepare(config, str(root / variant))
+    startup.use_compilation_cache(run)
+    if variant not in ("workers", "all"):
+        run = in_memory(run)
+    compiled_step, found = train._compiled_step, []
+
+    def in_turns(*args: Any) -> InTurns:
+        step = compiled_step(*args)
+        found.append(InTurns(step, run.workdir / "checkpoints", block, pairs))
+        return found[0]
+
+    with mock.patch.object(train, "_compiled_step", in_turns):
+        try:
+            train.train(run)
+        except _Done:
+            return found[0]
+    raise RuntimeError(f"{variant}: the run ended before {pairs} blocks of {block} steps")
+
+
+def added(turns: InTurns, block: int) -> tuple[np.ndarray, float]:
+    """The share that the loop added to each block, and the seconds of a bare step."""
+    alone = np.array(turns.alone)
+    around = (alone[1:] + alone[:-1]) / 2
+    return np.array(turns.looped) / around - 1, float(np.median(alone)) / block
+
+
+def row(variant: str, turns: InTurns, block: int) -> str:
+    """A line of the table."""
+    each, step = added(turns, block)
+    blocks = ", ".join(f"{share:+.2%}" for share in each)
+    return f"{variant:<12}{1e3 * step:>16.1f}{f'{np.median(each):+.2%} ({blocks})':>46}"
+
+
+def by_default(found: dict[str, InTurns], block: int) -> Iterator[str]:
+    """What a line and a checkpoint cost, and their shares if made as often as by default."""
+    config = common.get_config()
+    costs = {
+        "logging": ("a line of metrics", 1, config.train.log_every),
+        "checkpoints": ("a checkpoint", block, config.checkpoint.every),
+    }
+    for variant, (what, times, every) in costs.items():
+        if {variant, "loop"} <= found.keys():
+            (each, step), (others, _) = (added(found[v], block) for v in (variant, "loop"))
+            share = (np.median(each) - np.median(others)) * times  # of a step
+            yield f"{what}: {1e3 * share * step:.0f} ms, every {every} steps {share / every:+.3%}"
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--variants", nargs="+", choices=VARIANTS, default=VARIANTS)
+    parser.add_argument("--batch", type=int, default=16, help="images a step (default: 16)")
+    parser.add_argument("--block", type=int, default=8, help="steps (default: 8)")
+    parser.add_argument("--pairs", type=int, default=3, help="of blocks (default: 3)")
+    args = parser.parse_args()
+    flags.FLAGS.mark_as_parsed()  # grain's workers inherit the flags
+    with tempfile.TemporaryDirectory() as folder:
+        root = pathlib.Path(folder)
+        feeding.write_folder(root / "images", feeding.IMAGES)
+        print(f"{'':<12}{'ms a bare step':>16}{'added: median (all blocks)':>46}")
+        found = {}
+        for variant in args.variants:
+            found[variant] = measure(variant, root, args.batch, args.block, args.pairs)
+            print(row(variant, found[variant], args.block), flush=True)
+    for line in by_default(found, args.block):
+        print(line)
+
+
+if __name__ == "__main__":
+    main()
