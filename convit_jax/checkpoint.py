@@ -50,7 +50,7 @@ def best(folder: pathlib.Path, metric: str) -> int | None:
     options = ocp.CheckpointManagerOptions(
         best_fn=lambda metrics: metrics[metric], read_only=True, save_interval_steps=0
     )
-    with ocp.CheckpointManager(folder.resolve(), options=options) as manager:
+    with _Manager(folder.resolve(), options=options) as manager:
         evaluated = [step for step in manager.all_steps() if manager.metrics(step)]
         return max(evaluated, key=lambda step: (manager.metrics(step)[metric], step), default=None)
 

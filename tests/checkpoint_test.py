@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 
 from convit_jax import sharding
-from convit_jax.checkpoint import Checkpoints, newest
+from convit_jax.checkpoint import Checkpoints, best, newest
 
 # Where one of the files cannot be read or written, Orbax closes its event loop while others still
 # have to tell it that they are done: they complain of that to nobody.
@@ -92,7 +92,9 @@ def test_an_evaluation_that_ends_after_a_restart_belongs_to_its_checkpoint(tmp_p
 
 def test_metrics_that_cannot_be_read_are_measured_anew(tmp_path):
     write(tmp_path, [1], top1={1: 0.5})
+    assert best(tmp_path, "top1") == 1
     os.truncate(tmp_path / "1" / "metrics" / "metrics", 5)
+    assert best(tmp_path, "top1") is None
     with Checkpoints(tmp_path, every=1, also=(), keep=1) as checkpoints:
         assert checkpoints.restore(like(sharding.make_mesh())).metrics is None
         checkpoints.save(1, make_state(1), dict, metrics={"top1": 0.5})
