@@ -65,7 +65,11 @@ def draw(records: list[Record], path: pathlib.Path) -> None:
     ours = [who for who in names if not who.startswith("timm")]
     measured = [key for key in _TITLES if any(_positive(r, key) for r in records)]
     figure, panels = pyplot.subplots(
-        1, len(measured), figsize=(5 * len(measured), 4.2), layout="constrained", squeeze=False
+        1,
+        len(measured),
+        figsize=(max(7, 5 * len(measured)), 4.2),
+        layout="constrained",
+        squeeze=False,
     )
     for panel, key in zip(panels[0], measured, strict=True):
         for who in names:
