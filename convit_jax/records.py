@@ -12,14 +12,16 @@ import dataclasses
 import functools
 import hashlib
 import itertools
+import logging
 import operator
 import os
 from typing import Protocol
 import zipfile
 
-from absl import logging
 import numpy as np
 from tqdm import tqdm
+
+log = logging.getLogger(__name__)
 
 HEADER = 12  # bytes before a TFRecord's payload
 FOOTER = 4  # and after it
@@ -279,7 +281,7 @@ def cached(path: str | None, key: str, build: Callable[[], Arrays]) -> Arrays:
     except FileNotFoundError:
         pass
     except (OSError, ValueError, KeyError, EOFError, zipfile.BadZipFile) as error:
-        logging.warning("%s: not readable, so it is made anew: %s", path, error)
+        log.warning("%s: not readable, so it is made anew: %s", path, error)
     arrays = build()
     try:
         os.makedirs(os.path.dirname(path), exist_ok=True)
@@ -287,5 +289,5 @@ def cached(path: str | None, key: str, build: Callable[[], Arrays]) -> Arrays:
         np.savez(temporary, key=np.array(key), **arrays)
         os.replace(temporary, path)
     except OSError as error:
-        logging.warning("%s: not written, so the next start indexes again: %s", path, error)
+        log.warning("%s: not written, so the next start indexes again: %s", path, error)
     return arrays
