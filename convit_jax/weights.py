@@ -146,8 +146,9 @@ def save_weights(path: str | os.PathLike, loaded: Loaded) -> None:
 
     extras = {key: getattr(loaded, key) for key in _EXTRAS}
     ours = {"options": model_options.to_json(loaded.model), **extras}
-    # "format" is what other readers of safetensors expect.
-    metadata = {"format": "pt", _METADATA: json.dumps(ours)}
+    # One key: safetensors writes several in an order of chance, and equal weights are to be equal
+    # files.
+    metadata = {_METADATA: json.dumps(ours)}
     state_dict = to_torch(loaded.params)
     with whole_file(path, SafetensorError) as unfinished:
         save_file(state_dict, unfinished, metadata=metadata)
