@@ -47,7 +47,20 @@ ATTENTION_OUTPUT = "attention_output"
 # The reference code truncates N(0, 0.02^2) at +-2, which is 100 standard deviations:
 # a plain normal. (Initialisers that truncate at 2 sigma give another distribution.)
 linear_init = nn.initializers.normal(0.02)
-Linear = functools.partial(nn.Dense, kernel_init=linear_init)
+
+
+def _flat_dot_general(x: Array, kernel: Array, dimension_numbers: Any, **options: Any) -> Array:
+    """(..., D) times (D, F), all axes in front as one.
+
+    The kernel's gradient then contracts one axis; over several, XLA's CPU backend transposes the
+    output's gradient in memory first.
+    """
+    del dimension_numbers  # nn.Dense's: the last axis of x, the first of the kernel
+    out = jax.lax.dot(x.reshape(-1, x.shape[-1]), kernel, **options)
+    return out.reshape(*x.shape[:-1], kernel.shape[-1])
+
+
+Linear = functools.partial(nn.Dense, kernel_init=linear_init, dot_general=_flat_dot_general)
 
 
 def positional_factors(kernel: Array, grid: Grid) -> tuple[Array, Array]:
@@ -98,12 +111,14 @@ def contract_positional(p_y: Array, p_x: Array, v: Array) -> Array:
     """
     batch, size, heads, width = v.shape
     rows, columns = p_y.shape[-1], p_x.shape[-1]
-    # Heads in front, so that both products read and write v as it lies: (R, R) times (R, C K),
-    # then for every row (C, C) times (C, K).
+    p_y, p_x = p_y.astype(v.dtype), p_x.astype(v.dtype)
+    # Heads in front and the factors spread over the batch, so that both products read and write v
+    # as it lies: (R, R) times (R, C K), then for every row (C, C) times (C, K).
     grid = jnp.moveaxis(v, 2, 1).reshape(batch, heads, rows, columns * width)
-    grid = jnp.matmul(p_y.astype(v.dtype), grid)
+    grid = jnp.matmul(jnp.broadcast_to(p_y, (batch, *p_y.shape)), grid)
     grid = grid.reshape(batch, heads, rows, columns, width)
-    grid = jnp.matmul(p_x.astype(v.dtype)[:, None], grid)
+    p_x = jnp.broadcast_to(p_x[:, None], (batch, heads, rows, columns, columns))
+    grid = jnp.matmul(p_x, grid)
     return jnp.moveaxis(grid.reshape(batch, heads, size, width), 1, 2)
 
 
@@ -236,6 +251,7 @@ class SelfAttention(nn.Module):
       dropout: rate of dropout on the output.
       attention: how softmax(q k^T) v is computed: "auto", a name of `sdpa.IMPLEMENTATIONS`, or a
         function with the signature of `jax.nn.dot_product_attention`.
+      queries: attends from so many tokens, the first ones, to all; None is from all.
       dtype: of the matrix products. Softmaxes are always float32.
     """
 
@@ -245,6 +261,7 @@ class SelfAttention(nn.Module):
     attn_dropout: float = 0.0
     dropout: float = 0.0
     attention: str | AttentionFn = "auto"
+    queries: int | None = None
     dtype: Any = jnp.float32
 
     def __post_init__(self):
@@ -264,7 +281,7 @@ class SelfAttention(nn.Module):
         train: bool = False,
         return_attention: bool = False,
     ) -> Array | tuple[Array, dict[str, Array]]:
-        """Attends from every token to every token.
+        """Attends from tokens to every token.
 
         Args:
           x: (B, N, D).
@@ -274,6 +291,7 @@ class SelfAttention(nn.Module):
 
         Returns:
           (B, N, D) in `dtype`; with `return_attention`, also {"content": (B, H, N, N) float32}.
+          With `queries`, the first N is that.
         """
         batch, size, width = x.shape
         _check_heads(self.num_heads, width)
@@ -281,7 +299,7 @@ class SelfAttention(nn.Module):
         scale = self.qk_scale or head**-0.5
         qkv = Linear(3 * width, use_bias=self.qkv_bias, dtype=self.dtype, name="qkv")(x)
         qkv = qkv.reshape(batch, size, 3, self.num_heads, head)
-        q, k, v = qkv[:, :, 0], qkv[:, :, 1], qkv[:, :, 2]
+        q, k, v = qkv[:, : self.queries, 0], qkv[:, :, 1], qkv[:, :, 2]
 
         if train and self.attn_dropout:
             drop = nn.Dropout(self.attn_dropout, deterministic=False, name="attn_drop")

@@ -22,22 +22,28 @@ def forward_flops(model: ConViT) -> float:
     All matrix products are counted: patch embedding, projections, attention scores and maps, MLPs
     and head. What is elementwise is not: norms, softmaxes, GELU, and the positional attention of
     positional="blend", which adds one map to another. That of "contract" is two products more.
+    With global_pool="token" the last block goes on with one token after its attention.
     """
     rows, columns = model.grid
     patches, width = rows * columns, model.embed_dim
+    tokens = patches + 1
     mlp = 2 * width * int(width * model.mlp_ratio)
-    # Query, key, value and output projections; scores and their average of the values.
-    block = {n: n * (4 * width**2 + mlp) + 2 * n**2 * width for n in (patches, patches + 1)}
-    gpsa_block = block[patches]
+
+    def block(queries: int, keys: int) -> int:
+        # Query, key and value projections; scores and their average of the values; the output's.
+        return 3 * keys * width**2 + 2 * queries * keys * width + queries * (width**2 + mlp)
+
+    gpsa_block = block(patches, patches)
     _, positional = choose_forms(model.attention, model.positional, patches, model.attn_dropout)
     if positional == "contract":
         gpsa_block += patches * (rows + columns) * width
     patch_embed = model.image_shape[0] * model.image_shape[1] * model.in_channels * width
-    tokens_out = patches + 1 if model.global_pool == "none" else 1
+    tokens_out = tokens if model.global_pool == "none" else 1
     products = (
         patch_embed
         + model.local_up_to_layer * gpsa_block
-        + (model.depth - model.local_up_to_layer) * block[patches + 1]
+        + (model.depth - model.local_up_to_layer - 1) * block(tokens, tokens)
+        + block(1 if model.global_pool == "token" else tokens, tokens)
         + tokens_out * width * model.num_classes
     )
     return 2.0 * products

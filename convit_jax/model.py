@@ -109,7 +109,10 @@ class Block(nn.Module):
     def __call__(
         self, x: Array, drop_path: Array, grid: Grid, train: bool, return_attention: bool
     ) -> tuple[Array, dict[str, Array]]:
-        """(B, N, D) -> the same, and the attention's maps or {}. `drop_path`: this layer's rate."""
+        """(B, N, D) -> the same, and the attention's maps or {}. `drop_path`: this layer's rate.
+
+        Attention from fewer tokens gives those alone.
+        """
         # The two-pass variance: E[x^2] - E[x]^2 cancels where the mean is large.
         norm = functools.partial(
             nn.LayerNorm, epsilon=1e-6, use_fast_variance=False, dtype=self.dtype
@@ -122,7 +125,7 @@ class Block(nn.Module):
 
         branch = self.attention(name="attn")(norm(name="norm1")(x), grid, train, return_attention)
         branch, maps = branch if return_attention else (branch, {})
-        x = residual(x, branch)
+        x = residual(x[:, : branch.shape[1]], branch)
         hidden = int(x.shape[-1] * self.mlp_ratio)
         branch = Mlp(hidden, self.dropout, self.dtype, name="mlp")(norm(name="norm2")(x), train)
         return residual(x, branch), maps
@@ -328,12 +331,15 @@ class ConViT(nn.Module):
         rates, plain_rates = np.split(rates, [self.local_up_to_layer])
         maps = {}
         if self.local_up_to_layer:
-            blocks = self._scanned_blocks("gpsa_blocks", self._gpsa(), len(rates))
+            blocks = self._scanned_blocks(self._gpsa(), len(rates), name="gpsa_blocks")
             x, maps["gpsa_blocks"] = blocks(x, rates, *static)
         if not self.cls_pos_embed:
             x = prepend_token(x)
-        blocks = self._scanned_blocks("blocks", self._self_attention(), len(plain_rates))
-        x, maps["blocks"] = blocks(x, plain_rates, *static)
+        if self.global_pool == "token" and not (return_attention or self.is_initializing()):
+            x = self._blocks_for_token(x, plain_rates, grid, train)
+        else:
+            blocks = self._scanned_blocks(self._self_attention(), len(plain_rates), name="blocks")
+            x, maps["blocks"] = blocks(x, plain_rates, *static)
 
         logits = self._classify(x)
         return (logits, maps) if return_attention else logits
@@ -370,35 +376,59 @@ class ConViT(nn.Module):
         )(patches)
         return x.reshape(batch, rows * columns, self.embed_dim)
 
+    def _block_class(self) -> type[nn.Module]:
+        if self.remat == "none":
+            return Block
+        # The boundary of a loop keeps the compiler from merging the recomputation with the
+        # original; unrolled layers have no such boundary.
+        return nn.remat(
+            Block,
+            policy=_REMAT_POLICIES[self.remat],
+            prevent_cse=bool(self.unroll),
+            static_argnums=(3, 4, 5),
+        )
+
+    def _block_options(self) -> dict[str, Any]:
+        return {
+            "mlp_ratio": self.mlp_ratio,
+            "dropout": self.dropout,
+            "use_drop_path": self.drop_path > 0,
+            "dtype": self.dtype,
+        }
+
     def _scanned_blocks(
-        self, name: str, attention: Callable[..., nn.Module], length: int
+        self, attention: Callable[..., nn.Module], length: int, **where: Any
     ) -> nn.Module:
-        block = Block
-        if self.remat != "none":
-            # The boundary of a loop keeps the compiler from merging the recomputation with the
-            # original; unrolled layers have no such boundary.
-            block = nn.remat(
-                block,
-                policy=_REMAT_POLICIES[self.remat],
-                prevent_cse=bool(self.unroll),
-                static_argnums=(3, 4, 5),
-            )
+        """A module of `length` blocks; `where` is its name or parent."""
         blocks = nn.scan(
-            block,
+            self._block_class(),
             variable_axes={"params": 0},
             split_rngs={"params": True, "dropout": True},
             in_axes=(0, nn.broadcast, nn.broadcast, nn.broadcast),
             length=length,
             unroll=self.unroll,
         )
-        return blocks(
-            attention=attention,
-            mlp_ratio=self.mlp_ratio,
-            dropout=self.dropout,
-            use_drop_path=self.drop_path > 0,
-            dtype=self.dtype,
-            name=name,
-        )
+        return blocks(attention=attention, **self._block_options(), **where)
+
+    def _blocks_for_token(self, x: Array, rates: np.ndarray, grid: Grid, train: bool) -> Array:
+        """The plain blocks, of whose output only the class token is wanted: (B, 1, D).
+
+        The last one computes no more than that. It differs from the others, so no scan can run it
+        with them; their parameters are stacked all the same.
+        """
+        stacked, attention = self.variables["params"]["blocks"], self._self_attention()
+        static = (grid, train, False)
+
+        def run(module: nn.Module, layers: int | slice, x: Array) -> Array:
+            variables = {"params": jax.tree.map(lambda p: p[layers], stacked)}
+            rngs = {"dropout": self.make_rng("dropout")} if self.has_rng("dropout") else {}
+            x, _ = module.apply(variables, x, rates[layers], *static, rngs=rngs)
+            return x
+
+        if len(rates) > 1:
+            x = run(self._scanned_blocks(attention, len(rates) - 1, parent=None), slice(-1), x)
+        last = functools.partial(attention, queries=1)
+        return run(self._block_class()(last, **self._block_options(), parent=None), -1, x)
 
     def _classify(self, x: Array) -> Array:
         """(B, 1 + N, D) -> pooled and normalised features, and the head's logits; float32."""

@@ -170,7 +170,9 @@ def test_attention_maps_come_from_the_layers_true_inputs():
     assert maps["gpsa_blocks"]["gate"].shape == (2, 4)
     assert maps["blocks"]["content"].shape == (1, 2, 4, 17, 17)
     np.testing.assert_allclose(maps["blocks"]["content"].sum(-1), 1, atol=2e-6)
-    np.testing.assert_array_equal(logits, apply(model, {"params": params}, images))
+    # Without maps the last block computes one token only: other shapes, other rounding.
+    without_maps = apply(model, {"params": params}, images)
+    np.testing.assert_allclose(logits, without_maps, rtol=1e-5, atol=1e-6)
 
 
 @pytest.mark.slow
