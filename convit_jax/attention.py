@@ -34,15 +34,12 @@ from jax.ad_checkpoint import checkpoint_name
 import jax.numpy as jnp
 
 from convit_jax import sdpa
-from convit_jax.sdpa import AttentionFn
+from convit_jax.sdpa import ATTENTION_OUTPUT, AttentionFn
 
 Array = jax.Array
 Grid = tuple[int, int]
 
 POSITIONAL_FORMS = ("blend", "contract")
-
-# By this name a rematerialisation policy can keep what attention gives (see `convit_jax.model`).
-ATTENTION_OUTPUT = "attention_output"
 
 # The reference code truncates N(0, 0.02^2) at +-2, which is 100 standard deviations:
 # a plain normal. (Initialisers that truncate at 2 sigma give another distribution.)
@@ -304,6 +301,7 @@ class SelfAttention(nn.Module):
         if train and self.attn_dropout:
             drop = nn.Dropout(self.attn_dropout, deterministic=False, name="attn_drop")
             out = sdpa.apply_map(drop(sdpa.content_map(q, k, scale)), v)
+            out = checkpoint_name(out, ATTENTION_OUTPUT)
         else:
             attention = sdpa.choose(self.attention, size, self.attn_dropout)
             out = sdpa.attention_fn(attention)(q, k, v, scale=scale)
@@ -395,10 +393,11 @@ class GPSA(nn.Module):
             content = sdpa.content_map(q, k, scale)
             blended = blended_map(content, positional_map(p_y, p_x), share)
             drop = nn.Dropout(self.attn_dropout, deterministic=not train, name="attn_drop")
-            out = sdpa.apply_map(drop(blended), v)
+            out = checkpoint_name(sdpa.apply_map(drop(blended), v), ATTENTION_OUTPUT)
         else:
             content_out = sdpa.attention_fn(attention)(q, k, v, scale=scale)
-            positional_out = contract_positional(p_y, p_x, v)
+            # Both parts are kept, for the gates' gradient, and their sum is computed again.
+            positional_out = checkpoint_name(contract_positional(p_y, p_x, v), ATTENTION_OUTPUT)
             out = (1.0 - share[:, None]) * content_out + share[:, None] * positional_out
         out = _project(out, self.dropout, train, self.dtype)
         if not return_attention:
@@ -415,6 +414,6 @@ class GPSA(nn.Module):
 def _project(out: Array, dropout: float, train: bool, dtype: Any) -> Array:
     """The output projection: (B, N, H, K) -> (B, N, D). Called inside a compact module."""
     batch, size, heads, head = out.shape
-    out = checkpoint_name(out.reshape(batch, size, heads * head).astype(dtype), ATTENTION_OUTPUT)
+    out = out.reshape(batch, size, heads * head).astype(dtype)
     out = Linear(heads * head, dtype=dtype, name="proj")(out)
     return nn.Dropout(dropout, deterministic=not train, name="proj_drop")(out)

@@ -17,15 +17,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from convit_jax.attention import (
-    ATTENTION_OUTPUT,
-    GPSA,
-    Grid,
-    Linear,
-    SelfAttention,
-    linear_init,
-)
-from convit_jax.sdpa import AttentionFn
+from convit_jax.attention import GPSA, Grid, Linear, SelfAttention, linear_init
+from convit_jax.sdpa import ATTENTION_OUTPUT, AttentionFn
 
 Array = jax.Array
 

@@ -15,6 +15,7 @@ from collections.abc import Callable
 import functools
 
 import jax
+from jax.ad_checkpoint import checkpoint_name
 import jax.numpy as jnp
 
 Array = jax.Array
@@ -24,6 +25,9 @@ Array = jax.Array
 AttentionFn = Callable[..., Array]
 
 IMPLEMENTATIONS = ("xla", "chunked", "cudnn")
+
+# By this name a rematerialisation policy can keep what attention gives (see `convit_jax.model`).
+ATTENTION_OUTPUT = "attention_output"
 
 # Tokens beyond which "auto" is "chunked": above 512 x 512 pixels in patches of 16. Up to there a
 # map of all queries costs less than the loop saves (benchmarks/README.md).
@@ -39,9 +43,16 @@ def choose(attention: str | AttentionFn, tokens: int, attn_dropout: float) -> st
 
 
 def attention_fn(attention: str | AttentionFn) -> AttentionFn:
-    """The function of a name of `IMPLEMENTATIONS`; a function as it is."""
-    named = {"xla": xla_attention, "chunked": chunked_attention, "cudnn": cudnn_attention}
-    return attention if callable(attention) else named[attention]
+    """The function of a name of `IMPLEMENTATIONS`, or a function; what it gives has a name."""
+    if attention == "xla":
+        return xla_attention  # names it where its derivative reads it
+    others = {"chunked": chunked_attention, "cudnn": cudnn_attention}
+    function = attention if callable(attention) else others[attention]
+
+    def named(q: Array, k: Array, v: Array, *, scale: float) -> Array:
+        return checkpoint_name(function(q, k, v, scale=scale), ATTENTION_OUTPUT)
+
+    return named
 
 
 def check(attention: str | AttentionFn) -> None:
@@ -131,4 +142,23 @@ def _attend(q: Array, k: Array, v: Array, *, scale: float) -> Array:
     out = jnp.einsum(
         "bhnm,bhmk->bhnk", weights.astype(v.dtype), v, preferred_element_type=jnp.float32
     )
-    return (out / total).astype(v.dtype)
+    return _normalise(out, total, v.dtype)
+
+
+@functools.partial(jax.custom_jvp, nondiff_argnums=(2,))
+def _normalise(x: Array, total: Array, dtype: jnp.dtype) -> Array:
+    """x / total, in `dtype`.
+
+    Its derivative is written in the result, where JAX's reads x: with the result kept, the backward
+    pass need not average the values again.
+    """
+    return (x / total).astype(dtype)
+
+
+@_normalise.defjvp
+def _normalise_jvp(
+    dtype: jnp.dtype, primals: tuple[Array, Array], tangents: tuple[Array, Array]
+) -> tuple[Array, Array]:
+    (x, total), (dx, dtotal) = primals, tangents
+    out = checkpoint_name(_normalise(x, total, dtype), ATTENTION_OUTPUT)
+    return out, ((dx - out.astype(x.dtype) * dtotal) / total).astype(dtype)
