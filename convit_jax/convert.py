@@ -1,8 +1,8 @@
 """PyTorch state dicts of ConViT and DeiT to Flax parameters and back, by one table.
 
 The names on the PyTorch side are those of facebookresearch/convit, facebookresearch/deit and
-timm, which agree. On the Flax side the blocks of a group are stacked along a leading layer axis
-(see `convit_jax.model`): `from_torch` stacks them, `to_torch` splits them.
+timm, which agree. On the Flax side the blocks of a group are stacked along a leading layer axis,
+all but the last (see `convit_jax.model`): `from_torch` stacks them, `to_torch` splits them.
 
     python -m convit_jax.convert --help
 """
@@ -162,7 +162,8 @@ def to_torch(params: Mapping[str, Any]) -> dict[str, np.ndarray]:
     arrays = traverse_util.flatten_dict(params, sep="/")
     arrays = {path: _to_numpy(array) for path, array in arrays.items()}
     norms = (arrays.get(f"{group}/norm1/scale", np.empty((0,))) for group in BLOCKS)
-    entries = list(_entries(*(len(norm) for norm in norms)))
+    num_gpsa, num_plain = (len(norm) for norm in norms)
+    entries = list(_entries(num_gpsa, num_plain + 1))
 
     expected = [(e.flax, e.flax_shape(), e.row.feature) for e in entries]
     _check("parameters", {path: array.shape for path, array in arrays.items()}, expected)
@@ -180,16 +181,19 @@ def to_torch(params: Mapping[str, Any]) -> dict[str, np.ndarray]:
 
 
 def _entries(num_gpsa: int, num_plain: int) -> Iterator[_Entry]:
-    """The table laid out for a model with so many blocks of each kind."""
+    """The table laid out for a model with so many blocks of each kind, the last one plain."""
     # Every model ends in a plain block: where there is none, its absence is the error to show.
     depth = num_gpsa + max(num_plain, 1)
     for row in STEM:
         yield _Entry(row, row.flax, (row.torch,), stacked=False)
-    groups = {"gpsa_blocks": range(num_gpsa), "blocks": range(num_gpsa, depth)}
+    groups = {"gpsa_blocks": range(num_gpsa), "blocks": range(num_gpsa, depth - 1)}
     for group, numbers in groups.items():
         for row in BLOCKS[group] if numbers else ():
             names = tuple(f"blocks.{number}.{row.torch}" for number in numbers)
             yield _Entry(row, f"{group}/{row.flax}", names, stacked=True)
+    for row in BLOCKS["blocks"]:
+        name = f"blocks.{depth - 1}.{row.torch}"
+        yield _Entry(row, f"last_block/{row.flax}", (name,), stacked=False)
     for row in HEAD:
         yield _Entry(row, row.flax, (row.torch,), stacked=False)
 

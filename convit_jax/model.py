@@ -1,7 +1,9 @@
 """ConViT and DeiT: patches, transformer blocks, the class token, and the paper's variants.
 
 The GPSA blocks run under one `nn.scan` and the plain blocks under another, so the parameters
-of a group carry a leading layer axis: `params["gpsa_blocks"]["attn"]["gate"]` is (10, H).
+of a group carry a leading layer axis: `params["gpsa_blocks"]["attn"]["gate"]` is (10, H). The last
+block is on its own, `params["last_block"]`: where only the class token is wanted it computes no
+more, which no other block of a scan can do.
 
 Shapes: B batch, N patches, D width, L layers of a group, R and C rows and columns of patches.
 """
@@ -324,15 +326,11 @@ class ConViT(nn.Module):
         rates, plain_rates = np.split(rates, [self.local_up_to_layer])
         maps = {}
         if self.local_up_to_layer:
-            blocks = self._scanned_blocks(self._gpsa(), len(rates), name="gpsa_blocks")
+            blocks = self._scanned_blocks("gpsa_blocks", self._gpsa(), len(rates))
             x, maps["gpsa_blocks"] = blocks(x, rates, *static)
         if not self.cls_pos_embed:
             x = prepend_token(x)
-        if self.global_pool == "token" and not (return_attention or self.is_initializing()):
-            x = self._blocks_for_token(x, plain_rates, grid, train)
-        else:
-            blocks = self._scanned_blocks(self._self_attention(), len(plain_rates), name="blocks")
-            x, maps["blocks"] = blocks(x, plain_rates, *static)
+        x, maps["blocks"] = self._plain_blocks(x, plain_rates, *static)
 
         logits = self._classify(x)
         return (logits, maps) if return_attention else logits
@@ -369,17 +367,49 @@ class ConViT(nn.Module):
         )(patches)
         return x.reshape(batch, rows * columns, self.embed_dim)
 
-    def _block_class(self) -> type[nn.Module]:
-        if self.remat == "none":
-            return Block
+    def _block(self, prevent_cse: bool) -> Callable[..., nn.Module]:
+        """What makes a block of an attention, and rematerialises it."""
+        block = Block
+        if self.remat != "none":
+            block = nn.remat(
+                block,
+                policy=_REMAT_POLICIES[self.remat],
+                prevent_cse=prevent_cse,
+                static_argnums=(3, 4, 5),
+            )
+        return block
+
+    def _scanned_blocks(
+        self, name: str, attention: Callable[..., nn.Module], length: int
+    ) -> nn.Module:
         # The boundary of a loop keeps the compiler from merging the recomputation with the
         # original; unrolled layers have no such boundary.
-        return nn.remat(
-            Block,
-            policy=_REMAT_POLICIES[self.remat],
-            prevent_cse=bool(self.unroll),
-            static_argnums=(3, 4, 5),
+        blocks = nn.scan(
+            self._block(prevent_cse=bool(self.unroll)),
+            variable_axes={"params": 0},
+            split_rngs={"params": True, "dropout": True},
+            in_axes=(0, nn.broadcast, nn.broadcast, nn.broadcast),
+            length=length,
+            unroll=self.unroll,
         )
+        return blocks(attention=attention, name=name, **self._block_options())
+
+    def _plain_blocks(
+        self, x: Array, rates: np.ndarray, grid: Grid, train: bool, return_attention: bool
+    ) -> tuple[Array, dict[str, Array]]:
+        static = (grid, train, return_attention)
+        attention, maps = self._self_attention(), []
+        if len(rates) > 1:
+            blocks = self._scanned_blocks("blocks", attention, len(rates) - 1)
+            x, found = blocks(x, rates[:-1], *static)
+            maps.append(found)
+        if self.global_pool == "token" and not return_attention:
+            attention = functools.partial(attention, queries=1)
+        block = self._block(prevent_cse=True)
+        block = block(attention=attention, name="last_block", **self._block_options())
+        x, found = block(x, rates[-1], *static)
+        maps.append(jax.tree.map(lambda a: a[None], found))
+        return x, jax.tree.map(lambda *a: jnp.concatenate(a), *maps)
 
     def _block_options(self) -> dict[str, Any]:
         return {
@@ -388,40 +418,6 @@ class ConViT(nn.Module):
             "use_drop_path": self.drop_path > 0,
             "dtype": self.dtype,
         }
-
-    def _scanned_blocks(
-        self, attention: Callable[..., nn.Module], length: int, **where: Any
-    ) -> nn.Module:
-        """A module of `length` blocks; `where` is its name or parent."""
-        blocks = nn.scan(
-            self._block_class(),
-            variable_axes={"params": 0},
-            split_rngs={"params": True, "dropout": True},
-            in_axes=(0, nn.broadcast, nn.broadcast, nn.broadcast),
-            length=length,
-            unroll=self.unroll,
-        )
-        return blocks(attention=attention, **self._block_options(), **where)
-
-    def _blocks_for_token(self, x: Array, rates: np.ndarray, grid: Grid, train: bool) -> Array:
-        """The plain blocks, of whose output only the class token is wanted: (B, 1, D).
-
-        The last one computes no more than that. It differs from the others, so no scan can run it
-        with them; their parameters are stacked all the same.
-        """
-        stacked, attention = self.variables["params"]["blocks"], self._self_attention()
-        static = (grid, train, False)
-
-        def run(module: nn.Module, layers: int | slice, x: Array) -> Array:
-            variables = {"params": jax.tree.map(lambda p: p[layers], stacked)}
-            rngs = {"dropout": self.make_rng("dropout")} if self.has_rng("dropout") else {}
-            x, _ = module.apply(variables, x, rates[layers], *static, rngs=rngs)
-            return x
-
-        if len(rates) > 1:
-            x = run(self._scanned_blocks(attention, len(rates) - 1, parent=None), slice(-1), x)
-        last = functools.partial(attention, queries=1)
-        return run(self._block_class()(last, **self._block_options(), parent=None), -1, x)
 
     def _classify(self, x: Array) -> Array:
         """(B, 1 + N, D) -> pooled and normalised features, and the head's logits; float32."""

@@ -123,18 +123,19 @@ def describe(model: ConViT) -> str:
 def _seen(params: Mapping[str, Any]) -> dict[str, Any]:
     """What names and shapes tell of themselves."""
     width = params["cls_token"].shape[-1]
-    gpsa, plain = params.get("gpsa_blocks"), params["blocks"]
+    gpsa, plain, last = params.get("gpsa_blocks"), params.get("blocks"), params["last_block"]
     num_gpsa = len(gpsa["attn"]["gate"]) if gpsa else 0
-    hidden = plain["mlp"]["fc1"]["kernel"].shape[-1]
+    num_plain = len(plain["norm1"]["scale"]) if plain else 0
+    hidden = last["mlp"]["fc1"]["kernel"].shape[-1]
     kernel = params["patch_embed"]["kernel"].shape
     options = {
         "embed_dim": width,
-        "depth": num_gpsa + len(plain["norm1"]["scale"]),
+        "depth": num_gpsa + num_plain + 1,
         "local_up_to_layer": num_gpsa,
         "mlp_ratio": _ratio(hidden, width),
         "patch_size": kernel[0] if kernel[0] == kernel[1] else tuple(kernel[:2]),
         "in_channels": kernel[2],
-        "qkv_bias": "bias" in plain["attn"]["qkv"],
+        "qkv_bias": "bias" in last["attn"]["qkv"],
         "use_pos_embed": "pos_embed" in params,
         "num_classes": params["head"]["kernel"].shape[-1] if "head" in params else 0,
     }

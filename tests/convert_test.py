@@ -155,12 +155,12 @@ def test_every_key_that_does_not_fit_is_named():
     params = from_torch(state_dict)
     params["gpsa_blocks"]["attn"]["gate"] = np.zeros((2, 3))
     params["extra"] = np.zeros(1)
-    del params["blocks"]["mlp"]["fc1"]
+    del params["last_block"]["mlp"]["fc1"]
     with pytest.raises(ValueError, match="not the parameters of a ConViT or DeiT") as error:
         to_torch(params)
     lines = str(error.value).splitlines()[1:]
     assert "  wrong shape: gpsa_blocks/attn/gate: expected (2, 4), got (2, 3)" in lines
-    assert "  missing: blocks/mlp/fc1/kernel (1, 16, 32)" in lines
+    assert "  missing: last_block/mlp/fc1/kernel (16, 32)" in lines
     assert "  not known: extra (1,)" in lines
     with pytest.raises(ValueError, match=r"pass variables\['params'\]"):
         to_torch({"params": params})

@@ -81,7 +81,5 @@ def test_fitting_changes_what_it_names_and_nothing_else(caplog):
     headless = fit.fit_params(params, MODEL.clone(num_classes=0), **EVERYTHING)
     assert headless.keys() == params.keys() - {"head"}
     deeper = MODEL.clone(depth=4)
-    with pytest.raises(
-        ValueError, match=r"blocks/attn/proj/bias: expected \(2, 16\), got \(1, 16\)"
-    ):
+    with pytest.raises(ValueError, match=r"blocks/attn/proj/bias: expected \(1, 16\), got nothing"):
         fit.fit_params(params, deeper, **EVERYTHING)

@@ -63,7 +63,9 @@ def test_stacked_parameters_and_output_shapes():
     variables = init(model)
     params = variables["params"]
     assert params["gpsa_blocks"]["attn"]["gate"].shape == (3, 4)
-    assert params["blocks"]["attn"]["qkv"]["kernel"].shape == (1, 16, 48)
+    assert params["last_block"]["attn"]["qkv"]["kernel"].shape == (16, 48)
+    plain = init(model.clone(local_up_to_layer=1))["params"]
+    assert plain["blocks"]["attn"]["qkv"]["kernel"].shape == (2, 16, 48)
     logits = apply(model, variables)
     assert logits.shape == (3, 5)
     assert logits.dtype == jnp.float32
@@ -126,9 +128,8 @@ def test_drop_path_drops_whole_samples_at_each_layers_rate():
     model = ConViT(**SMALL | {"num_classes": 0}, drop_path=0.6, global_pool="none")
     params = jax.tree.map(jnp.zeros_like, init(model)["params"])
     for i in range(depth):
-        group, layer = ("gpsa_blocks", i) if i < 3 else ("blocks", 0)
-        fc2 = params[group]["mlp"]["fc2"]
-        fc2["bias"] = fc2["bias"].at[layer, i].set(1.0)
+        fc2 = params["gpsa_blocks" if i < 3 else "last_block"]["mlp"]["fc2"]
+        fc2["bias"] = fc2["bias"].at[..., i].set(jnp.arange(3) == i if i < 3 else 1.0)
     params["norm"]["scale"] += 1.0
     images = np.repeat(IMAGES[:1], samples, axis=0)
     rngs = {"dropout": jax.random.key(0)}

@@ -64,15 +64,15 @@ def test_only_matrices_decay():
     kept = {jax.tree_util.keystr(path, simple=True, separator="/") for path, m in mask if not m}
     decayed = {jax.tree_util.keystr(path, simple=True, separator="/") for path, m in mask if m}
     assert {"cls_token", "pos_embed", "gpsa_blocks/attn/gate", "norm/scale"} < kept
-    assert {"gpsa_blocks/attn/proj/bias", "patch_embed/bias", "blocks/norm1/scale"} < kept
+    assert {"gpsa_blocks/attn/proj/bias", "patch_embed/bias", "last_block/norm1/scale"} < kept
     assert decayed == {
         "patch_embed/kernel",
         "head/kernel",
         *(f"gpsa_blocks/attn/{name}/kernel" for name in ("qk", "v", "proj", "pos_proj")),
-        *(f"blocks/attn/{name}/kernel" for name in ("qkv", "proj")),
+        *(f"last_block/attn/{name}/kernel" for name in ("qkv", "proj")),
         *(
             f"{group}/mlp/{fc}/kernel"
-            for group in ("gpsa_blocks", "blocks")
+            for group in ("gpsa_blocks", "last_block")
             for fc in ("fc1", "fc2")
         ),
     }

@@ -1,13 +1,16 @@
-"""Images that are no squares of 224 pixels, from the command line to the last evaluation."""
+"""Images that are no squares of 224 pixels, from the command line to the last prediction."""
 
+import json
 import re
+import subprocess
+import sys
 
+import pytest
 import runs
 
-# Everything small but the image: 14 x 20 patches of 16 pixels.
+# Everything small but the image.
 SMALL = (
     "--config=configs/convit_ti.py",
-    "--config.model.image_size=224,320",
     "--config.model.embed_dim=16",
     "--config.model.depth=2",
     "--config.model.local_up_to_layer=1",
@@ -19,19 +22,44 @@ SMALL = (
 )
 
 
-def test_a_rectangle_trains_and_is_evaluated(tmp_path):
+@pytest.mark.parametrize(
+    ("size", "turned", "attention"),
+    [
+        ("224,320", "320,224", "xla"),
+        pytest.param("384", "224,320", "xla", marks=pytest.mark.slow),
+        pytest.param("1024", "384", "chunked", marks=pytest.mark.slow),
+    ],
+)
+def test_any_size_trains_and_is_evaluated_and_predicts(tmp_path, size, turned, attention):
     from safetensors.numpy import load_file
 
-    runs.write_images(tmp_path / "images", per_class=4)
-    workdir = tmp_path / "run"
-    flags = (*SMALL, f"--config.data.source=folder:{tmp_path / 'images'}")
+    images, workdir = tmp_path / "images", tmp_path / "run"
+    runs.write_images(images, per_class=4)
+    flags = (*SMALL, f"--config.data.source=folder:{images}", f"--config.model.image_size={size}")
     runs.finish(runs.start(workdir, *flags, devices=1), workdir)
     assert re.search(r"\d of 3 images\) after 2 steps", runs.output(workdir))
+    assert f"attention: {attention}," in runs.output(workdir)
     lines = runs.metrics(workdir)
     assert [line["step"] for line in lines if line["kind"] == "train"] == [1, 2]
     assert [line["step"] for line in lines if line["kind"] == "eval"] == [2]
-    assert load_file(workdir / "weights.safetensors")["pos_embed"].shape == (1, 14 * 20, 16)
+    pixels = [int(n) for n in size.split(",")] * (1 if "," in size else 2)
+    patches = pixels[0] // 16 * (pixels[1] // 16)
+    weights = workdir / "weights.safetensors"
+    assert load_file(weights)["pos_embed"].shape == (1, patches, 16)
 
-    turned = (*flags, "--config.model.image_size=320,224")
-    runs.finish(runs.start(workdir, *turned, devices=1), workdir, code=1)
-    assert "model.image_size: there [224, 320], now [320, 224]" in runs.output(workdir)
+    other = (*flags, f"--config.model.image_size={turned}")
+    runs.finish(runs.start(workdir, *other, devices=1), workdir, code=1)
+    there, now = ([int(n) for n in s.split(",")] if "," in s else s for s in (size, turned))
+    assert f"model.image_size: there {there}, now {now}" in runs.output(workdir)
+
+    # The same weights at the size that was refused, beside their own.
+    sizes = f"--eval_size={size.replace(',', 'x')},{turned.replace(',', 'x')}"
+    runs.finish(runs.start(workdir, "--mode=eval", sizes, devices=1), workdir)
+    results = json.loads((workdir / "eval.json").read_text())["results"]
+    assert [result["images"] for result in results] == [3, 3]
+
+    photos = sorted(map(str, images.glob("val/*/*.png")))
+    command = [sys.executable, "-m", "convit_jax.predict", f"--weights={weights}", "--json"]
+    done = subprocess.run([*command, *photos], cwd=runs.ROOT, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    assert len(done.stdout.splitlines()) == len(photos)
