@@ -194,7 +194,7 @@ def report(config: ml_collections.ConfigDict, model: ConViT, name: str, mesh: Me
         math.prod(x.sharding.shard_shape(x.shape)) * x.dtype.itemsize
         for x in jax.tree.leaves(state)
     )
-    groups = (model.local_up_to_layer, model.depth - model.local_up_to_layer)
+    groups = (model.local_up_to_layer, model.depth - model.local_up_to_layer - 1)
     unrolled = model.unroll is True or model.unroll >= max(groups)
     memory = _MEMORY.get(mesh.devices.flat[0].device_kind, math.nan)
     row = f"{name:<10}{parts:>8}{images:>8}{held / _MIB:>10,.1f}"

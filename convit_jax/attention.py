@@ -248,7 +248,8 @@ class SelfAttention(nn.Module):
       dropout: rate of dropout on the output.
       attention: how softmax(q k^T) v is computed: "auto", a name of `sdpa.IMPLEMENTATIONS`, or a
         function with the signature of `jax.nn.dot_product_attention`.
-      queries: attends from so many tokens, the first ones, to all; None is from all.
+      queries: attention from the first so many tokens only, to all; None is from every token. It
+        is always "xla": a map of few queries is small.
       dtype: of the matrix products. Softmaxes are always float32.
     """
 
@@ -263,6 +264,8 @@ class SelfAttention(nn.Module):
 
     def __post_init__(self):
         sdpa.check(self.attention)
+        if self.queries is not None and self.queries < 1:
+            raise ValueError(f"queries: expected None or 1 or more, got {self.queries}")
         if self.attn_dropout and self.attention not in ("auto", "xla"):
             raise ValueError(
                 "attn_dropout acts on the map of attention='xla': expected that or 'auto' with "
@@ -288,7 +291,7 @@ class SelfAttention(nn.Module):
 
         Returns:
           (B, N, D) in `dtype`; with `return_attention`, also {"content": (B, H, N, N) float32}.
-          With `queries`, the first N is that.
+          With `queries`, (B, queries, D) and (B, H, queries, N).
         """
         batch, size, width = x.shape
         _check_heads(self.num_heads, width)
@@ -304,6 +307,7 @@ class SelfAttention(nn.Module):
             out = checkpoint_name(out, ATTENTION_OUTPUT)
         else:
             attention = sdpa.choose(self.attention, size, self.attn_dropout)
+            attention = "xla" if self.queries else attention
             out = sdpa.attention_fn(attention)(q, k, v, scale=scale)
         out = _project(out, self.dropout, train, self.dtype)
         return (out, {"content": sdpa.content_map(q, k, scale)}) if return_attention else out

@@ -216,8 +216,9 @@ class Checkpoints:
             unreadable.append(step)
         if unreadable:
             raise OSError(
-                f"{self._folder}: none of the checkpoints {sorted(unreadable)} can be read: mend "
-                "them, or delete the folder to start anew"
+                f"{self._folder}: none of the checkpoints {sorted(unreadable)} can be read. They are "
+                "broken, or of another version of this package, with which the run can go on; to "
+                "start anew use another folder"
             )
         return None
 

@@ -22,7 +22,7 @@ def forward_flops(model: ConViT) -> float:
     All matrix products are counted: patch embedding, projections, attention scores and maps, MLPs
     and head. What is elementwise is not: norms, softmaxes, GELU, and the positional attention of
     positional="blend", which adds one map to another. That of "contract" is two products more.
-    With global_pool="token" the last block goes on with one token after its attention.
+    With global_pool="token" the last block attends from one token and goes on with it.
     """
     rows, columns = model.grid
     patches, width = rows * columns, model.embed_dim

@@ -297,7 +297,8 @@ class ConViT(nn.Module):
           train: whether dropout and stochastic depth are on; needs the rng stream "dropout"
             if one of their rates is not 0.
           return_attention: whether to return every layer's attention maps as well. They come
-            from the layers' true inputs, and nothing of them is computed otherwise.
+            from the layers' true inputs, and nothing of them is computed otherwise. The last block
+            then computes all tokens: logits differ by rounding, and dropout has other draws.
 
         Returns:
           Logits (B, num_classes) float32, or features (B, D) with num_classes=0; with
@@ -383,9 +384,9 @@ class ConViT(nn.Module):
         self, name: str, attention: Callable[..., nn.Module], length: int
     ) -> nn.Module:
         # The boundary of a loop keeps the compiler from merging the recomputation with the
-        # original; unrolled layers have no such boundary.
+        # original; unrolled layers, and a loop of one, have no such boundary.
         blocks = nn.scan(
-            self._block(prevent_cse=bool(self.unroll)),
+            self._block(prevent_cse=bool(self.unroll) or length == 1),
             variable_axes={"params": 0},
             split_rngs={"params": True, "dropout": True},
             in_axes=(0, nn.broadcast, nn.broadcast, nn.broadcast),
@@ -397,6 +398,7 @@ class ConViT(nn.Module):
     def _plain_blocks(
         self, x: Array, rates: np.ndarray, grid: Grid, train: bool, return_attention: bool
     ) -> tuple[Array, dict[str, Array]]:
+        """(B, 1 + N, D) -> the same, or (B, 1, D) of the class token, and the maps, stacked."""
         static = (grid, train, return_attention)
         attention, maps = self._self_attention(), []
         if len(rates) > 1:

@@ -122,6 +122,8 @@ def describe(model: ConViT) -> str:
 
 def _seen(params: Mapping[str, Any]) -> dict[str, Any]:
     """What names and shapes tell of themselves."""
+    if "last_block" not in params:
+        raise ValueError(f"parameters: expected last_block among them, got {', '.join(params)}")
     width = params["cls_token"].shape[-1]
     gpsa, plain, last = params.get("gpsa_blocks"), params.get("blocks"), params["last_block"]
     num_gpsa = len(gpsa["attn"]["gate"]) if gpsa else 0

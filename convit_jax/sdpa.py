@@ -75,7 +75,10 @@ def apply_map(attention: Array, v: Array) -> Array:
 
 
 def xla_attention(q: Array, k: Array, v: Array, *, scale: float) -> Array:
-    """Plain attention, for the compiler to optimise; (B, N, H, K) -> (B, N, H, K)."""
+    """Plain attention, for the compiler to optimise; (B, N, H, K) -> (B, N, H, K).
+
+    It takes fewer queries than keys as well.
+    """
     out = _attend(*(_heads_first(x) for x in (q, k, v)), scale=scale)
     return jnp.moveaxis(out, 1, 2)
 
@@ -93,7 +96,8 @@ def chunked_attention(q: Array, k: Array, v: Array, *, scale: float, chunk: int 
     size = -(-tokens // chunks)
     padded = jnp.pad(q, ((0, 0), (0, 0), (0, chunks * size - tokens), (0, 0)))
     parts = jnp.moveaxis(padded.reshape(batch, heads, chunks, size, width), 2, 0)
-    attend = jax.checkpoint(functools.partial(_attend, scale=scale), prevent_cse=False)
+    attend = functools.partial(_attend, scale=scale, keep=False)
+    attend = jax.checkpoint(attend, prevent_cse=False)
     out = jax.lax.map(lambda part: attend(part, k, v), parts)
     out = jnp.moveaxis(out, 0, 2).reshape(padded.shape)[:, :, :tokens]
     return jnp.moveaxis(out, 1, 2)
@@ -130,11 +134,12 @@ def _scores(q: Array, k: Array, scale: float) -> Array:
     return scale * jnp.einsum("bhnk,bhmk->bhnm", q, k, preferred_element_type=jnp.float32)
 
 
-def _attend(q: Array, k: Array, v: Array, *, scale: float) -> Array:
+def _attend(q: Array, k: Array, v: Array, *, scale: float, keep: bool = True) -> Array:
     """(B, H, N, K), keys and values (B, H, M, K) -> (B, H, N, K) in v's dtype.
 
     The softmax is divided by its sum after the values are averaged: K divisions a query instead
-    of M, and a pass over the map less, forward and backward.
+    of M, and a pass over the map less, forward and backward. With `keep`, the result can be kept
+    by its name.
     """
     scores = _scores(q, k, scale)
     weights = jnp.exp(scores - jax.lax.stop_gradient(scores.max(axis=-1, keepdims=True)))
@@ -142,7 +147,7 @@ def _attend(q: Array, k: Array, v: Array, *, scale: float) -> Array:
     out = jnp.einsum(
         "bhnm,bhmk->bhnk", weights.astype(v.dtype), v, preferred_element_type=jnp.float32
     )
-    return _normalise(out, total, v.dtype)
+    return _normalise(out, total, v.dtype) if keep else (out / total).astype(v.dtype)
 
 
 @functools.partial(jax.custom_jvp, nondiff_argnums=(2,))

@@ -88,7 +88,8 @@ def test_pools_take_what_they_say():
 
 def test_results_do_not_depend_on_unroll_and_remat():
     """With dropout and stochastic depth on: values, gradients and the random draws."""
-    model = ConViT(**SMALL, dropout=0.1, attn_dropout=0.1, drop_path=0.3)
+    sizes = SMALL | {"local_up_to_layer": 1}  # one GPSA block, two plain ones, and the last
+    model = ConViT(**sizes, dropout=0.1, attn_dropout=0.1, drop_path=0.3)
     variables = init(model)
     rngs = {"dropout": jax.random.key(3)}
 

@@ -122,6 +122,22 @@ def test_plain_attention_equals_the_definition(attention, tokens):
     )  # fmt: skip
 
 
+@pytest.mark.parametrize("queries", [1, 5])
+def test_attention_from_the_first_tokens_alone(queries):
+    def never(*args, **kwargs):
+        raise AssertionError("few queries are not for other implementations")
+
+    module = SelfAttention(2, attention=never, queries=queries)
+    x = jax.random.normal(jax.random.key(1), (2, 21, 96))
+    params = random_params(module, x)
+    assert_is(
+        lambda params, x: reference.self_attention(params, x, 2)[:, :queries],
+        module, params, x, None, tolerance=3e-6,
+    )  # fmt: skip
+    with pytest.raises(ValueError, match="queries: expected None or 1 or more, got 0"):
+        SelfAttention(2, queries=0)
+
+
 def test_dropout_takes_entries_of_the_blended_map():
     """With v = identity the output is the map: each entry is 0 or its own over 1 - rate. With the
     entries that it took known, value and gradients are those of the definition."""
