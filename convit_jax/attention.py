@@ -30,11 +30,10 @@ from typing import Any
 
 import flax.linen as nn
 import jax
-from jax.ad_checkpoint import checkpoint_name
 import jax.numpy as jnp
 
 from convit_jax import sdpa
-from convit_jax.sdpa import ATTENTION_OUTPUT, AttentionFn
+from convit_jax.sdpa import AttentionFn
 
 Array = jax.Array
 Grid = tuple[int, int]
@@ -303,8 +302,7 @@ class SelfAttention(nn.Module):
 
         if train and self.attn_dropout:
             drop = nn.Dropout(self.attn_dropout, deterministic=False, name="attn_drop")
-            out = sdpa.apply_map(drop(sdpa.content_map(q, k, scale)), v)
-            out = checkpoint_name(out, ATTENTION_OUTPUT)
+            out = sdpa.keep(sdpa.apply_map(drop(sdpa.content_map(q, k, scale)), v))
         else:
             attention = sdpa.choose(self.attention, size, self.attn_dropout)
             attention = "xla" if self.queries else attention
@@ -397,11 +395,11 @@ class GPSA(nn.Module):
             content = sdpa.content_map(q, k, scale)
             blended = blended_map(content, positional_map(p_y, p_x), share)
             drop = nn.Dropout(self.attn_dropout, deterministic=not train, name="attn_drop")
-            out = checkpoint_name(sdpa.apply_map(drop(blended), v), ATTENTION_OUTPUT)
+            out = sdpa.keep(sdpa.apply_map(drop(blended), v))
         else:
             content_out = sdpa.attention_fn(attention)(q, k, v, scale=scale)
             # Both parts are kept, for the gates' gradient, and their sum is computed again.
-            positional_out = checkpoint_name(contract_positional(p_y, p_x, v), ATTENTION_OUTPUT)
+            positional_out = sdpa.keep(contract_positional(p_y, p_x, v))
             out = (1.0 - share[:, None]) * content_out + share[:, None] * positional_out
         out = _project(out, self.dropout, train, self.dtype)
         if not return_attention:

@@ -216,9 +216,9 @@ class Checkpoints:
             unreadable.append(step)
         if unreadable:
             raise OSError(
-                f"{self._folder}: none of the checkpoints {sorted(unreadable)} can be read. They are "
-                "broken, or of another version of this package, with which the run can go on; to "
-                "start anew use another folder"
+                f"{self._folder}: none of the checkpoints {sorted(unreadable)} can be read: they "
+                "are broken, or of another version of this package. Mend them or go on with that "
+                "version, or use another workdir to start anew"
             )
         return None
 

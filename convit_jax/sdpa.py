@@ -50,7 +50,7 @@ def attention_fn(attention: str | AttentionFn) -> AttentionFn:
     function = attention if callable(attention) else others[attention]
 
     def named(q: Array, k: Array, v: Array, *, scale: float) -> Array:
-        return checkpoint_name(function(q, k, v, scale=scale), ATTENTION_OUTPUT)
+        return keep(function(q, k, v, scale=scale))
 
     return named
 
@@ -74,13 +74,22 @@ def apply_map(attention: Array, v: Array) -> Array:
     return jnp.moveaxis(out, 1, 2)
 
 
+def keep(out: Array) -> Array:
+    """Gives what attention gives, (B, N, H, K), the name by which it can be kept.
+
+    With the heads side by side: on a TPU an axis of K = 48 is stored as one of 128.
+    """
+    flat = out.reshape(*out.shape[:2], -1)
+    return checkpoint_name(flat, ATTENTION_OUTPUT).reshape(out.shape)
+
+
 def xla_attention(q: Array, k: Array, v: Array, *, scale: float) -> Array:
     """Plain attention, for the compiler to optimise; (B, N, H, K) -> (B, N, H, K).
 
     It takes fewer queries than keys as well.
     """
-    out = _attend(*(_heads_first(x) for x in (q, k, v)), scale=scale)
-    return jnp.moveaxis(out, 1, 2)
+    sums, totals = _attend(*(_heads_first(x) for x in (q, k, v)), scale=scale)
+    return _normalise(sums, totals, v.dtype)
 
 
 def chunked_attention(q: Array, k: Array, v: Array, *, scale: float, chunk: int = _CHUNK) -> Array:
@@ -96,7 +105,11 @@ def chunked_attention(q: Array, k: Array, v: Array, *, scale: float, chunk: int 
     size = -(-tokens // chunks)
     padded = jnp.pad(q, ((0, 0), (0, 0), (0, chunks * size - tokens), (0, 0)))
     parts = jnp.moveaxis(padded.reshape(batch, heads, chunks, size, width), 2, 0)
-    attend = functools.partial(_attend, scale=scale, keep=False)
+
+    def attend(part: Array, k: Array, v: Array) -> Array:
+        sums, totals = _attend(part, k, v, scale=scale)
+        return (sums / totals).astype(v.dtype)
+
     attend = jax.checkpoint(attend, prevent_cse=False)
     out = jax.lax.map(lambda part: attend(part, k, v), parts)
     out = jnp.moveaxis(out, 0, 2).reshape(padded.shape)[:, :, :tokens]
@@ -134,36 +147,35 @@ def _scores(q: Array, k: Array, scale: float) -> Array:
     return scale * jnp.einsum("bhnk,bhmk->bhnm", q, k, preferred_element_type=jnp.float32)
 
 
-def _attend(q: Array, k: Array, v: Array, *, scale: float, keep: bool = True) -> Array:
-    """(B, H, N, K), keys and values (B, H, M, K) -> (B, H, N, K) in v's dtype.
+def _attend(q: Array, k: Array, v: Array, *, scale: float) -> tuple[Array, Array]:
+    """(B, H, N, K), keys and values (B, H, M, K) -> weighted sums (B, H, N, K), and of the weights.
 
-    The softmax is divided by its sum after the values are averaged: K divisions a query instead
-    of M, and a pass over the map less, forward and backward. With `keep`, the result can be kept
-    by its name.
+    Dividing the one by the other, (B, H, N, 1), is left for last: K divisions a query instead of M,
+    and a pass over the map less, forward and backward.
     """
     scores = _scores(q, k, scale)
     weights = jnp.exp(scores - jax.lax.stop_gradient(scores.max(axis=-1, keepdims=True)))
-    total = weights.sum(axis=-1, keepdims=True)
-    out = jnp.einsum(
+    sums = jnp.einsum(
         "bhnm,bhmk->bhnk", weights.astype(v.dtype), v, preferred_element_type=jnp.float32
     )
-    return _normalise(out, total, v.dtype) if keep else (out / total).astype(v.dtype)
+    return sums, weights.sum(axis=-1, keepdims=True)
 
 
 @functools.partial(jax.custom_jvp, nondiff_argnums=(2,))
-def _normalise(x: Array, total: Array, dtype: jnp.dtype) -> Array:
-    """x / total, in `dtype`.
+def _normalise(sums: Array, totals: Array, dtype: jnp.dtype) -> Array:
+    """sums / totals, (B, H, N, K) -> (B, N, H, K) in `dtype`.
 
-    Its derivative is written in the result, where JAX's reads x: with the result kept, the backward
-    pass need not average the values again.
+    Its derivative is written in the result, where JAX's reads the sums: with the result kept, the
+    backward pass need not average the values again.
     """
-    return (x / total).astype(dtype)
+    return jnp.moveaxis((sums / totals).astype(dtype), 1, 2)
 
 
 @_normalise.defjvp
 def _normalise_jvp(
     dtype: jnp.dtype, primals: tuple[Array, Array], tangents: tuple[Array, Array]
 ) -> tuple[Array, Array]:
-    (x, total), (dx, dtotal) = primals, tangents
-    out = checkpoint_name(_normalise(x, total, dtype), ATTENTION_OUTPUT)
-    return out, ((dx - out.astype(x.dtype) * dtotal) / total).astype(dtype)
+    (sums, totals), (d_sums, d_totals) = primals, tangents
+    out = keep(_normalise(sums, totals, dtype))
+    tangent = (d_sums - _heads_first(out).astype(sums.dtype) * d_totals) / totals
+    return out, jnp.moveaxis(tangent.astype(dtype), 1, 2)
