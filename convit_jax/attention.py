@@ -43,20 +43,7 @@ POSITIONAL_FORMS = ("blend", "contract")
 # The reference code truncates N(0, 0.02^2) at +-2, which is 100 standard deviations:
 # a plain normal. (Initialisers that truncate at 2 sigma give another distribution.)
 linear_init = nn.initializers.normal(0.02)
-
-
-def _flat_dot_general(x: Array, kernel: Array, dimension_numbers: Any, **options: Any) -> Array:
-    """(..., D) times (D, F), all axes in front as one.
-
-    The kernel's gradient then contracts one axis; over several, XLA's CPU backend transposes the
-    output's gradient in memory first.
-    """
-    del dimension_numbers  # nn.Dense's: the last axis of x, the first of the kernel
-    out = jax.lax.dot(x.reshape(-1, x.shape[-1]), kernel, **options)
-    return out.reshape(*x.shape[:-1], kernel.shape[-1])
-
-
-Linear = functools.partial(nn.Dense, kernel_init=linear_init, dot_general=_flat_dot_general)
+Linear = functools.partial(nn.Dense, kernel_init=linear_init)
 
 
 def positional_factors(kernel: Array, grid: Grid) -> tuple[Array, Array]:
