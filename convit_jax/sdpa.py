@@ -6,9 +6,9 @@
 same for a few queries at a time, so that memory grows with the number of tokens and not with its
 square, in the backward pass too. "cudnn" is NVIDIA's fused kernel. `choose` picks for a backend.
 
-JAX's Pallas kernels for TPU (splash and flash attention) take keys in blocks of a multiple of 128: 196
-or 197 tokens would be padded to 256 and masked. None is used here; one that is wrapped to pad can be
-given as a function.
+JAX's Pallas kernels for TPU (splash and flash attention) take keys in blocks of a multiple of 128:
+196 or 197 tokens would be padded to 256 and masked. None is used here; one that is wrapped to pad
+can be given as a function.
 
 Scores and softmax are float32 whatever the inputs are.
 
