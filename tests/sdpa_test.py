@@ -138,6 +138,20 @@ def test_attention_from_the_first_tokens_alone(queries):
         SelfAttention(2, queries=0)
 
 
+def test_with_its_result_kept_the_backward_pass_averages_no_values_again():
+    """Two products forward, the scores again, four gradients; an eighth would be the average."""
+
+    def products(policy):
+        attend = functools.partial(sdpa.xla_attention, scale=1.0)
+        loss = jax.checkpoint(lambda q, k, v: jnp.sin(attend(q, k, v)).sum(), policy=policy)
+        x = jnp.zeros((2, 5, 3, 4))
+        return str(jax.make_jaxpr(jax.grad(loss, (0, 1, 2)))(x, x, x)).count("dot_general[")
+
+    policies = jax.checkpoint_policies
+    assert products(policies.save_only_these_names(sdpa.ATTENTION_OUTPUT)) == 7
+    assert products(policies.nothing_saveable) == 8
+
+
 def test_dropout_takes_entries_of_the_blended_map():
     """With v = identity the output is the map: each entry is 0 or its own over 1 - rate. With the
     entries that it took known, value and gradients are those of the definition."""
