@@ -21,8 +21,9 @@ import jax.numpy as jnp
 import numpy as np
 
 from benchmarks import peer
-from configs import common
-from convit_jax import ConViT, create_model, optim, sharding, train_step
+from convit_jax import ConViT, create_model, recipe
+from convit_jax.parallel import sharding
+from convit_jax.train.step import Program, TrainState
 
 FORWARD, STEP, WHOLE_STEP = WORK = ("forward", "step", "whole step")
 Result = TypeVar("Result")
@@ -104,20 +105,18 @@ def warmed(spec: Spec) -> Contender:
     return contender
 
 
-def _training(spec: Spec):
-    """The parts of our training step: model, optimizer, schedule, config and mesh."""
-    config = common.get_config()
+def _program(spec: Spec) -> Program:
+    """Makes our training step of a spec."""
+    config = recipe.get_config()
     config.train.batch_size = spec.batch
     if spec.what != WHOLE_STEP:
         config.mixup.update(mixup=0.0, cutmix=0.0, erase_prob=0.0)
-    schedule = optim.learning_rate(config.optim, spec.batch, 1251, 300 * 1251)
-    optimizer = optim.make_optimizer(config.optim, schedule)
-    return spec.model, optimizer, schedule, config, sharding.make_mesh()
+    return Program.make(config, spec.model, sharding.make_mesh(), 1251, 300 * 1251)
 
 
-def _state(model: ConViT, optimizer, config, mesh) -> train_step.TrainState:
-    """A state of arbitrary values: initialising would be one more program to compile."""
-    state = train_step.abstract_state(model, optimizer, config, mesh)
+def _state(program: Program) -> TrainState:
+    """Makes a state of arbitrary values: initialising would be one more program to compile."""
+    state = program.abstract_state
     rng = np.random.default_rng(0)
 
     def random(x: jax.ShapeDtypeStruct) -> jax.Array:
@@ -140,27 +139,26 @@ def _compile(function, *arguments) -> tuple[Any, float, int]:
 
 
 def _our_forward(spec: Spec) -> Contender:
-    model, optimizer, _, config, mesh = _training(spec)
-    params = _state(model, optimizer, config, mesh).params
+    program, model = _program(spec), spec.model
+    params = _state(program).params
     images = np.random.default_rng(0).standard_normal((spec.batch, *model.image_shape), np.float32)
-    images = sharding.put_batch({"image": images}, mesh)["image"]
+    images = sharding.put_batch({"image": images}, program.mesh)["image"]
     arguments = ({"params": params}, images)
     forward, seconds, planned = _compile(jax.jit(model.apply), *arguments)
     return Contender(lambda: forward(*arguments).block_until_ready(), seconds, planned)
 
 
 def _our_step(spec: Spec) -> Contender:
-    model, optimizer, schedule, config, mesh = _training(spec)
+    program, model = _program(spec), spec.model
     rng = np.random.default_rng(0)
     batch = {
         "image": rng.integers(256, size=(spec.batch, *model.image_shape), dtype=np.uint8),
         "label": rng.integers(model.num_classes, size=spec.batch, dtype=np.int32),
         "skipped": np.zeros(spec.batch, np.int32),
     }
-    batch = sharding.put_batch(batch, mesh)
-    states = [_state(model, optimizer, config, mesh)]
-    jitted = train_step.make_train_step(model, optimizer, schedule, config, mesh)
-    step, seconds, planned = _compile(jitted, states[0], batch)
+    batch = sharding.put_batch(batch, program.mesh)
+    states = [_state(program)]
+    step, seconds, planned = _compile(program.jitted_step(), states[0], batch)
 
     def run() -> None:
         state, _ = step(states.pop(), batch)

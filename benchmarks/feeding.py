@@ -22,7 +22,10 @@ import numpy as np
 
 from benchmarks import input_pipeline
 from configs import convit_ti
-from convit_jax import data, startup, train
+from convit_jax.data.chunks import draws_per_epoch
+from convit_jax.data.workers import iterate
+from convit_jax.train import loop, setup
+from convit_jax.workdir.folder import Workdir
 
 # Of a few hundred images grain's index_shuffle takes 0.2 ms each, of ImageNet's 0.01.
 IMAGES = 20_000
@@ -46,19 +49,19 @@ def make_config(root: pathlib.Path, batch_size: int, steps: int, workers: int):
     config = convit_ti.get_config()
     config.data.update(source=f"folder:{root / 'images'}", workers=workers)
     config.train.update(batch_size=batch_size, log_every=2, eval_every=1e9)
-    draws = data.draws_per_epoch(IMAGES, config.data.repeats)
+    draws = draws_per_epoch(IMAGES, config.data.repeats)
     config.train.epochs = (steps + 0.5) * batch_size / draws
     return config
 
 
 def time_workers(root: pathlib.Path, repetitions: int) -> None:
     """Prints images/s with one and two workers, once both have started, and their ratio."""
-    run = startup.prepare(make_config(root, 64, 1, 0), str(root / "run"))
+    run = setup.prepare(make_config(root, 64, 1, 0), Workdir(root / "run"))
     rates = {1: [], 2: []}
     for _ in range(repetitions):
         for workers, found in rates.items():
             # Training goes on without end: neither the workers' start nor their stop is timed.
-            batches = data.iterate(run.train_chunks, workers=workers)
+            batches = iterate(run.train_chunks, workers=workers)
             with contextlib.closing(batches):
                 for _ in range(16):  # warm, and what was made ahead is used up
                     next(batches)
@@ -73,8 +76,8 @@ def time_workers(root: pathlib.Path, repetitions: int) -> None:
 
 def time_training(root: pathlib.Path, batch_size: int, steps: int, workers: int) -> None:
     """Prints the images/s of training and the share of the time that was spent waiting."""
-    run = startup.prepare(make_config(root, batch_size, steps, workers), str(root / "run"))
-    train.train(run)
+    run = setup.prepare(make_config(root, batch_size, steps, workers), Workdir(root / "run"))
+    loop.train(run)
     lines = [json.loads(line) for line in (root / "run/metrics.jsonl").read_text().splitlines()]
     lines = [line for line in lines if line["kind"] == "train"][2:]  # the start left out
     seconds = [2 * batch_size / line["images_per_second"] for line in lines]

@@ -23,7 +23,7 @@ from PIL import Image
 import PIL.features
 
 from benchmarks import peer
-from convit_jax.augment import EvalTransform, TrainTransform
+from convit_jax.data.transforms import EvalTransform, TrainTransform
 
 Run = Callable[[bytes], object]
 

@@ -30,7 +30,7 @@ import numpy as np
 
 from benchmarks import command, contenders, memory, peer, scaling, timing
 from benchmarks.contenders import COMPILED, FORWARD, TIMM, Contender, Spec
-from convit_jax import flops
+from convit_jax.model import flops
 
 # The DeiT that differs from a ConViT in nothing but its attention and class token.
 _DEIT = {"local_up_to_layer": 0, "cls_pos_embed": True, "qkv_bias": True}

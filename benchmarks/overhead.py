@@ -14,7 +14,7 @@ stands: at most two for each of them, which it finds ready.)
     workers       as loop, but from JPEGs through worker processes, see benchmarks.feeding
     all           workers, and as many lines and checkpoints
 
-At the end: what a run pays that logs and saves as often as configs/common.py has it.
+At the end: what a run pays that logs and saves as often as convit_jax/recipe.py has it.
 """
 
 import argparse
@@ -32,8 +32,10 @@ import jax.numpy as jnp
 import numpy as np
 
 from benchmarks import feeding
-from configs import common
-from convit_jax import sources, startup, train
+from convit_jax import recipe
+from convit_jax.data import arrays
+from convit_jax.train import loop, setup
+from convit_jax.workdir.folder import Workdir
 
 VARIANTS = ("loop", "logging", "checkpoints", "workers", "all")
 _NEVER = 10**9
@@ -90,12 +92,12 @@ def keep(image: np.ndarray, rng: np.random.Generator) -> np.ndarray:
     return image
 
 
-def in_memory(run: startup.Run) -> startup.Run:
+def in_memory(run: setup.Run) -> setup.Run:
     """The run with an image that is ready in place of each of its own."""
     image, count = run.train_chunks[0]["image"][0], len(run.train_chunks.source)
-    source = sources.ArraySource(
+    source = arrays.ArraySource(
         images=np.broadcast_to(image, (count, *image.shape)),
-        labels=np.arange(count) % run.model.num_classes,
+        labels=np.arange(count) % run.program.model.num_classes,
         class_names=run.train_chunks.source.class_names,
         names=np.broadcast_to(np.bytes_(b"image"), count),
     )
@@ -109,20 +111,20 @@ def measure(variant: str, root: pathlib.Path, batch_size: int, block: int, pairs
     config.compilation_cache = str(root / "programs")
     config.train.log_every = 1 if variant in ("logging", "all") else _NEVER
     config.checkpoint.every = block if variant in ("checkpoints", "all") else _NEVER
-    run = startup.prepare(config, str(root / variant))
-    startup.use_compilation_cache(run)
+    run = setup.prepare(config, Workdir(root / variant))
+    setup.use_compilation_cache(run)
     if variant not in ("workers", "all"):
         run = in_memory(run)
-    compiled_step, found = train._compiled_step, []
+    compiled_step, found = loop._compiled_step, []
 
     def in_turns(*args: Any) -> InTurns:
         step = compiled_step(*args)
-        found.append(InTurns(step, run.workdir / "checkpoints", block, pairs))
+        found.append(InTurns(step, run.workdir.checkpoints, block, pairs))
         return found[0]
 
-    with mock.patch.object(train, "_compiled_step", in_turns):
+    with mock.patch.object(loop, "_compiled_step", in_turns):
         try:
-            train.train(run)
+            loop.train(run)
         except _Done:
             return found[0]
     raise RuntimeError(f"{variant}: the run ended before {pairs} blocks of {block} steps")
@@ -144,7 +146,7 @@ def row(variant: str, turns: InTurns, block: int) -> str:
 
 def by_default(found: dict[str, InTurns], block: int) -> Iterator[str]:
     """What a line and a checkpoint cost, and their shares if made as often as by default."""
-    config = common.get_config()
+    config = recipe.get_config()
     costs = {
         "logging": ("a line of metrics", 1, config.train.log_every),
         "checkpoints": ("a checkpoint", block, config.checkpoint.every),

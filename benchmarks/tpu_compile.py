@@ -26,21 +26,16 @@ import re
 import sys
 import time
 
-from absl import app, flags
 import jax
 from jax.experimental import topologies
 from jax.sharding import Mesh
 import ml_collections
 
-from configs import common
-from convit_jax import cli, optim, sharding, startup, train_step
-from convit_jax.model import ConViT
-
-_TOPOLOGY = flags.DEFINE_list(
-    "topology", ["v5e:2x4", "v4:2x2x8"], "Pods, as GENERATION:CHIPS along each axis."
-)
-_FSDP = flags.DEFINE_list("fsdp", ["1", "8"], "Devices over which the state is split.")
-flags.adopt_module_key_flags(cli)
+from convit_jax.cli import options
+from convit_jax.model.network import ConViT
+from convit_jax.parallel import sharding
+from convit_jax.train import setup
+from convit_jax.train.step import Program, TrainState
 
 # Memory of a JAX device in GiB: cloud.google.com/tpu/docs, the page of each generation. A device is
 # a chip, but half a chip on v2 and v3. The compiler keeps about 0.25 GiB of it for itself.
@@ -123,7 +118,7 @@ def _read_collective(
     return key, Collective(kind, tuple(sizes), turns, source[1] if source else "")
 
 
-def expected_sizes(state: train_step.TrainState, model: ConViT) -> dict[str, set[int]]:
+def expected_sizes(state: TrainState, model: ConViT) -> dict[str, set[int]]:
     """kind -> numbers of elements of the arrays that a step should send.
 
     Gradients, of all layers or of one, are reduced. So is the gradient of a layer's positional
@@ -163,7 +158,7 @@ def unexpected(
 
 def lower(
     config: ml_collections.ConfigDict, model: ConViT, mesh: Mesh
-) -> tuple[jax.stages.Lowered, train_step.TrainState]:
+) -> tuple[jax.stages.Lowered, TrainState]:
     """The real training step for the devices of a mesh, not yet compiled, and its state's shapes.
 
     Raises:
@@ -172,17 +167,15 @@ def lower(
     batch_size = config.train.batch_size
     sharding.check_batch_size(batch_size, config.train.accum_steps, mesh)
     total_steps = _EPOCHS * _STEPS_PER_EPOCH
-    schedule = optim.learning_rate(config.optim, batch_size, _STEPS_PER_EPOCH, total_steps)
-    optimizer = optim.make_optimizer(config.optim, schedule)
-    state = train_step.abstract_state(model, optimizer, config, mesh)
-    step = train_step.make_train_step(model, optimizer, schedule, config, mesh)
+    program = Program.make(config, model, mesh, _STEPS_PER_EPOCH, total_steps)
+    state = program.abstract_state
     shapes = {"image": (model.image_shape, "uint8"), "label": ((), "int32")}
     shapes["skipped"] = shapes["label"]
     batch = {
         name: jax.ShapeDtypeStruct((batch_size, *shape), dtype, sharding=sharding.over_batch(mesh))
         for name, (shape, dtype) in shapes.items()
     }
-    return step.lower(state, batch), state
+    return program.jitted_step().lower(state, batch), state
 
 
 def report(config: ml_collections.ConfigDict, model: ConViT, name: str, mesh: Mesh) -> list[str]:
@@ -267,21 +260,33 @@ def use_compiler_alone() -> None:
     os.environ.setdefault("ALLOW_MULTIPLE_LIBTPU_LOAD", "1")  # beside others that compile
 
 
-def main(rest: list[str]) -> None:
-    if rest:
-        raise app.UsageError(f"expected only flags, got {' '.join(rest)}")
-    if cli.CONFIG.value is None:
-        raise app.UsageError("expected --config")
+def main() -> None:
+    parser = options.make_parser("python -m benchmarks.tpu_compile", __doc__ or "")
+    options.add_config(parser)
+    parser.add_argument(
+        "--topology",
+        metavar="PODS",
+        default="v5e:2x4,v4:2x2x8",
+        help="pods, as GENERATION:CHIPS along each axis; default %(default)s",
+    )
+    parser.add_argument(
+        "--fsdp",
+        metavar="SIZES",
+        default="1,8",
+        help="numbers of devices over which the state is split; default %(default)s",
+    )
+    args, overrides = options.parse(parser, None)
+    if args.config is None:
+        parser.error("--config: expected one")
     use_compiler_alone()
-    config = cli.CONFIG.value
     problems = []
-    with cli.report(ValueError):
-        common.check(config)
-        model = startup.make_model(config, backend="tpu")
+    with options.report(ValueError):
+        config = options.configuration(args.config, overrides)
+        model = setup.make_model(config, backend="tpu")
         meshes = [
             (name, sharding.make_mesh(int(fsdp), make_topology(name)))
-            for name in _TOPOLOGY.value
-            for fsdp in _FSDP.value
+            for name in args.topology.split(",")
+            for fsdp in args.fsdp.split(",")
         ]
         print(f"jax {jax.__version__}, libtpu {importlib.metadata.version('libtpu')}, ", end="")
         print(f"{config.model.name}, global batch {config.train.batch_size}; MiB a device")
@@ -295,4 +300,4 @@ def main(rest: list[str]) -> None:
 
 
 if __name__ == "__main__":
-    cli.run(main)
+    main()

@@ -10,13 +10,8 @@ A batch of 512: 8 devices with 64 images each, or fewer with more memory or with
 
 import ml_collections
 
-from configs import common
+from convit_jax import recipe
 
 
 def get_config() -> ml_collections.ConfigDict:
-    config = common.get_config()
-    config.model.name = "deit_base_plus"
-    # The paper lowers both for its "+" models, to fit 8 GPUs and stay stable.
-    config.train.batch_size = 512
-    config.optim.lr = 4e-4
-    return config
+    return recipe.paper("deit_base_plus")

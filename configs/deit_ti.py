@@ -10,10 +10,8 @@ A batch of 1024: 16 devices with 64 images each, or fewer with more memory or wi
 
 import ml_collections
 
-from configs import common
+from convit_jax import recipe
 
 
 def get_config() -> ml_collections.ConfigDict:
-    config = common.get_config()
-    config.model.name = "deit_tiny"
-    return config
+    return recipe.paper("deit_tiny")

@@ -7,11 +7,11 @@ Real images that come with a package: nothing to download.
 
 import ml_collections
 
-from configs import common
+from convit_jax import recipe
 
 
 def get_config() -> ml_collections.ConfigDict:
-    config = common.get_config()
+    config = recipe.get_config()
     config.model.update(
         name="convit_tiny",
         image_size=8,

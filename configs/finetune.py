@@ -10,11 +10,11 @@ ours: fewer epochs and a smaller rate than from scratch, no mixing. They have no
 
 import ml_collections
 
-from configs import common
+from convit_jax import recipe
 
 
 def get_config() -> ml_collections.ConfigDict:
-    config = common.get_config()
+    config = recipe.get_config()
     config.model.name = "convit_tiny"
     config.init_new_head = True
     config.init_resize_pos_embed = True

@@ -4,7 +4,7 @@
     variables = model.init(jax.random.key(0), images)     # images (B, 224, 224, 3)
     logits = model.apply(variables, images)               # (B, 10) float32
 
-    model, variables = load("convit_base")                # or a file .pth, .safetensors, a workdir
+    model, variables = load("convit_base")                # or a .pth, .safetensors, a workdir
 
 Importing this package imports jax, flax and numpy, and nothing else.
 """
@@ -12,12 +12,15 @@ Importing this package imports jax, flax and numpy, and nothing else.
 import importlib
 from typing import TYPE_CHECKING, Any
 
-from convit_jax.attention import GPSA, SelfAttention
-from convit_jax.model import VARIANTS, ConViT, create_model
+from convit_jax.model.attention import GPSA, SelfAttention
+from convit_jax.model.network import ConViT
+from convit_jax.model.variants import VARIANTS, create_model
 
 if TYPE_CHECKING:
-    from convit_jax.convert import from_torch, to_torch
-    from convit_jax.weights import load
+    from convit_jax.weights.load import load
+    from convit_jax.weights.state_dict import from_torch, to_torch
+
+__version__ = "0.2.0"
 
 __all__ = [
     "GPSA",
@@ -30,8 +33,12 @@ __all__ = [
     "to_torch",
 ]
 
-# Imported when asked for; convert is a command too, which Python runs as a module of its own.
-_LAZY = {"from_torch": "convert", "to_torch": "convert", "load": "weights"}
+# Imported at first use: they need more than jax, flax and numpy.
+_LAZY = {
+    "from_torch": "weights.state_dict",
+    "to_torch": "weights.state_dict",
+    "load": "weights.load",
+}
 
 
 def __getattr__(name: str) -> Any:

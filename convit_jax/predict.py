@@ -1,34 +1,25 @@
-"""Image files to classes.
+"""Classifies image files: the library behind `convit predict`."""
 
-python -m convit_jax.predict --weights convit_tiny.safetensors photo.jpg
-python -m convit_jax.predict --weights runs/mine --json photos/ 'more/*.png'
-"""
-
-import argparse
 import collections
 from collections.abc import Iterable, Iterator, Sequence
 from concurrent import futures
-import contextlib
 import dataclasses
 import glob
 import itertools
-import json
-import logging
 import os
 import pathlib
-import re
-import sys
-import time
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
-from convit_jax import class_names, mixup, weights
-from convit_jax.augment import EvalTransform
-from convit_jax.decode import decode
-from convit_jax.sources import EXTENSIONS
+from convit_jax.data import class_names
+from convit_jax.data.decode import decode
+from convit_jax.data.folders import EXTENSIONS
+from convit_jax.data.transforms import EvalTransform
+from convit_jax.model.normalise import normalise
+from convit_jax.weights.loaded import Loaded
 
 
 @dataclasses.dataclass(frozen=True)
@@ -49,11 +40,11 @@ class Prediction:
 class Predictor:
     """Weights made ready to classify images, compiled for batches of one size.
 
-    predictor = Predictor(weights.read("convit_tiny.safetensors"), batch_size=1)
+    predictor = Predictor(read_weights("convit_tiny.safetensors"), batch_size=1)
     predictor.top([predictor.pixels(data)], 5)  # data: the bytes of an image file
     """
 
-    def __init__(self, loaded: weights.Loaded, batch_size: int):
+    def __init__(self, loaded: Loaded, batch_size: int):
         """
         Args:
           loaded: weights of a classifier of images of 1 or 3 channels.
@@ -63,11 +54,7 @@ class Predictor:
           ValueError: if they are of another kind.
         """
         model = loaded.model
-        if not model.num_classes or model.global_pool == "none":
-            raise ValueError(
-                f"{loaded.source}: expected a head and global_pool token or avg, got "
-                f"num_classes={model.num_classes} and global_pool={model.global_pool}"
-            )
+        model.check_classifies(loaded.source)
         if model.in_channels not in (1, 3):
             raise ValueError(
                 f"{loaded.source}: expected 1 or 3 input channels, got {model.in_channels}"
@@ -79,7 +66,7 @@ class Predictor:
         self._shape = (batch_size, *model.image_shape)
 
         def forward(params: Any, images: jax.Array) -> jax.Array:
-            images = mixup.normalise(images, loaded.mean, loaded.std)
+            images = normalise(images, loaded.mean, loaded.std)
             return jax.nn.softmax(model.apply({"params": params}, images))
 
         self._params = jax.device_put(loaded.params)
@@ -187,113 +174,3 @@ def _ahead(function: Any, items: Iterable[str], count: int) -> Iterator[tuple[st
             item, future = running.popleft()
             running.extend((x, pool.submit(function, x)) for x in itertools.islice(items, 1))
             yield item, future.result()
-
-
-def _parse(arguments: Sequence[str] | None) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(
-        prog="python -m convit_jax.predict",
-        description="Says what is on images: the likeliest classes of each.",
-        epilog="Exit status: 0; 1 if a file could not be read (the rest is predicted) or the "
-        "weights could not; 2 for a mistake on the command line.",
-    )
-    add = parser.add_argument
-    add("images", nargs="+", metavar="IMAGE", help="file, folder (with all below it) or pattern")
-    add(
-        "--weights",
-        required=True,
-        metavar="SRC",
-        help="file (.safetensors, .pth, .pt), workdir of a run, or name such as convit_base",
-    )
-    add("--variant", help="of the model, where the weights do not tell it")
-    add("--ema", action="store_true", help="the averaged weights of a checkpoint or run")
-    add("--offline", action="store_true", help="look for names in the local cache only")
-    add(
-        "--size",
-        type=_size,
-        metavar="PIXELS",
-        help="of the images, 384 or 224x320 (height x width); default: the model's own",
-    )
-    add("--top", type=_positive, default=5, metavar="N", help="classes an image (5)")
-    add("--batch", type=_positive, default=32, metavar="N", help="images at a time (32)")
-    add("--json", action="store_true", help="a line of JSON an image")
-    add("--timing", action="store_true", help="say how long loading, compiling and running took")
-    return parser.parse_args(arguments)  # fmt: skip
-
-
-def _positive(text: str) -> int:
-    number = int(text)
-    if number < 1:
-        raise argparse.ArgumentTypeError(f"expected 1 or more, got {text}")
-    return number
-
-
-def _size(text: str) -> int | tuple[int, int]:
-    match = re.fullmatch(r"(\d+)(?:x(\d+))?", text)
-    if not match:
-        raise argparse.ArgumentTypeError(f"expected a number or HEIGHTxWIDTH, got {text!r}")
-    return (int(match[1]), int(match[2])) if match[2] else int(match[1])
-
-
-def _shown(path: str, predictions: list[Prediction]) -> str:
-    """A table of one image's classes."""
-    rows = [f"  {p.probability:7.2%}  {p.name}" for p in predictions]
-    return "\n".join([path, *rows])
-
-
-def _json_line(path: str, found: list[Prediction] | str) -> str:
-    key = "error" if isinstance(found, str) else "predictions"
-    value = found if isinstance(found, str) else [dataclasses.asdict(p) for p in found]
-    return json.dumps({"file": path, key: value})
-
-
-@contextlib.contextmanager
-def _progress(total: int, batch_size: int) -> Iterator[Any]:
-    """A bar on a terminal, if there is more than one batch."""
-    import tqdm
-
-    hidden = total <= batch_size or not sys.stderr.isatty()
-    with tqdm.tqdm(total=total, unit="image", leave=False, disable=hidden) as bar:
-        yield bar
-
-
-def main(arguments: Sequence[str] | None = None) -> int:
-    """The command; returns its exit status."""
-    args = _parse(arguments)
-    logging.basicConfig(format="%(message)s", level=logging.WARNING)
-    logging.getLogger("convit_jax").setLevel(logging.INFO)
-    logging.getLogger("absl").setLevel(logging.CRITICAL)  # Orbax's, which raises what matters too
-    marks = [time.perf_counter()]
-    paths, failures = find_images(args.images)
-    overrides = {} if args.size is None else {"image_size": args.size}
-    try:
-        loaded = weights.read(
-            args.weights, args.variant, ema=args.ema, offline=args.offline, **overrides
-        )
-        marks.append(time.perf_counter())
-        predictor = Predictor(loaded, min(args.batch, max(1, len(paths))))
-    except (ValueError, OSError) as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 1
-    marks.append(time.perf_counter())
-    with _progress(len(paths), predictor.batch_size) as bar:
-        for path, found in predict_files(predictor, paths, args.top):
-            if isinstance(found, str):
-                failures[path] = found
-            else:
-                bar.write(_json_line(path, found) if args.json else _shown(path, found))
-            bar.update()
-    marks.append(time.perf_counter())
-    if args.timing:
-        load, compiling, run = np.diff(marks)
-        print(f"load {load:.2f} s, compile {compiling:.2f} s, run {run:.2f} s", file=sys.stderr)
-    if failures:
-        for path, reason in failures.items() if args.json else ():
-            print(_json_line(path, reason))
-        lines = (f"\n  {path}: {reason}" for path, reason in failures.items())
-        count = len(paths) + len(failures.keys() - set(paths))
-        print(f"error: {len(failures)} of {count} not read:{''.join(lines)}", file=sys.stderr)
-    return 1 if failures else 0
-
-
-if __name__ == "__main__":
-    sys.exit(main())

@@ -11,12 +11,17 @@ import numpy as np
 from PIL import Image
 import pytest
 import reference
+from runs import ROOT
 from sklearn import datasets
 
 import convit_jax
-from convit_jax import augment, class_names, predict, weights
+from convit_jax import predict
+from convit_jax.cli import predict as command
+from convit_jax.data import class_names, transforms
+from convit_jax.weights import safetensors
+from convit_jax.weights.load import read_weights
+from convit_jax.weights.loaded import Loaded
 
-ROOT = pathlib.Path(__file__).parent.parent
 PHOTOS = [
     pathlib.Path(datasets.__file__).with_name("images") / name
     for name in ("china.jpg", "flower.jpg")
@@ -32,7 +37,7 @@ def save(path, num_classes=1000, names=None, **options):
     images, rng = jnp.zeros((1, *model.image_shape)), np.random.default_rng(0)
     shapes = jax.eval_shape(model.init, jax.random.key(0), images)["params"]
     params = jax.tree.map(lambda s: rng.normal(0, 0.3, s.shape).astype(np.float32), shapes)
-    weights.save_weights(path, weights.Loaded(model, params, class_names=names))
+    safetensors.save_weights(path, Loaded(model, params, class_names=names))
 
 
 @pytest.fixture(scope="module")
@@ -69,7 +74,7 @@ def test_top_5_and_probabilities_are_timms(tmp_path):
     assert config["interpolation"] == "bicubic"
     transform = timm.data.create_transform(**config)
 
-    predictor = predict.Predictor(weights.read(path), batch_size=2)
+    predictor = predict.Predictor(read_weights(path), batch_size=2)
     for (name, ours), photo in zip(
         predict.predict_files(predictor, map(str, PHOTOS)), PHOTOS, strict=True
     ):
@@ -82,7 +87,7 @@ def test_top_5_and_probabilities_are_timms(tmp_path):
 
 
 def test_the_rest_is_predicted_and_the_unreadable_are_reported(exported, photos, capsys):
-    status = predict.main(
+    status = command.main(
         ["--weights", exported, str(photos), str(photos / "none*.jpg"), "nope.jpg", "--batch=3"]
     )
     out, err = capsys.readouterr()
@@ -101,7 +106,7 @@ def test_the_rest_is_predicted_and_the_unreadable_are_reported(exported, photos,
 
 def test_json_lines(exported, photos, capsys):
     good = [str(photos / "china.jpg"), str(photos / "deeper")]
-    assert predict.main(["--weights", exported, *good, "--json", "--top=3"]) == 0
+    assert command.main(["--weights", exported, *good, "--json", "--top=3"]) == 0
     lines = [json.loads(line) for line in capsys.readouterr().out.splitlines()]
     assert [pathlib.Path(line["file"]).name for line in lines] == [
         "china.jpg", "grey.png", "inks.JPEG",
@@ -111,7 +116,7 @@ def test_json_lines(exported, photos, capsys):
         first, second, third = line["predictions"]
         assert 1 > first["probability"] > second["probability"] > third["probability"] > 0
         assert first["name"] == names[first["index"]]
-    assert predict.main(["--weights", exported, str(photos / "broken.jpg"), "--json"]) == 1
+    assert command.main(["--weights", exported, str(photos / "broken.jpg"), "--json"]) == 1
     (line,) = capsys.readouterr().out.splitlines()
     assert "not a readable image" in json.loads(line)["error"]
 
@@ -119,7 +124,7 @@ def test_json_lines(exported, photos, capsys):
 def test_batches_change_nothing_and_order_is_kept(exported, photos):
     paths, _ = predict.find_images([str(photos)])
     found = [
-        dict(predict.predict_files(predict.Predictor(weights.read(exported), batch), paths))
+        dict(predict.predict_files(predict.Predictor(read_weights(exported), batch), paths))
         for batch in (1, 3)
     ]
     assert [list(result) for result in found] == [paths] * 2
@@ -138,19 +143,19 @@ def test_names_size_and_channels_are_the_weights(tmp_path, photos, capsys):
     path = str(tmp_path / "grey.safetensors")
     save(path, 3, ("cat", "dog", "n01440764"), in_channels=1, image_size=(32, 48))
     image = str(photos / "china.jpg")
-    assert predict.main(["--weights", path, image, "--size=48x32", "--json"]) == 0
+    assert command.main(["--weights", path, image, "--size=48x32", "--json"]) == 0
     (line,) = capsys.readouterr().out.splitlines()
     predictions = json.loads(line)["predictions"]
     assert {p["name"] for p in predictions} == {"cat", "dog", "tench"}
     assert sum(p["probability"] for p in predictions) == pytest.approx(1, abs=1e-6)
-    model = weights.read(path, image_size=(48, 32)).model
+    model = read_weights(path, image_size=(48, 32)).model
     assert model.image_shape == (48, 32, 1)
-    predictor = predict.Predictor(weights.read(path), 1)
+    predictor = predict.Predictor(read_weights(path), 1)
     pixels = predictor.pixels(PHOTOS[0].read_bytes())
     grey = np.asarray(Image.open(PHOTOS[0]).convert("L"))[..., None]
-    np.testing.assert_array_equal(pixels, augment.EvalTransform((32, 48))(grey))
+    np.testing.assert_array_equal(pixels, transforms.EvalTransform((32, 48))(grey))
     with pytest.raises(ValueError, match="expected a head and global_pool"):
-        predict.Predictor(weights.read(path, num_classes=0), 1)
+        predict.Predictor(read_weights(path, num_classes=0), 1)
 
 
 def test_what_is_found(photos):
@@ -174,7 +179,7 @@ def test_what_is_found(photos):
 
 
 def run(*arguments):
-    command = [sys.executable, "-W", "error", "-m", "convit_jax.predict", *arguments]
+    command = [sys.executable, "-W", "error", "-m", "convit_jax", "predict", *arguments]
     return subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=120)
 
 
@@ -198,14 +203,14 @@ def test_mistakes_are_named(tmp_path, exported, capsys):
         (["--weights", str(tmp_path / "no.pth"), image], "no such file or folder"),
         (["--weights", exported, image, "--size=33"], "image_size: expected a multiple of"),
     ):
-        assert predict.main(arguments) == 1
-        assert message in capsys.readouterr().err
+        with pytest.raises(SystemExit, match=message):
+            command.main(arguments)
     for arguments, message in (
         ([image], "--weights"),
         (["--weights", exported, image, "--size=big"], "expected a number or HEIGHTxWIDTH"),
         (["--weights", exported, image, "--top=0"], "expected 1 or more, got 0"),
     ):
         with pytest.raises(SystemExit) as ended:
-            predict.main(arguments)
+            command.main(arguments)
         assert ended.value.code == 2
         assert message in capsys.readouterr().err

@@ -59,7 +59,7 @@ def test_any_size_trains_and_is_evaluated_and_predicts(tmp_path, size, turned, a
     assert [result["images"] for result in results] == [3, 3]
 
     photos = sorted(map(str, images.glob("val/*/*.png")))
-    command = [sys.executable, "-m", "convit_jax.predict", f"--weights={weights}", "--json"]
+    command = [sys.executable, "-m", "convit_jax", "predict", f"--weights={weights}", "--json"]
     done = subprocess.run([*command, *photos], cwd=runs.ROOT, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
     assert len(done.stdout.splitlines()) == len(photos)

@@ -1,0 +1,69 @@
+"""Evaluates a run, or weights, on the test images of a data set: each counts once.
+
+    convit eval --workdir=runs/digits
+    convit eval --config=configs/convit_b.py --config.init_from=WEIGHTS
+
+The first evaluates a run, by its own configuration unless --config is given; the second whatever
+convit_jax.load reads. A table is printed. With --workdir, eval.json is written there."""
+
+from collections.abc import Sequence
+
+from convit_jax.cli import options
+from convit_jax.parallel import processes
+
+
+def main(argv: Sequence[str] | None = None, prog: str = "convit eval") -> None:
+    """Parses the flags and evaluates; a mistake of the user's ends the process with a message."""
+    parser = options.make_parser(prog, __doc__ or "")
+    options.add_config(parser, "; by default the run's own")
+    add = parser.add_argument
+    add("--workdir", metavar="DIR", help="folder of the run to evaluate, or for the result")
+    add(
+        "--checkpoint",
+        metavar="WHICH",
+        default="best",
+        help="checkpoint of a run: best (by top-1), newest, or a step; default best",
+    )
+    add("--ema", action="store_true", help="evaluate the averaged weights")
+    add(
+        "--eval_size",
+        metavar="SIZES",
+        type=options.sizes,
+        default=(),
+        help="evaluate at these image sizes in pixels, such as 160,224,224x320 (height x width); "
+        "default: the model's own",
+    )
+    add(
+        "--predictions",
+        action="store_true",
+        help="write the five likeliest classes of every image to DIR/predictions.jsonl",
+    )
+    options.add_processes(parser)
+    args, overrides = options.parse(parser, argv)
+    options.start_logging()
+    with options.report(ValueError, OSError):
+        config = None
+        if args.config is not None:
+            config = options.configuration(args.config, overrides)
+        processes.initialize(args.coordinator, args.num_processes, args.process_id)
+    with processes.failing_together():
+        with options.report(ValueError, OSError, RuntimeError):
+            processes.check_devices()
+            processes.log_from_main()
+        from convit_jax.data.chunks import CorruptImageError
+        from convit_jax.train import eval_run, eval_setup, setup
+        from convit_jax.workdir.folder import Workdir
+
+        with options.report(ValueError, OSError):
+            workdir = None if args.workdir is None else Workdir(args.workdir)
+            if config is None and workdir is not None:
+                config = eval_setup.config_of_run(workdir)
+                if config is not None:
+                    config = options.configuration(config, overrides)
+            choices = eval_setup.Choices(
+                args.checkpoint, args.ema, args.eval_size, args.predictions
+            )
+            run = eval_setup.prepare(config, workdir, choices)
+        with options.report(OSError, CorruptImageError):
+            setup.use_compilation_cache(run.config, run.workdir)
+            eval_run.run(run)

@@ -1,0 +1,180 @@
+"""What the commands share: flags, the configuration, logging, and how a user's error is shown."""
+
+import argparse
+from collections.abc import Iterator, Sequence
+import contextlib
+import importlib.util
+import logging
+import pathlib
+import sys
+import types
+
+from absl import flags
+import ml_collections
+from ml_collections import config_flags
+
+import convit_jax
+from convit_jax import recipe
+from convit_jax.model import image_size
+
+_PACKAGE = pathlib.Path(convit_jax.__file__).parent
+# Where the configurations lie: in an installed package, and beside it in a checkout.
+_CONFIGS = (_PACKAGE / "configs", _PACKAGE.parent / "configs")
+
+
+def make_parser(prog: str, description: str, epilog: str = "") -> argparse.ArgumentParser:
+    """Makes a parser that keeps the line breaks of its texts."""
+    return argparse.ArgumentParser(
+        prog=prog,
+        description=description,
+        epilog=epilog,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+        allow_abbrev=False,
+    )
+
+
+def add_config(parser: argparse.ArgumentParser, more: str = "") -> None:
+    """Adds --config, beside which `parse` takes --config.KEY=VALUE."""
+    parser.add_argument(
+        "--config",
+        metavar="FILE",
+        help="configuration: a file such as configs/convit_b.py, or the name of one of "
+        f"{', '.join(shipped_configs())}{more}",
+    )
+    parser.add_argument(
+        "--config.KEY",
+        metavar="VALUE",
+        help="a key of the configuration in place of the file's, such as "
+        "--config.train.batch_size=256; docs/configuration.md lists the keys",
+    )
+
+
+def add_processes(parser: argparse.ArgumentParser) -> None:
+    """Adds the flags that connect the processes of a run."""
+    add = parser.add_argument_group(
+        "several processes (Slurm, Open MPI and TPU pods are recognised without these)"
+    ).add_argument
+    add("--coordinator", metavar="HOST:PORT", help="host of process 0, and a free port there")
+    add(
+        "--num_processes",
+        type=int,
+        metavar="N",
+        help="number of processes in the run; needs --coordinator and --process_id",
+    )
+    add(
+        "--process_id",
+        type=int,
+        metavar="I",
+        help="number of this process, from 0; needs --coordinator and --num_processes",
+    )
+
+
+def parse(
+    parser: argparse.ArgumentParser, argv: Sequence[str] | None
+) -> tuple[argparse.Namespace, list[str]]:
+    """Parses a command line with `add_config`; returns the flags, and --config.KEY=VALUE ones."""
+    args, rest = parser.parse_known_args(argv)
+    overrides, unknown = [], []
+    for i, word in enumerate(rest):
+        follows = i > 0 and rest[i - 1].startswith("--config.") and "=" not in rest[i - 1]
+        is_override = word.startswith("--config.") or (follows and not word.startswith("-"))
+        (overrides if is_override else unknown).append(word)
+    if unknown:
+        parser.error(f"unrecognized arguments: {' '.join(unknown)}")
+    return args, overrides
+
+
+def configuration(
+    base: str | ml_collections.ConfigDict, overrides: Sequence[str]
+) -> ml_collections.ConfigDict:
+    """Returns a configuration with the command line's keys in it, checked.
+
+    Args:
+      base: the value of --config, or a configuration.
+      overrides: --config.KEY=VALUE flags.
+
+    Raises:
+      ValueError: if the file is missing, or a key or value is wrong.
+    """
+    config = _load(base).get_config() if isinstance(base, str) else base
+    holder = flags.FlagValues()
+    argv = ["convit", *overrides]
+    try:
+        config_flags.DEFINE_config_dict("config", config, flag_values=holder, sys_argv=argv)
+        holder(argv)
+    except flags.Error as error:
+        raise ValueError(str(error).removeprefix("flag ")) from None
+    except (AttributeError, KeyError) as error:  # a key that does not exist
+        inner = error.args[0]
+        message = inner.args[0] if isinstance(inner, KeyError) else inner
+        raise ValueError(f"unknown configuration key: {message}") from None
+    recipe.check(holder.config)
+    return holder.config
+
+
+def shipped_configs() -> list[str]:
+    """Returns the names of the configurations that come with the package."""
+    return sorted({path.stem for folder in _CONFIGS for path in folder.glob("*.py")} - {"__init__"})
+
+
+def _load(text: str) -> types.ModuleType:
+    """Runs a configuration file, given by its path or the name of a shipped one."""
+    shipped = [folder / f"{text}.py" for folder in _CONFIGS]
+    path = next((p for p in (pathlib.Path(text).expanduser(), *shipped) if p.is_file()), None)
+    if path is None:
+        raise ValueError(
+            f"--config: no file {text}; expected one, or a name of {', '.join(shipped_configs())}"
+        )
+    spec = importlib.util.spec_from_file_location(path.stem, path)
+    if spec is None or spec.loader is None:
+        raise ValueError(f"--config: expected a Python file (.py), got {path}")
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    if not hasattr(module, "get_config"):
+        raise ValueError(f"--config: {path} has no function get_config()")
+    return module
+
+
+def size(text: str) -> image_size.Size:
+    """Parses a flag such as 384 or 224x320 (height x width)."""
+    with _argument_errors():
+        return image_size.parse(text)
+
+
+def sizes(text: str) -> tuple[tuple[int, int], ...]:
+    """Parses a flag such as 160,224,224x320: (height, width) of each."""
+    with _argument_errors():
+        return tuple(image_size.pair(image_size.parse(part)) for part in text.split(","))
+
+
+def positive(text: str) -> int:
+    """Parses a flag that is a number of 1 or more."""
+    if not text.isdecimal() or int(text) < 1:
+        raise argparse.ArgumentTypeError(f"expected 1 or more, got {text}")
+    return int(text)
+
+
+@contextlib.contextmanager
+def _argument_errors() -> Iterator[None]:
+    try:
+        yield
+    except ValueError as error:
+        raise argparse.ArgumentTypeError(str(error)) from None
+
+
+def start_logging() -> None:
+    """Shows this package's log on standard error, and of other packages only warnings."""
+    logging.basicConfig(format="%(message)s", level=logging.WARNING, force=True)
+    logging.getLogger("convit_jax").setLevel(logging.INFO)
+    # Orbax logs, with tracebacks, what it also raises, and much that is no concern of ours.
+    logging.getLogger("absl").setLevel(logging.CRITICAL)
+    flags.FLAGS.mark_as_parsed()  # grain's worker processes look at absl's flags
+
+
+@contextlib.contextmanager
+def report(*kinds: type[Exception]) -> Iterator[None]:
+    """Ends the process with the message of an error of these kinds, which the user can mend."""
+    try:
+        yield
+    except kinds as error:
+        sys.exit(f"error: {error}")

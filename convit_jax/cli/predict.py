@@ -1,0 +1,108 @@
+"""Classifies image files: the likeliest classes of each.
+
+convit predict --weights convit_tiny.safetensors photo.jpg
+convit predict --weights runs/mine --json photos/ 'more/*.png'"""
+
+from collections.abc import Iterator, Sequence
+import contextlib
+import dataclasses
+import json
+import sys
+import time
+from typing import Any
+
+import numpy as np
+
+from convit_jax.cli import options
+from convit_jax.predict import Prediction, Predictor, find_images, predict_files
+from convit_jax.weights.load import read_weights
+
+_EPILOG = (
+    "Exit status: 0; 1 if a file could not be read (the rest is predicted) or the weights could "
+    "not; 2 for a mistake on the command line."
+)
+
+
+def main(argv: Sequence[str] | None = None, prog: str = "convit predict") -> int:
+    """Runs the command; returns its exit status."""
+    parser = options.make_parser(prog, __doc__ or "", _EPILOG)
+    add = parser.add_argument
+    add("images", nargs="+", metavar="IMAGE", help="file, folder (with all below it) or pattern")
+    add(
+        "--weights",
+        required=True,
+        metavar="SRC",
+        help="weights: a file (.safetensors, .pth, .pt), the workdir of a run, or a name such as "
+        "convit_base",
+    )
+    add("--variant", metavar="NAME", help="name of the model, where the weights do not tell it")
+    add("--ema", action="store_true", help="take the averaged weights of a checkpoint or run")
+    add("--offline", action="store_true", help="look for names in the local cache only")
+    add(
+        "--size",
+        type=options.size,
+        metavar="PIXELS",
+        help="image size, 384 or 224x320 (height x width); default: the model's own",
+    )
+    add("--top", type=options.positive, default=5, metavar="N", help="classes an image; default 5")
+    add(
+        "--batch",
+        type=options.positive,
+        default=32,
+        metavar="N",
+        help="images the model takes at a time; default 32",
+    )
+    add("--json", action="store_true", help="print a line of JSON for each image")
+    add("--timing", action="store_true", help="say how long loading, compiling and running took")
+    args = parser.parse_args(argv)
+    options.start_logging()
+    marks = [time.perf_counter()]
+    paths, failures = find_images(args.images)
+    overrides = {} if args.size is None else {"image_size": args.size}
+    with options.report(ValueError, OSError):
+        loaded = read_weights(
+            args.weights, args.variant, ema=args.ema, offline=args.offline, **overrides
+        )
+        marks.append(time.perf_counter())
+        predictor = Predictor(loaded, min(args.batch, max(1, len(paths))))
+    marks.append(time.perf_counter())
+    with _progress(len(paths), predictor.batch_size) as bar:
+        for path, found in predict_files(predictor, paths, args.top):
+            if isinstance(found, str):
+                failures[path] = found
+            else:
+                bar.write(_json_line(path, found) if args.json else _shown(path, found))
+            bar.update()
+    marks.append(time.perf_counter())
+    if args.timing:
+        load, compiling, run = np.diff(marks)
+        print(f"load {load:.2f} s, compile {compiling:.2f} s, run {run:.2f} s", file=sys.stderr)
+    if failures:
+        for path, reason in failures.items() if args.json else ():
+            print(_json_line(path, reason))
+        lines = (f"\n  {path}: {reason}" for path, reason in failures.items())
+        count = len(paths) + len(failures.keys() - set(paths))
+        print(f"error: {len(failures)} of {count} not read:{''.join(lines)}", file=sys.stderr)
+    return 1 if failures else 0
+
+
+def _shown(path: str, predictions: list[Prediction]) -> str:
+    """Returns a table of one image's classes."""
+    rows = [f"  {p.probability:7.2%}  {p.name}" for p in predictions]
+    return "\n".join([path, *rows])
+
+
+def _json_line(path: str, found: list[Prediction] | str) -> str:
+    key = "error" if isinstance(found, str) else "predictions"
+    value = found if isinstance(found, str) else [dataclasses.asdict(p) for p in found]
+    return json.dumps({"file": path, key: value})
+
+
+@contextlib.contextmanager
+def _progress(total: int, batch_size: int) -> Iterator[Any]:
+    """Shows a bar on a terminal, if there is more than one batch."""
+    import tqdm
+
+    hidden = total <= batch_size or not sys.stderr.isatty()
+    with tqdm.tqdm(total=total, unit="image", leave=False, disable=hidden) as bar:
+        yield bar

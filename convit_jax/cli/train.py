@@ -1,0 +1,56 @@
+"""Trains a ConViT or DeiT, or continues a run.
+
+    convit train --config=digits --workdir=runs/digits
+    convit train --config=configs/convit_b.py --config.data.dir=DATA --workdir=DIR
+    convit train --workdir=DIR
+
+All devices of the machine are used. Interrupted, the same command continues; without --config a
+run continues by its own configuration. Checkpoints, metrics and the final weights are written into
+--workdir."""
+
+from collections.abc import Sequence
+import logging
+
+from convit_jax import recipe
+from convit_jax.cli import options
+from convit_jax.parallel import accelerators, processes
+from convit_jax.workdir import identity
+from convit_jax.workdir.folder import Workdir
+
+log = logging.getLogger(__name__)
+
+
+def main(argv: Sequence[str] | None = None, prog: str = "convit train") -> None:
+    """Parses the flags and trains; a mistake of the user's ends the process with a message."""
+    parser = options.make_parser(prog, __doc__ or "")
+    options.add_config(parser)
+    add = parser.add_argument
+    add("--workdir", metavar="DIR", required=True, help="folder of the run; made if missing")
+    add("--profile", action="store_true", help="record a trace of five steps in DIR/profile")
+    options.add_processes(parser)
+    args, overrides = options.parse(parser, argv)
+    options.start_logging()
+    with options.report(ValueError, OSError):
+        workdir = Workdir(args.workdir)
+        base = args.config
+        if base is None:
+            saved = identity.read_config(workdir)
+            if saved is None:
+                parser.error(f"--config: expected one, since {workdir} holds no run to continue")
+            base = recipe.from_json(saved, str(workdir.config))
+        config = options.configuration(base, overrides)
+        processes.initialize(args.coordinator, args.num_processes, args.process_id)
+    with processes.failing_together():
+        with options.report(ValueError, OSError, RuntimeError):
+            processes.check_devices()
+            processes.log_from_main()
+        from convit_jax.data.chunks import CorruptImageError
+        from convit_jax.train import loop, setup
+
+        if (found := accelerators.unused()) and processes.is_main():
+            log.warning("%s", found)
+        with options.report(ValueError, OSError, RuntimeError):
+            run = setup.prepare(config, workdir, args.profile)
+        with options.report(OSError, FloatingPointError, CorruptImageError):
+            setup.use_compilation_cache(config, workdir)
+            loop.train(run)

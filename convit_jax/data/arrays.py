@@ -1,0 +1,51 @@
+"""Images held in memory, and scikit-learn's digits."""
+
+import dataclasses
+
+import numpy as np
+
+from convit_jax.data.source import Example, check_index
+
+
+@dataclasses.dataclass(frozen=True, eq=False, repr=False)
+class ArraySource:
+    """Images in memory: (n, height, width, channels) uint8, labels (n,)."""
+
+    images: np.ndarray
+    labels: np.ndarray
+    class_names: tuple[str, ...]
+    names: np.ndarray  # (n,) bytes
+    description: str = "arrays in memory"
+
+    @property
+    def num_classes(self) -> int:
+        return len(self.class_names)
+
+    def __len__(self) -> int:
+        return len(self.labels)
+
+    def __getitem__(self, index: int) -> Example:
+        index = check_index(index, len(self))
+        name, label = self.names[index].decode(), int(self.labels[index])
+        return {"image": self.images[index], "label": label, "name": name}
+
+    def names_and_labels(self, cache_dir: str | None = None) -> tuple[np.ndarray, np.ndarray]:
+        return self.names, self.labels
+
+
+def digits(split: str) -> ArraySource:
+    """scikit-learn's digits, a fifth of every class held out for the test: 1,437 and 360 images."""
+    from sklearn import datasets, model_selection  # a second to import
+
+    digits = datasets.loaddigits()
+    images = np.round(digits.images[..., None] * (255 / 16)).astype(np.uint8)  # 0 to 16 there
+    labels = digits.target.astype(np.int32)
+    parts = model_selection.train_test_split(
+        np.arange(len(labels)), test_size=360, stratify=labels, random_state=0
+    )
+    index = np.sort(parts[["train", "test"].index(split)])
+    names = np.array([f"digit-{i:04}".encode() for i in index])
+    class_names = tuple(map(str, range(10)))
+    return ArraySource(
+        images[index], labels[index], class_names, names, f"scikit-learn's digits, {split}"
+    )

@@ -1,0 +1,46 @@
+"""Whether a data set and a model fit each other."""
+
+import ml_collections
+
+from convit_jax.data.source import Source
+from convit_jax.model.network import ConViT
+
+
+def check_fit(
+    config: ml_collections.ConfigDict,
+    model: ConViT,
+    source: Source,
+    *,
+    any_size: bool = False,
+) -> None:
+    """Checks classes, channels, size and normalisation of a data set against a model.
+
+    Args:
+      config: its `data` and `model.num_classes`; see `convit_jax.recipe`.
+      model: the model.
+      source: the images.
+      any_size: whether images in memory may have another size than the model's.
+
+    Raises:
+      ValueError: names the configuration key that does not fit.
+    """
+    name, num_classes = config.data.source, config.model.num_classes
+    if num_classes is not None and num_classes != source.num_classes:
+        raise ValueError(
+            f"model.num_classes: expected {source.num_classes} as in {name}, got {num_classes}"
+        )
+    image = source[0]["image"]
+    channels = 3 if isinstance(image, bytes) else image.shape[-1]
+    if model.in_channels != channels:
+        raise ValueError(
+            f"model.in_channels: expected {channels} as in {name}, got {model.in_channels}"
+        )
+    height, width, _ = model.image_shape
+    if not isinstance(image, bytes) and not any_size and image.shape[:2] != (height, width):
+        raise ValueError(
+            f"model.image_size: expected {image.shape[0]}x{image.shape[1]} (height x width) as in "
+            f"{name}, got {height}x{width}"
+        )
+    for key in ("mean", "std"):
+        if len(config.data[key]) != channels:
+            raise ValueError(f"data.{key}: expected {channels} values, got {config.data[key]}")

@@ -1,0 +1,140 @@
+"""Class folders: images labelled by the folder they are in."""
+
+from collections.abc import Mapping
+import dataclasses
+import os
+import pathlib
+
+import numpy as np
+
+from convit_jax.data import threads
+from convit_jax.data.source import Example, check_index
+
+HELD_OUT_FOLDERS = ("val", "validation", "test")  # the first there is
+# torchvision's ImageFolder takes the same ones.
+EXTENSIONS = (".jpg", ".jpeg", ".png", ".ppm", ".bmp", ".pgm", ".tif", ".tiff", ".webp")
+
+
+@dataclasses.dataclass(frozen=True, eq=False, repr=False)
+class FolderSource:
+    """Image files below `root`, labelled by the folder of their class."""
+
+    root: str
+    names: np.ndarray  # (n,) bytes, relative to the root
+    labels: np.ndarray  # (n,) int32
+    class_names: tuple[str, ...]
+    description: str
+
+    @property
+    def num_classes(self) -> int:
+        return len(self.class_names)
+
+    def __len__(self) -> int:
+        return len(self.labels)
+
+    def __getitem__(self, index: int) -> Example:
+        index = check_index(index, len(self))
+        path = os.path.join(self.root, os.fsdecode(self.names[index]))
+        image = pathlib.Path(path).read_bytes()
+        return {"image": image, "label": int(self.labels[index]), "name": path}
+
+    def names_and_labels(self, cache_dir: str | None = None) -> tuple[np.ndarray, np.ndarray]:
+        return self.names, self.labels
+
+
+def open_folder(path: str, split: str, val_fraction: float) -> FolderSource:
+    root = os.path.abspath(os.path.expanduser(path))
+    if not os.path.isdir(root):
+        raise FileNotFoundError(
+            f"data.source: no folder {root}; expected train/ and val/ in it, with a folder of "
+            f"images for each class, or class folders"
+        )
+    there = [name for name in ("train", *HELD_OUT_FOLDERS) if _subfolders(root, name)]
+    if not there:
+        return _open_undivided(root, split, val_fraction)
+    wanted = ("train",) if split == "train" else HELD_OUT_FOLDERS
+    folder = next((name for name in wanted if name in there), None)
+    if folder is None:
+        raise FileNotFoundError(
+            f"{root}: expected {' or '.join(f'{name}/' for name in wanted)} for the {split} "
+            f"split, got {', '.join(f'{name}/' for name in there)} alone"
+        )
+    # The training classes number the labels, also where val/ lacks some of them.
+    class_names = _class_names(root, "train" if "train" in there else folder)
+    unknown = sorted({*_subfolders(root, folder)} - {*class_names})
+    if unknown:
+        raise ValueError(f"{os.path.join(root, folder)}: classes that train/ lacks: {unknown}")
+    names = _list_classes(os.path.join(root, folder), _subfolders(root, folder))
+    return _folder_source(os.path.join(root, folder), names, class_names, "")
+
+
+def _open_undivided(root: str, split: str, val_fraction: float) -> FolderSource:
+    """Class folders, of which the images of each class are divided by file name."""
+    if not 0 < val_fraction < 1:
+        raise ValueError(f"data.val_fraction: expected 0 < fraction < 1, got {val_fraction}")
+    class_names = _class_names(root, "")
+    names = {}
+    for name, files in _list_classes(root, class_names).items():
+        # Round(n f) of n images, evenly spread over the sorted names.
+        steps = np.floor(np.round(np.arange(len(files) + 1) * val_fraction + 0.5, 9))
+        held_out = np.diff(steps) > 0
+        names[name] = list(np.array(files)[held_out == (split == "test")])
+        if split == "train" and not names[name]:
+            raise ValueError(
+                f"{os.path.join(root, name)}: {len(files)} images, of which "
+                f"data.val_fraction={val_fraction} leaves none for training"
+            )
+    share = f", {val_fraction:.0%} of each class held out, {split} part"
+    if not any(names.values()):
+        raise ValueError(f"{root}: too few images for a {split} split{share}; make a val/ folder")
+    return _folder_source(root, names, class_names, share)
+
+
+def _folder_source(
+    root: str, names: Mapping[str, list[str]], class_names: tuple[str, ...], note: str
+) -> FolderSource:
+    number = {name: i for i, name in enumerate(class_names)}
+    files = np.array([os.fsencode(f"{name}/{file}") for name in names for file in names[name]])
+    labels = [number[name] for name in names for _ in names[name]]
+    description = f"class folders in {root}{note}"
+    return FolderSource(root, files, np.array(labels, np.int32), class_names, description)
+
+
+def _subfolders(root: str, name: str) -> list[str]:
+    """Folders in a folder, sorted; none if it does not exist."""
+    path = os.path.join(root, name)
+    if not os.path.isdir(path):
+        return []
+    with os.scandir(path) as entries:
+        return sorted(entry.name for entry in entries if entry.is_dir())
+
+
+def _class_names(root: str, name: str) -> tuple[str, ...]:
+    class_names = tuple(_subfolders(root, name))
+    if len(class_names) < 2:
+        raise ValueError(
+            f"{os.path.join(root, name)}: expected at least two class folders, got "
+            f"{list(class_names)}; data.source is 'folder:PATH' with the folder that holds "
+            f"train/ and val/, or the class folders"
+        )
+    return class_names
+
+
+def _list_classes(root: str, class_names: tuple[str, ...] | list[str]) -> dict[str, list[str]]:
+    """Images of each class folder, at any depth, in ImageFolder's order."""
+    paths = [os.path.join(root, name) for name in class_names]
+    listed = threads.in_threads("Listing", "classes", _list_images, paths)
+    return dict(zip(class_names, listed, strict=True))
+
+
+def _list_images(path: str) -> list[str]:
+    images = []
+    for folder, _, files in sorted(os.walk(path, followlinks=True)):
+        inside = os.path.relpath(folder, path)
+        kept = sorted(file for file in files if file.lower().endswith(EXTENSIONS))
+        images += kept if inside == "." else [os.path.join(inside, file) for file in kept]
+    if not images:
+        raise ValueError(
+            f"{path}: a class folder without images ({', '.join(EXTENSIONS)}); remove it or fill it"
+        )
+    return images

@@ -1,0 +1,360 @@
+"""ImageNet from its two tars to the ArrayRecord data set of tfds, without TensorFlow.
+
+The result is what `tfds.builder("imagenet2012", file_format="array_record")` prepares: the same
+files, the same records in the same order (tfds shuffles by a hash of the file name), the same
+metadata. tfds itself needs TensorFlow for it, and room for a second copy of the images.
+"""
+
+from collections.abc import Iterator
+from concurrent import futures
+import contextlib
+import errno
+import hashlib
+import json
+import logging
+import os
+import pathlib
+import shutil
+
+import numpy as np
+import tqdm
+
+from convit_jax import storage
+from convit_jax.data import imagenet_tars
+
+log = logging.getLogger(__name__)
+
+_NAME = "imagenet2012"
+_STATE = "progress.json"  # what is written, beside the shards until all are there
+_Plan = dict[str, tuple[str, imagenet_tars.Images]]  # shard's file name -> split, images in order
+
+
+def prepare_imagenet(
+    tars: str | os.PathLike,
+    data_dir: str | os.PathLike,
+    *,
+    classes: int = 1000,
+    train_images: int = 1_281_167,
+    validation_images: int = 50_000,
+    train_shards: int = 1024,
+    validation_shards: int = 64,
+    progress: bool = True,
+) -> pathlib.Path:
+    """Writes ImageNet (ILSVRC2012) as the tfds data set imagenet2012 in ArrayRecord shards.
+
+    Both tars are checked before anything is written. The shards are then written to a folder
+    `*.incomplete`, which gets its name when it is complete: until then nothing can be read. A run
+    that was cut goes on from the last complete shard when it is started again, to the same bytes.
+    Memory holds one shard (about 140 MB) and the index, below 1 GB in all. Images are read in
+    random order from the tars: under half an hour from a solid-state disk, hours from a spinning
+    one.
+
+    As in tfds, the training images that are CMYK (22) or PNG (1) are encoded anew as RGB JPEG of
+    quality 100 and all others keep their bytes; validation labels are those that tfds ships.
+
+    Args:
+      tars: the folder of ILSVRC2012_img_train.tar and ILSVRC2012_img_val.tar.
+      data_dir: the folder of the tfds data sets; needs about 148 GB.
+      classes: how many classes the training tar must hold.
+      train_images: how many images it must hold.
+      validation_images: how many the validation tar must hold.
+      train_shards: how many files to write; by default as many as tfds.
+      validation_shards: the same for the validation split.
+      progress: whether to show progress bars.
+
+    Returns:
+      The version folder, for `tfds.builder_from_directory`. If it is there already, nothing is
+      written.
+
+    Raises:
+      FileNotFoundError: if a tar is missing.
+      ValueError: if a tar is damaged or does not hold what it should, or if the half-written
+        folder was begun with other tars or shards.
+      FileExistsError: if another data set lies at the place.
+      BlockingIOError: if another run is writing there.
+      OSError: if the disk has too little room, or fails.
+    """
+    counts = {"train": train_images, "validation": validation_images}
+    shards = {"train": train_shards, "validation": validation_shards}
+    for split, count in counts.items():
+        if not 1 <= shards[split] <= count:
+            raise ValueError(f"{split}: expected 1 to {count} shards, got {shards[split]}")
+    version = str(imagenet_tars.tfds_module().Builder.VERSION)
+    final = pathlib.Path(data_dir).expanduser() / _NAME / version
+    if final.exists():
+        _check_finished(final, counts)
+        return final
+    train_tar, validation_tar = imagenet_tars.find_tars(tars)
+    validation = imagenet_tars.index_validation(validation_tar, validation_images)
+    train = imagenet_tars.index_train(train_tar, classes, train_images, progress)
+    plan = _plan("train", train, train_shards)
+    plan |= _plan("validation", validation, validation_shards)
+    _write(final, plan, progress)
+    return final
+
+
+def tfds_order(names: np.ndarray, split: str) -> np.ndarray:
+    """The order of the records: by the MD5 sum of split and file name, as in tfds.
+
+    Args:
+      names: (n,) bytes, the file names.
+      split: the name of the split, which salts the hash.
+
+    Returns:
+      (n,) int64: positions in `names`, in the order of the records.
+    """
+    salted = hashlib.md5(split.encode(), usedforsecurity=False)
+
+    def digest(name: bytes) -> bytes:
+        state = salted.copy()
+        state.update(name)
+        return state.digest()
+
+    digests = np.frombuffer(b"".join(map(digest, names.tolist())), ">u8").reshape(-1, 2)
+    return np.lexsort((digests[:, 1], digests[:, 0]))
+
+
+def record(image: bytes, label: int, file_name: bytes) -> bytes:
+    """A serialised tf.train.Example; equal examples give equal bytes."""
+    from tensorflow_datasets.proto import tf_example_pb2, tf_feature_pb2
+
+    def raw(value: bytes) -> tf_feature_pb2.Feature:
+        return tf_feature_pb2.Feature(bytes_list=tf_feature_pb2.BytesList(value=[value]))
+
+    number = tf_feature_pb2.Feature(int64_list=tf_feature_pb2.Int64List(value=[label]))
+    feature = {"image": raw(image), "label": number, "file_name": raw(file_name)}
+    example = tf_example_pb2.Example(features=tf_feature_pb2.Features(feature=feature))
+    return example.SerializeToString(deterministic=True)
+
+
+def write_metadata(
+    folder: pathlib.Path,
+    splits: dict[str, tuple[list[int], int]],
+    file_format: str = "array_record",
+) -> None:
+    """Writes dataset_info.json, features.json and the label names of imagenet2012, by tfds.
+
+    Args:
+      folder: where the shards lie.
+      splits: for each split the number of records in every shard, and the bytes of all records.
+      file_format: "array_record" or "tfrecord".
+    """
+    import tensorflow_datasets as tfds
+
+    # The builder's folder is never made: the builder lends its features and description.
+    builder = imagenet_tars.tfds_module().Builder(data_dir=folder / "none", file_format=file_format)
+    template = tfds.core.ShardedFileTemplate(
+        data_dir=folder, dataset_name=_NAME, filetype_suffix=file_format
+    )
+    infos = [
+        tfds.core.SplitInfo(
+            name=name, shard_lengths=lengths, num_bytes=size, filename_template=template
+        )
+        for name, (lengths, size) in splits.items()
+    ]
+    builder.info.set_splits(tfds.core.splits.SplitDict(infos))
+    builder.info.write_to_directory(folder)
+
+
+def _plan(split: str, images: imagenet_tars.Images, shards: int) -> _Plan:
+    ordered = images[tfds_order(images.names, split)]
+    bounds = [round(len(ordered) * i / shards) for i in range(shards + 1)]  # as tfds rounds
+    return {
+        f"{_NAME}-{split}.array_record-{i:05d}-of-{shards:05d}": (
+            split,
+            ordered[bounds[i] : bounds[i + 1]],
+        )
+        for i in range(shards)
+    }
+
+
+def _write(final: pathlib.Path, plan: _Plan, progress: bool) -> None:
+    """Writes shards and metadata beside `final`, and renames the folder when all is there."""
+    incomplete = final.with_name(final.name + ".incomplete")
+    incomplete.mkdir(parents=True, exist_ok=True)
+    with _locked(incomplete):
+        done = _write_shards(incomplete, plan, progress)
+        _compare_encoded_anew(plan, done)
+        splits = {}
+        for split in ("train", "validation"):
+            names = [name for name, (of, _) in plan.items() if of == split]
+            lengths = [len(plan[name][1]) for name in names]
+            splits[split] = lengths, sum(done[name]["bytes"] for name in names)
+        write_metadata(incomplete, splits)
+        os.rename(incomplete, final)
+        (final / _STATE).unlink()
+
+
+def _write_shards(folder: pathlib.Path, plan: _Plan, progress: bool) -> dict[str, dict]:
+    """Writes the shards that are not there; returns bytes and re-encoded names of every shard."""
+    source = _fingerprint(plan)
+    done = _complete_shards(folder, plan, source)
+    _check_room(folder, [images for name, (_, images) in plan.items() if name not in done])
+    total = sum(len(images) for _, images in plan.values())
+    kept = sum(len(plan[name][1]) for name in done)
+    if kept:
+        log.info("%s: going on after %d of %d images", folder, kept, total)
+    bar = tqdm.tqdm(
+        desc=f"writing {_NAME}", total=total, initial=kept, unit=" images", disable=not progress
+    )
+    with bar, imagenet_tars.readers() as pool:
+        for name, (split, images) in plan.items():
+            if name in done:
+                continue
+            with storage.whole_file(folder / name) as unfinished:
+                done[name] = _write_shard(unfinished, images, split == "train", pool)
+            storage.write_text(folder / _STATE, json.dumps({"source": source, "shards": done}))
+            bar.update(len(images))
+    return done
+
+
+def _complete_shards(folder: pathlib.Path, plan: _Plan, source: str) -> dict[str, dict]:
+    """What an earlier run left: the entries of its complete shards."""
+    path = folder / _STATE
+    if not path.exists():
+        return {}
+    state = json.loads(path.read_text())
+    if state["source"] != source:
+        raise ValueError(
+            f"{folder}: expected shards of these tars, found some of other tars or in another "
+            "number. Delete the folder to begin anew, or go on with the tars it was begun with"
+        )
+    return {
+        name: entry
+        for name, entry in state["shards"].items()
+        if _num_records(folder / name) == len(plan[name][1])
+    }
+
+
+def _write_shard(
+    path: pathlib.Path, images: imagenet_tars.Images, encode_anew: bool, pool: futures.Executor
+) -> dict:
+    """Writes one shard; returns the bytes of its records and the names it encoded anew."""
+    from array_record.python import array_record_module
+
+    total, anew = 0, []
+    file = os.open(images.tar, os.O_RDONLY)
+
+    def read(offset: int, size: int) -> bytes:
+        content = os.pread(file, size, offset)
+        if len(content) != size:
+            raise OSError(f"{images.tar}: became shorter since it was checked")
+        return content
+
+    try:
+        writer = array_record_module.ArrayRecordWriter(str(path), "group_size:1")  # as tfds
+        contents = pool.map(read, images.offsets.tolist(), images.sizes.tolist())
+        for name, label, content in zip(
+            images.names.tolist(), images.labels.tolist(), contents, strict=True
+        ):
+            image = content
+            if encode_anew:
+                image = _as_rgb_jpeg(content, f"{images.tar}: {name.decode()}")
+            if image is not content:
+                anew.append(name.decode())
+            example = record(image, label, name)
+            total += len(example)
+            writer.write(example)
+        writer.close()
+    except RuntimeError as error:  # ArrayRecord's, on a full disk for one; it names the file
+        raise OSError(f"{error}: mend it, and start again to go on") from error
+    finally:
+        os.close(file)
+    if (found := _num_records(path)) != len(images):
+        raise OSError(f"{path}: expected {len(images)} records, found {found}: is the disk full?")
+    return {"bytes": total, "encoded_anew": anew}
+
+
+def _as_rgb_jpeg(content: bytes, name: str) -> bytes:
+    try:
+        return imagenet_tars.as_rgb_jpeg(content)
+    except (ValueError, OSError) as error:
+        raise ValueError(f"{name}: damaged ({error}). {imagenet_tars.SOURCE}") from error
+
+
+def _num_records(path: pathlib.Path) -> int:
+    """The records of a shard; -1 if it is missing or damaged."""
+    from array_record.python import array_record_module
+
+    try:
+        reader = array_record_module.ArrayRecordReader(str(path))
+        count = reader.num_records()
+        reader.close()  # this one tells of damage
+    except (RuntimeError, ValueError, OSError, IndexError):
+        return -1
+    return count
+
+
+def _check_finished(final: pathlib.Path, counts: dict[str, int]) -> None:
+    """Raises FileExistsError unless the folder holds what would be written."""
+    import tensorflow_datasets as tfds
+
+    try:
+        info = tfds.builder_from_directory(final).info
+        found = {name: split.num_examples for name, split in info.splits.items()}
+        found = f"{found} as {info.file_format.value}"
+    except Exception as error:  # tfds raises many kinds for a folder that it cannot read
+        found = f"nothing that tfds reads ({error})"
+    if found != f"{counts} as array_record":
+        raise FileExistsError(
+            f"{final}: expected no folder, or {counts} as array_record; found {found}. "
+            "Use it as it is, move it away, or choose another data_dir"
+        )
+    (final / _STATE).unlink(missing_ok=True)  # of a run killed after its last step but one
+
+
+def _check_room(folder: pathlib.Path, missing: list[imagenet_tars.Images]) -> None:
+    # Headers, labels and names take some 200 bytes a record; shards end on a block of 64 KiB.
+    needed = sum(int(images.sizes.sum()) + 300 * len(images) + 2**17 for images in missing)
+    free = shutil.disk_usage(folder).free
+    if free < needed:
+        raise OSError(
+            errno.ENOSPC,
+            f"expected {needed:,} bytes of free disk for what is still to be written, found "
+            f"{free:,}: make room, or choose another data_dir",
+            str(folder),
+        )
+
+
+@contextlib.contextmanager
+def _locked(folder: pathlib.Path) -> Iterator[None]:
+    """Keeps other runs out; the lock goes with the process, however it ends."""
+    import fcntl  # not on Windows, nor is ArrayRecord
+
+    handle = os.open(folder, os.O_RDONLY)
+    try:
+        fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError as error:
+        os.close(handle)
+        raise BlockingIOError(error.errno, "another run is writing here", str(folder)) from None
+    except OSError as error:  # some network file systems have no locks
+        log.warning("%s: cannot be locked (%s): start no second run", folder, error)
+    try:
+        yield
+    finally:
+        os.close(handle)
+
+
+def _compare_encoded_anew(plan: _Plan, done: dict[str, dict]) -> None:
+    """Warns where the images that needed a new encoding are not those that tfds lists."""
+    listed = set()
+    for _, images in plan.values():
+        listed.update(imagenet_tars.encoded_by_tfds().intersection(map(bytes.decode, images.names)))
+    found = {name for entry in done.values() for name in entry["encoded_anew"]}
+    log.info("encoded anew as RGB JPEG: %d images", len(found))
+    if found != listed:
+        log.warning(
+            "CMYK or PNG, but not on tfds' list: %s; on the list, but not CMYK or PNG here: %s",
+            imagenet_tars.some(sorted(found - listed)) or "none",
+            imagenet_tars.some(sorted(listed - found)) or "none",
+        )
+
+
+def _fingerprint(plan: _Plan) -> str:
+    """A hash of what goes where; the contents of the images are not read for it."""
+    state = hashlib.sha256()
+    for name, (_, images) in plan.items():
+        state.update(name.encode())
+        for array in (images.names, images.offsets, images.sizes, images.labels):
+            state.update(array.tobytes())
+    return state.hexdigest()

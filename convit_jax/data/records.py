@@ -1,0 +1,273 @@
+"""Records of a prepared tfds data set, read at random and without TensorFlow.
+
+A TFRecord shard is a row of records, each [length: uint64][checksum of the length: uint32]
+[payload][checksum of the payload: uint32], little-endian; a walk over the lengths, once, makes
+it a random-access file. ArrayRecord shards carry an index of their own.
+"""
+
+import bisect
+from collections.abc import Callable, Collection
+import dataclasses
+import functools
+import hashlib
+import itertools
+import logging
+import os
+from typing import Protocol
+import zipfile
+
+import numpy as np
+
+from convit_jax import storage
+from convit_jax.data.threads import in_threads
+
+log = logging.getLogger(__name__)
+
+HEADER = 12  # bytes before a TFRecord's payload
+FOOTER = 4  # and after it
+MAX_OPEN_FILES = 65536  # asked of the system where every shard of a large set is held open
+
+Arrays = dict[str, np.ndarray]
+
+
+class Records(Protocol):
+    """The payloads of a split, in the order of its shards."""
+
+    paths: tuple[str, ...]
+
+    def __len__(self) -> int: ...
+
+    def __getitem__(self, index: int) -> bytes: ...
+
+    def where(self, index: int) -> str:
+        """The shard and the number in it of a record, for messages."""
+        ...
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class TFRecords:
+    """Records of TFRecord shards.
+
+    Every read opens its shard anew, for some microseconds: an ImageNet has more shards than a
+    process may hold open by default, and what is not open need not survive pickling.
+    """
+
+    paths: tuple[str, ...]
+    ends: tuple[int, ...]  # cumulative number of records
+    spans: np.ndarray = dataclasses.field(repr=False)  # (n, 2) int64: offset, length of payloads
+
+    def __len__(self) -> int:
+        return len(self.spans)
+
+    def __getitem__(self, index: int) -> bytes:
+        offset, length = (int(x) for x in self.spans[index])
+        try:
+            with open(self.paths[bisect.bisect_right(self.ends, index)], "rb", buffering=0) as file:
+                record = os.pread(file.fileno(), HEADER + length, offset - HEADER)
+        except OSError as error:
+            raise OSError(f"{self.where(index)}: {error.strerror or error}") from error
+        if len(record) < HEADER + length or int.from_bytes(record[:8], "little") != length:
+            raise ValueError(
+                f"{self.where(index)}: expected {length:,} bytes, which are not there (any more): "
+                f"the shard was changed since it was indexed; start again"
+            )
+        return record[HEADER:]
+
+    def where(self, index: int) -> str:
+        return _where(self, index)
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class ArrayRecords:
+    """Records of ArrayRecord shards; each process opens them as it first reads them."""
+
+    paths: tuple[str, ...]
+    ends: tuple[int, ...]
+
+    def __len__(self) -> int:
+        return self.ends[-1]
+
+    def __getitem__(self, index: int) -> bytes:
+        try:
+            return self._reader[index]
+        except (IndexError, RuntimeError, ValueError, OSError) as error:
+            raise ValueError(f"{self.where(index)}: {error}") from error
+
+    def where(self, index: int) -> str:
+        return _where(self, index)
+
+    @functools.cached_property
+    def _reader(self):
+        from array_record.python import array_record_data_source  # with its absl flags
+
+        _allow_open_files()
+        lengths = np.diff(self.ends, prepend=0)
+        # A name with its count is a shard that need not be opened before it is read.
+        spans = [f"{path}[0:{n}]" for path, n in zip(self.paths, lengths, strict=True)]
+        return array_record_data_source.ArrayRecordDataSource(spans)
+
+    def __getstate__(self) -> dict:
+        return {key: value for key, value in self.__dict__.items() if key != "_reader"}
+
+
+def _where(records: TFRecords | ArrayRecords, index: int) -> str:
+    shard = bisect.bisect_right(records.ends, index)
+    number = index - (records.ends[shard - 1] if shard else 0)
+    return f"{records.paths[shard]}, record {number}"
+
+
+def _allow_open_files() -> None:
+    """Raises this process's limit of open files as far as it may: ImageNet has 1,024 shards."""
+    try:
+        import resource
+    except ImportError:  # not Unix
+        return
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    wanted = MAX_OPEN_FILES if hard == resource.RLIM_INFINITY else min(hard, MAX_OPEN_FILES)
+    if soft != resource.RLIM_INFINITY and soft < wanted:
+        resource.setrlimit(resource.RLIMIT_NOFILE, (wanted, hard))
+
+
+def open_tfrecords(
+    paths: Collection[str], lengths: Collection[int], cache: str | None = None
+) -> TFRecords:
+    """Indexes TFRecord shards.
+
+    Args:
+      paths: the shards.
+      lengths: how many records each one must have.
+      cache: an .npz file that keeps the index for as long as the shards stay as they are.
+
+    Raises:
+      ValueError: if a shard is truncated, corrupt or has another number of records.
+    """
+
+    def build() -> Arrays:
+        spans = in_threads("Indexing", "shards", index_shard, paths, lengths)
+        return {"spans": np.concatenate(spans)}
+
+    spans = cached(cache, fingerprint(paths), build)["spans"]
+    return TFRecords(tuple(paths), tuple(itertools.accumulate(lengths)), spans)
+
+
+def open_array_records(paths: Collection[str], lengths: Collection[int]) -> ArrayRecords:
+    """Opens ArrayRecord shards, each once to check its number of records.
+
+    Raises:
+      ValueError: if a shard cannot be read or has another number of records than expected.
+    """
+    in_threads("Checking", "shards", _check_array_record, paths, lengths)
+    return ArrayRecords(tuple(paths), tuple(itertools.accumulate(lengths)))
+
+
+def _check_array_record(path: str, expected: int) -> None:
+    from array_record.python import array_record_module
+
+    try:
+        reader = array_record_module.ArrayRecordReader(path)
+        try:
+            count = reader.num_records()
+        finally:
+            reader.close()
+    except (RuntimeError, ValueError, OSError) as error:
+        raise ValueError(
+            f"{path}: not a whole ArrayRecord file, truncated or corrupt ({error}); copy or "
+            f"prepare it again"
+        ) from error
+    _check_count(path, count, expected)
+
+
+def index_shard(path: str, expected: int) -> np.ndarray:
+    """Offset and length of every payload of a TFRecord shard: (n, 2) int64.
+
+    Raises:
+      ValueError: if a length fails its checksum, the file ends within a record, or there are
+        not `expected` records.
+    """
+    heads, offset = [], 0
+    size = os.path.getsize(path)
+    with open(path, "rb", buffering=0) as file:
+        # One more than expected is enough to know that there are too many.
+        while offset < size and len(heads) <= expected:
+            heads.append(os.pread(file.fileno(), HEADER, offset))
+            offset += HEADER + int.from_bytes(heads[-1][:8], "little") + FOOTER
+    again = "copy or prepare it again"
+    cut = f"{path}, record {len(heads) - 1}: the shard is truncated, at {size:,} bytes; {again}"
+    if heads and len(heads[-1]) < HEADER:
+        raise ValueError(cut)
+    head = np.frombuffer(b"".join(heads), np.uint8).reshape(-1, HEADER)
+    checksums = np.ascontiguousarray(head[:, 8:]).view("<u4")[:, 0]
+    bad = np.flatnonzero(masked_crc32c(head[:, :8]) != checksums)
+    if bad.size:
+        raise ValueError(
+            f"{path}, record {bad[0]}: its length fails its checksum: corrupt, or not a "
+            f"TFRecord file; {again}"
+        )
+    if len(heads) <= expected and offset > size:
+        raise ValueError(cut)
+    _check_count(path, len(heads), expected)
+    lengths = np.ascontiguousarray(head[:, :8]).view("<i8")[:, 0]
+    ends = np.cumsum(lengths + (HEADER + FOOTER))
+    return np.stack([ends - FOOTER - lengths, lengths], axis=1)
+
+
+def _check_count(path: str, count: int, expected: int) -> None:
+    if count != expected:
+        more = "more" if count > expected else f"{count:,}"
+        raise ValueError(
+            f"{path}: expected {expected:,} records, by dataset_info.json beside it, got {more}: "
+            f"truncated, or of another data set; copy or prepare it again"
+        )
+
+
+@functools.cache
+def _crc_table() -> np.ndarray:
+    table = np.arange(256, dtype=np.uint32)
+    for _ in range(8):  # Castagnoli's polynomial, bits reflected
+        table = (table >> 1) ^ np.where(table & 1, np.uint32(0x82F63B78), np.uint32(0))
+    return table
+
+
+def masked_crc32c(data: np.ndarray) -> np.ndarray:
+    """The checksum TFRecord uses, of each row of (n, k) uint8: (n,) uint32."""
+    crc = np.full(len(data), 0xFFFFFFFF, np.uint32)
+    for column in data.T:
+        crc = (crc >> 8) ^ _crc_table()[(crc ^ column) & 0xFF]
+    crc = ~crc
+    return ((crc >> 15) | (crc << 17)) + np.uint32(0xA282EAD8)
+
+
+def fingerprint(paths: Collection[str]) -> str:
+    """Changes when a file's name, size or time of modification does."""
+    digest = hashlib.sha256()
+    for path in paths:
+        stat = os.stat(path)
+        digest.update(f"{os.path.abspath(path)}\0{stat.st_size}\0{stat.st_mtime_ns}\n".encode())
+    return digest.hexdigest()
+
+
+def cache_file(folder: str | None, name: str) -> str | None:
+    return None if folder is None else os.path.join(os.path.expanduser(folder), f"{name}.npz")
+
+
+def cached(path: str | None, key: str, build: Callable[[], Arrays]) -> Arrays:
+    """What build() returns, kept in the .npz file `path` for as long as `key` is the same."""
+    if path is None:
+        return build()
+    try:
+        # Opened here, for numpy leaves a file open that turns out to be damaged.
+        with open(path, "rb") as file, np.load(file, allow_pickle=False) as arrays:
+            if str(arrays["key"]) == key:
+                return {name: arrays[name] for name in arrays.files if name != "key"}
+    except FileNotFoundError:
+        pass
+    except (OSError, ValueError, KeyError, EOFError, zipfile.BadZipFile) as error:
+        log.warning("%s: not readable, so it is made anew: %s", path, error)
+    arrays = build()
+    try:
+        os.makedirs(os.path.dirname(path), exist_ok=True)
+        with storage.whole_file(path) as unfinished, unfinished.open("wb") as file:
+            np.savez(file, key=np.array(key), **arrays)
+    except OSError as error:
+        log.warning("%s: not written, so the next start indexes again: %s", path, error)
+    return arrays

@@ -1,0 +1,325 @@
+"""Image transforms on the host: an encoded image and a generator in, uint8 pixels out.
+
+Two backends make the same random choices, from the same draws: "fast" resizes by OpenCV, and
+"exact" by Pillow, which gives timm's pixels to the bit. Evaluation is Pillow's in any case.
+Normalising, erasing and mixing are done in batches on the device (`convit_jax.mixup`).
+"""
+
+import dataclasses
+import math
+from typing import TYPE_CHECKING
+
+import numpy as np
+
+from convit_jax.data import randaugment
+from convit_jax.data.decode import open_image
+from convit_jax.data.opencv import opencv
+from convit_jax.model.image_size import pair
+
+if TYPE_CHECKING:
+    from PIL import Image
+
+CROPS = ("random_resized", "pad", "none")
+BACKENDS = ("fast", "exact")
+_JITTER = ("Brightness", "Contrast", "Color")  # torchvision calls the last one saturation
+
+
+def pad_and_crop(image: np.ndarray, rng: np.random.Generator, padding: int) -> np.ndarray:
+    """Shifts an image at random: black borders on all sides, then a crop of the old size.
+
+    The augmentation of CIFAR (He et al. 2016, arXiv:1512.03385, section 4.2), without the flip.
+
+    Args:
+      image: (height, width, channels).
+      rng: draws the place of the crop.
+      padding: width of the borders in pixels; 0 changes nothing.
+    """
+    height, width, _ = image.shape
+    padded = np.pad(image, ((padding, padding), (padding, padding), (0, 0)))
+    y, x = rng.integers(0, 2 * padding + 1, size=2)
+    return padded[y : y + height, x : x + width]
+
+
+def random_box(
+    height: int,
+    width: int,
+    rng: np.random.Generator,
+    scale: tuple[float, float] = (0.08, 1.0),
+    ratio: tuple[float, float] = (3 / 4, 4 / 3),
+) -> tuple[int, int, int, int]:
+    """Draws a crop (top, left, height, width) in pixels, as torchvision's RandomResizedCrop.
+
+    Args:
+      height, width: of the image.
+      rng: draws area, ratio and place.
+      scale: range of the crop's share of the area, uniform.
+      ratio: range of its width over its height, log-uniform. After ten boxes that do not fit, the
+        largest centred one whose ratio is in the range.
+    """
+    low, high = math.log(ratio[0]), math.log(ratio[1])
+    for _ in range(10):
+        # rng.random() takes a fifth of the time of rng.uniform and rng.integers.
+        area = height * width * (scale[0] + (scale[1] - scale[0]) * rng.random())
+        aspect = math.exp(low + (high - low) * rng.random())
+        w, h = round(math.sqrt(area * aspect)), round(math.sqrt(area / aspect))
+        if 0 < w <= width and 0 < h <= height:
+            top, left = rng.random() * (height - h + 1), rng.random() * (width - w + 1)
+            return int(top), int(left), h, w
+    w, h = width, height
+    if width / height < ratio[0]:
+        h = round(width / ratio[0])
+    elif width / height > ratio[1]:
+        w = round(height * ratio[1])
+    return (height - h) // 2, (width - w) // 2, h, w
+
+
+@dataclasses.dataclass(frozen=True)
+class TrainTransform:
+    """Crop, flip, and RandAugment or colour jitter; by default DeiT's recipe.
+
+    Called with (image, rng): the image is the bytes of a file or (height, width, 1 or 3) uint8,
+    the generator the only source of randomness. Gives (*size, 3) uint8; of an array, as many
+    channels as it has. A call raises ValueError for an image that cannot be read, that does not
+    have the size that crop "pad" needs, or that has one channel where colours are to be changed.
+
+    Attributes:
+      size: of the output in pixels: the side of a square or (height, width).
+      crop: "random_resized", "pad" (`pad_and_crop`; images are of `size` already) or "none" (as
+        `EvalTransform`).
+      scale, ratio: of "random_resized", see `random_box`.
+      flip: probability of a horizontal flip.
+      randaugment_ops: operations an image, see `randaugment.draw`; 0 is off.
+      randaugment_magnitude: 0 to 10.
+      randaugment_std: of the magnitude.
+      color_jitter: brightness, contrast and saturation by factors of 1 - c to 1 + c in a random
+        order; only where RandAugment is off.
+      pad_crop: borders of "pad" in pixels.
+      backend: "fast" or "exact".
+      crop_pct: of "none".
+    """
+
+    size: int | tuple[int, int]
+    crop: str = "random_resized"
+    scale: tuple[float, float] = (0.08, 1.0)
+    ratio: tuple[float, float] = (3 / 4, 4 / 3)
+    flip: float = 0.5
+    randaugment_ops: int = 2
+    randaugment_magnitude: float = 9.0
+    randaugment_std: float = 0.5
+    color_jitter: float = 0.4
+    pad_crop: int = 0
+    backend: str = "fast"
+    crop_pct: float = 0.875
+
+    def __post_init__(self) -> None:
+        _check_size(self.size)
+        _check_crop_pct(self.crop_pct)
+        _check("crop", self.crop, f"one of {', '.join(CROPS)}", self.crop in CROPS)
+        _check("backend", self.backend, "fast or exact", self.backend in BACKENDS)
+        _check("scale", self.scale, "0 < low <= high <= 1", _is_range(self.scale, 1))
+        _check("ratio", self.ratio, "0 < low <= high", _is_range(self.ratio, math.inf))
+        _check("flip", self.flip, "a probability", 0 <= self.flip <= 1)
+        for name in ("randaugment_ops", "randaugment_std", "color_jitter", "pad_crop"):
+            value = getattr(self, name)
+            _check(name, value, "0 or more", value >= 0)
+        magnitude = self.randaugment_magnitude
+        _check("randaugment_magnitude", magnitude, "0 to 10", 0 <= magnitude <= 10)
+
+    def __call__(self, image: bytes | np.ndarray, rng: np.random.Generator) -> np.ndarray:
+        height, width, read = open_image(image)
+        if self.crop == "random_resized":
+            top, left, h, w = random_box(height, width, rng, self.scale, self.ratio)
+            pixels = read(top + h)[top : top + h, left : left + w]
+        elif self.crop == "pad":
+            pixels = pad_and_crop(self._of_size(read(height)), rng, self.pad_crop)
+        else:
+            pixels = EvalTransform(self.size, self.crop_pct)(image)
+        flip = rng.random() < self.flip
+        ops = self._draw_ops(rng)
+        if pixels.shape[2] != 3 and (self.randaugment_ops or self.color_jitter):
+            raise ValueError(
+                "RandAugment and colour jitter: expected 3 channels, got an image of "
+                f"{pixels.shape[2]}; set randaugment_ops and color_jitter to 0"
+            )
+        finish = _finish_fast if self.backend == "fast" else _finish_exact
+        return finish(pixels, pair(self.size), flip, ops)
+
+    def _draw_ops(self, rng: np.random.Generator) -> list[randaugment.Op]:
+        if self.randaugment_ops:
+            return randaugment.draw(
+                rng, self.randaugment_ops, self.randaugment_magnitude, self.randaugment_std
+            )
+        if not self.color_jitter:
+            return []
+        low, high = max(0, 1 - self.color_jitter), 1 + self.color_jitter
+        factors = rng.uniform(low, high, size=len(_JITTER))
+        return [(_JITTER[i], float(factors[i])) for i in rng.permutation(len(_JITTER))]
+
+    def _of_size(self, pixels: np.ndarray) -> np.ndarray:
+        if pixels.shape[:2] != pair(self.size):
+            raise ValueError(
+                f"crop 'pad': expected images of {pair(self.size)} pixels, got "
+                f"{pixels.shape[:2]}; crop 'random_resized' resizes"
+            )
+        return pixels
+
+
+@dataclasses.dataclass(frozen=True)
+class EvalTransform:
+    """The shorter side to floor(size / crop_pct) by antialiased bicubic, then the centre.
+
+    Called with an image, as `TrainTransform`; the pixels are those of timm's evaluation transform.
+
+    Attributes:
+      size: of the output in pixels: the side of a square or (height, width).
+      crop_pct: side of the output over the side of what it is cut from.
+    """
+
+    size: int | tuple[int, int]
+    crop_pct: float = 0.875
+
+    def __post_init__(self) -> None:
+        _check_size(self.size)
+        _check_crop_pct(self.crop_pct)
+
+    def __call__(self, image: bytes | np.ndarray) -> np.ndarray:
+        height, width, read = open_image(image)
+        h, w = pair(self.size)
+        resized_h, resized_w = self._resized(height, width)
+        top, left = round((resized_h - h) / 2), round((resized_w - w) / 2)
+        rows = _Span.of(height, resized_h, top, h)
+        columns = _Span.of(width, resized_w, left, w)
+        pixels = read(rows.last)[rows.first : rows.last, columns.first : columns.last]
+        picture = _to_picture(pixels)
+        # Column by column and then row by row, as Pillow itself.
+        picture = columns.resize(picture, axis=0)
+        return _to_array(rows.resize(picture, axis=1))
+
+    def _resized(self, height: int, width: int) -> tuple[int, int]:
+        """Size of the whole image after resizing, by the rules of timm and torchvision."""
+        h, w = (math.floor(side / self.crop_pct) for side in pair(self.size))
+        if h == w:
+            longer = int(h * max(height, width) / min(height, width))
+            return (longer, w) if width <= height else (h, longer)
+        shrink = min(height / h, width / w)
+        return round(height / shrink), round(width / shrink)
+
+
+@dataclasses.dataclass(frozen=True)
+class _Span:
+    """One axis of "resize, then crop": which inputs are read and what Pillow is asked for.
+
+    Pillow can make the crop alone, from a box with fractional ends, but holds the ends in float32.
+    Where they are exact there, as for 256 pixels of any shorter side, so are its pixels; elsewhere
+    the whole axis is made and cut.
+    """
+
+    first: int  # inputs [first, last) are needed
+    last: int
+    start: float  # these, counted from `first`, become
+    stop: float
+    length: int  # so many outputs,
+    skip: int  # of which these many are dropped in front
+    keep: int  # and these many are the crop
+
+    @classmethod
+    def of(cls, size: int, resized: int, skip: int, keep: int) -> "_Span":
+        scale = size / resized
+        start, stop = skip * scale, (skip + keep) * scale
+        held = (scale, start, stop, stop - start)
+        # scale * resized is exact if scale has 24 bits
+        if scale * resized != size or any(float(np.float32(x)) != x for x in held):
+            return cls(0, size, 0, size, resized, skip, keep)
+        reach = math.ceil(2 * max(scale, 1)) + 1  # of the bicubic kernel
+        first, last = max(0, int(start) - reach), min(size, math.ceil(stop) + reach)
+        return cls(first, last, start - first, stop - first, keep, 0, keep)
+
+    def resize(self, picture: "Image.Image", axis: int) -> "Image.Image":
+        """Resizes and crops along an axis: 0 is the width."""
+        from PIL import Image
+
+        size, box, crop = list(picture.size), [0, 0, *picture.size], [0, 0, *picture.size]
+        size[axis] = self.length
+        box[axis], box[axis + 2] = self.start, self.stop
+        crop[axis], crop[axis + 2] = self.skip, self.skip + self.keep
+        return picture.resize(tuple(size), Image.Resampling.BICUBIC, box=tuple(box)).crop(crop)
+
+
+def _finish_fast(
+    pixels: np.ndarray, size: tuple[int, int], flip: bool, ops: list[randaugment.Op]
+) -> np.ndarray:
+    """Resizes, flips and applies the operations, by OpenCV."""
+    shape = *size, pixels.shape[2]
+    if pixels.shape[:2] != size:
+        pixels = _resize_fast(pixels, size)
+    if flip:
+        pixels = opencv().flip(pixels, 1)
+    pixels = np.ascontiguousarray(pixels).reshape(shape)  # OpenCV drops a single channel
+    for op in ops:
+        pixels = randaugment.apply_fast(pixels, op)
+    return pixels
+
+
+def _finish_exact(
+    pixels: np.ndarray, size: tuple[int, int], flip: bool, ops: list[randaugment.Op]
+) -> np.ndarray:
+    """Resizes, flips and applies the operations, by Pillow."""
+    from PIL import Image
+
+    picture = _to_picture(pixels)
+    if pixels.shape[:2] != size:
+        picture = picture.resize(size[::-1], Image.Resampling.BICUBIC)
+    if flip:
+        picture = picture.transpose(Image.Transpose.FLIP_LEFT_RIGHT)
+    for op in ops:
+        picture = randaugment.apply_exact(picture, op)
+    return _to_array(picture)
+
+
+def _resize_fast(pixels: np.ndarray, size: tuple[int, int]) -> np.ndarray:
+    """Bicubic, after a blur along the axes that shrink, by how much they do.
+
+    A standard deviation of a third of an output pixel comes nearest to Pillow's antialiased
+    bicubic: 0.3 to 1.5 grey levels off on photos. OpenCV's INTER_AREA is 0.4 to 1.5 off and takes
+    twice the time; bicubic without the blur is up to 8 off.
+    """
+    cv2 = opencv()
+    shrink = pixels.shape[1] / size[1], pixels.shape[0] / size[0]
+    if min(shrink) > 3:  # a wide blur costs more
+        return cv2.resize(pixels, size[::-1], interpolation=cv2.INTER_AREA)
+    if max(shrink) > 1:
+        # One tap is no blur; beyond three, up to a shrink of 2, the next would be under 0.01.
+        taps = [2 * math.ceil(s) - 1 if s > 1 else 1 for s in shrink]
+        sigmas = [s / 3 for s in shrink]
+        pixels = cv2.GaussianBlur(pixels, taps, *sigmas, borderType=cv2.BORDER_REPLICATE)
+    return cv2.resize(pixels, size[::-1], interpolation=cv2.INTER_CUBIC)
+
+
+def _to_picture(pixels: np.ndarray) -> "Image.Image":
+    from PIL import Image
+
+    return Image.fromarray(pixels if pixels.shape[2] == 3 else pixels[..., 0])
+
+
+def _to_array(picture: "Image.Image") -> np.ndarray:
+    array = np.array(picture)
+    return array if array.ndim == 3 else array[..., None]
+
+
+def _is_range(values: tuple[float, float], highest: float) -> bool:
+    return len(values) == 2 and 0 < values[0] <= values[1] <= highest
+
+
+def _check(name: str, value: object, expected: str, valid: bool) -> None:
+    if not valid:
+        raise ValueError(f"{name}: expected {expected}, got {value!r}")
+
+
+def _check_size(size: int | tuple[int, int]) -> None:
+    valid = isinstance(size, int) or (len(size) == 2 and all(isinstance(x, int) for x in size))
+    valid = valid and min(pair(size)) > 0
+    _check("size", size, "a side or (height, width) in pixels", valid)
+
+
+def _check_crop_pct(crop_pct: float) -> None:
+    _check("crop_pct", crop_pct, "0 < crop_pct <= 1", 0 < crop_pct <= 1)

@@ -1,0 +1,303 @@
+"""Gated positional self-attention (GPSA) and plain self-attention.
+
+d'Ascoli et al., "ConViT: Improving Vision Transformers with Soft Convolutional
+Inductive Biases", ICML 2021, arXiv:2103.10697, section 3.
+
+For head h, query patch i and key patch j (equations 6 and 7 of the paper):
+
+    A_ij = (1 - s(g_h)) softmax_j(q_i . k_j / sqrt(K)) + s(g_h) softmax_j(w_h . r_ij)
+    out  = A v
+
+with s the sigmoid, g_h a learned gate and r_ij = (dx, dy, dx^2 + dy^2), where
+dx and dy count columns and rows from the query to the key. Three things follow
+from these equations; this file is written on them:
+
+1. The second softmax never sees the image: it belongs to the layer.
+2. Its score is a function of dx plus a function of dy, so over a grid of patches
+   it factorises: P = P_y (x) P_x, one row-stochastic matrix for the rows and one
+   for the columns. This holds for every learned w and every rectangular grid, and
+   no (N, N, 3) tensor of positions is ever needed.
+3. Rows of both softmaxes sum to 1, hence so do the rows of A. The division by the
+   row sum in the original code divides by 1 and is left out here.
+
+Shapes: B batch, N patches (or tokens), H heads, K width of a head, D = H K width,
+R rows and C columns of the patch grid, N = R C.
+"""
+
+import functools
+from typing import Any
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+
+from convit_jax.model import sdpa
+from convit_jax.model.positional import (
+    Linear,
+    PositionalAttention,
+    contract_positional,
+    linear_init,
+    positional_map,
+)
+from convit_jax.model.sdpa import AttentionFn
+
+Array = jax.Array
+Grid = tuple[int, int]
+
+POSITIONAL_FORMS = ("blend", "contract")
+
+
+def blended_map(content: Array, positional: Array, share: Array) -> Array:
+    """The map A of equation 7.
+
+    Args:
+      content: (B, H, N, N).
+      positional: (H, N, N).
+      share: (H,), of the positional part: the sigmoid of the gates.
+
+    Returns:
+      (B, H, N, N), float32; every row sums to 1.
+    """
+    share = share[:, None, None]
+    return (1.0 - share) * content + share * positional
+
+
+def choose_forms(
+    attention: str | AttentionFn,
+    positional: str,
+    tokens: int,
+    attn_dropout: float = 0.0,
+    backend: str | None = None,
+) -> tuple[str | AttentionFn, str]:
+    """What "auto" stands for in `GPSA.attention` and `GPSA.positional`.
+
+    The two go together: a map that is blended has to be written out. Where either will do, the
+    positional part is contracted on a CPU and blended elsewhere: the axes of a 14 x 14 grid leave
+    matrix units of 128 x 128 idle (benchmarks/README.md has what was measured).
+
+    Args:
+      tokens: N.
+      backend: "cpu", "gpu" or "tpu"; None is JAX's default.
+    """
+    attention = sdpa.choose(attention, tokens, attn_dropout) if positional != "blend" else "xla"
+    if positional == "auto":
+        is_cpu = (backend or jax.default_backend()) == "cpu"
+        contract = attention != "xla" or (is_cpu and not attn_dropout)
+        positional = "contract" if contract else "blend"
+    return attention, positional
+
+
+def check_forms(attention: str | AttentionFn, positional: str, attn_dropout: float) -> None:
+    """Raises ValueError unless the options of `GPSA` by these names fit together."""
+    sdpa.check(attention)
+    if positional not in ("auto", *POSITIONAL_FORMS):
+        raise ValueError(
+            f"positional: expected auto or one of {POSITIONAL_FORMS}, got {positional!r}"
+        )
+    blend = positional == "blend" or attn_dropout > 0
+    if blend and attention not in ("auto", "xla"):
+        why = "positional='blend'" if positional == "blend" else f"attn_dropout={attn_dropout}"
+        raise ValueError(f"attention: expected auto or xla with {why}, got {attention!r}")
+    if attn_dropout and positional == "contract":
+        raise ValueError(
+            "attn_dropout acts on the blended map: expected positional auto or blend, got "
+            f"'contract' with attn_dropout={attn_dropout}"
+        )
+
+
+def identity_init(key: Array, shape: tuple[int, ...], dtype: Any = jnp.float32) -> Array:
+    """Initialiser of the value projection: the identity (`local_init` of the original code)."""
+    del key
+    return jnp.eye(*shape, dtype=dtype)
+
+
+def _check_heads(num_heads: int, width: int) -> None:
+    if num_heads < 1 or width % num_heads:
+        raise ValueError(
+            f"num_heads must divide the width: expected a divisor of {width}, got {num_heads}"
+        )
+
+
+class SelfAttention(nn.Module):
+    """Multi-head self-attention, as in ViT and DeiT.
+
+    Attributes:
+      num_heads: H; must divide the width D of the input.
+      qkv_bias: whether the query, key and value projection has a bias.
+      qk_scale: factor of the scores; None is K ** -0.5.
+      attn_dropout: rate of dropout on the attention map; needs attention="xla".
+      dropout: rate of dropout on the output.
+      attention: how softmax(q k^T) v is computed: "auto", a name of `sdpa.IMPLEMENTATIONS`, or a
+        function with the signature of `jax.nn.dot_product_attention`.
+      queries: attention from the first so many tokens only, to all; None is from every token. It
+        is always "xla": a map of few queries is small.
+      dtype: of the matrix products. Softmaxes are always float32.
+    """
+
+    num_heads: int
+    qkv_bias: bool = False
+    qk_scale: float | None = None
+    attn_dropout: float = 0.0
+    dropout: float = 0.0
+    attention: str | AttentionFn = "auto"
+    queries: int | None = None
+    dtype: Any = jnp.float32
+
+    def __post_init__(self):
+        sdpa.check(self.attention)
+        if self.queries is not None and self.queries < 1:
+            raise ValueError(f"queries: expected None or 1 or more, got {self.queries}")
+        if self.attn_dropout and self.attention not in ("auto", "xla"):
+            raise ValueError(
+                "attn_dropout acts on the map of attention='xla': expected that or 'auto' with "
+                f"attn_dropout={self.attn_dropout}, got {self.attention!r}"
+            )
+        super().__post_init__()
+
+    @nn.compact
+    def __call__(
+        self,
+        x: Array,
+        grid: Grid | None = None,
+        train: bool = False,
+        return_attention: bool = False,
+    ) -> Array | tuple[Array, dict[str, Array]]:
+        """Attends from tokens to every token.
+
+        Args:
+          x: (B, N, D).
+          grid: not used; here so that both attentions are called alike.
+          train: whether dropout is on; needs the rng stream "dropout" if a rate is not 0.
+          return_attention: whether to return the attention map as well.
+
+        Returns:
+          (B, N, D) in `dtype`; with `return_attention`, also {"content": (B, H, N, N) float32}.
+          With `queries`, (B, queries, D) and (B, H, queries, N).
+        """
+        batch, size, width = x.shape
+        _check_heads(self.num_heads, width)
+        head = width // self.num_heads
+        scale = self.qk_scale or head**-0.5
+        qkv = Linear(3 * width, use_bias=self.qkv_bias, dtype=self.dtype, name="qkv")(x)
+        qkv = qkv.reshape(batch, size, 3, self.num_heads, head)
+        q, k, v = qkv[:, : self.queries, 0], qkv[:, :, 1], qkv[:, :, 2]
+
+        if train and self.attn_dropout:
+            drop = nn.Dropout(self.attn_dropout, deterministic=False, name="attn_drop")
+            out = sdpa.keep(sdpa.apply_map(drop(sdpa.content_map(q, k, scale)), v))
+        else:
+            attention = sdpa.choose(self.attention, size, self.attn_dropout)
+            attention = "xla" if self.queries else attention
+            out = sdpa.attention_fn(attention)(q, k, v, scale=scale)
+        out = _project(out, self.dropout, train, self.dtype)
+        return (out, {"content": sdpa.content_map(q, k, scale)}) if return_attention else out
+
+
+class GPSA(nn.Module):
+    """Gated positional self-attention over a grid of patches.
+
+    Attributes:
+      num_heads: H; must divide the width D of the input.
+      qkv_bias: whether the query, key and value projections have biases.
+      qk_scale: factor of the content scores; None is K ** -0.5.
+      attn_dropout: rate of dropout on the blended attention map; needs positional="blend" or
+        "auto".
+      dropout: rate of dropout on the output.
+      locality_strength: the paper's alpha; how sharply heads look at their patch at the start.
+      use_local_init: False starts from random positions and values (the paper's ablation).
+      positional: "blend" mixes P = P_y (x) P_x into the content map and applies the blended map
+        to v; "contract" applies P_y and P_x along rows and columns of v, beside the content part.
+        The same function, other costs: "auto" is `choose_forms`.
+      attention: how the content part is computed: "auto", a name of `sdpa.IMPLEMENTATIONS`, or a
+        function with the signature of `jax.nn.dot_product_attention`. All but "xla" need
+        positional="contract".
+      dtype: of the matrix products. Positions, softmaxes and gates are always float32.
+    """
+
+    num_heads: int
+    qkv_bias: bool = False
+    qk_scale: float | None = None
+    attn_dropout: float = 0.0
+    dropout: float = 0.0
+    locality_strength: float = 1.0
+    use_local_init: bool = True
+    positional: str = "auto"
+    attention: str | AttentionFn = "auto"
+    dtype: Any = jnp.float32
+
+    def __post_init__(self):
+        check_forms(self.attention, self.positional, self.attn_dropout)
+        super().__post_init__()
+
+    @nn.compact
+    def __call__(
+        self, x: Array, grid: Grid, train: bool = False, return_attention: bool = False
+    ) -> Array | tuple[Array, dict[str, Array]]:
+        """Attends from every patch to every patch.
+
+        Args:
+          x: (B, N, D), the patches in row-major order.
+          grid: (R, C), the static patch grid; R C must be N.
+          train: whether dropout is on; needs the rng stream "dropout" if a rate is not 0.
+          return_attention: whether to return the maps as well; nothing is computed for them
+            otherwise.
+
+        Returns:
+          (B, N, D) in `dtype`; with `return_attention`, also the maps, float32: "content"
+          (B, H, N, N), "positional" (H, N, N), "gate" (H,) after the sigmoid, "blended"
+          (B, H, N, N).
+
+        Raises:
+          ValueError: if the heads do not divide D, or the grid does not have N patches.
+        """
+        batch, size, width = x.shape
+        _check_heads(self.num_heads, width)
+        if grid[0] * grid[1] != size:
+            raise ValueError(f"grid {grid} has {grid[0] * grid[1]} patches: expected {size}")
+        head = width // self.num_heads
+        scale = self.qk_scale or head**-0.5
+
+        linear = functools.partial(Linear, use_bias=self.qkv_bias, dtype=self.dtype)
+        qk = linear(2 * width, name="qk")(x).reshape(batch, size, 2, self.num_heads, head)
+        q, k = qk[:, :, 0], qk[:, :, 1]
+        v_init = identity_init if self.use_local_init else linear_init
+        v = linear(width, kernel_init=v_init, name="v")(x)
+        v = v.reshape(batch, size, self.num_heads, head)
+
+        gate = self.param("gate", nn.initializers.ones, (self.num_heads,))
+        share = jax.nn.sigmoid(gate.astype(jnp.float32))
+        p_y, p_x = PositionalAttention(
+            self.num_heads, self.locality_strength, self.use_local_init, name="pos_proj"
+        )(grid)
+
+        attention, positional = choose_forms(
+            self.attention, self.positional, size, self.attn_dropout
+        )
+        if positional == "blend":
+            content = sdpa.content_map(q, k, scale)
+            blended = blended_map(content, positional_map(p_y, p_x), share)
+            drop = nn.Dropout(self.attn_dropout, deterministic=not train, name="attn_drop")
+            out = sdpa.keep(sdpa.apply_map(drop(blended), v))
+        else:
+            content_out = sdpa.attention_fn(attention)(q, k, v, scale=scale)
+            # Both parts are kept, for the gates' gradient, and their sum is computed again.
+            positional_out = sdpa.keep(contract_positional(p_y, p_x, v))
+            out = (1.0 - share[:, None]) * content_out + share[:, None] * positional_out
+        out = _project(out, self.dropout, train, self.dtype)
+        if not return_attention:
+            return out
+        content, positional = sdpa.content_map(q, k, scale), positional_map(p_y, p_x)
+        return out, {
+            "content": content,
+            "positional": positional,
+            "gate": share,
+            "blended": blended_map(content, positional, share),
+        }
+
+
+def _project(out: Array, dropout: float, train: bool, dtype: Any) -> Array:
+    """The output projection: (B, N, H, K) -> (B, N, D). Called inside a compact module."""
+    batch, size, heads, head = out.shape
+    out = out.reshape(batch, size, heads * head).astype(dtype)
+    out = Linear(heads * head, dtype=dtype, name="proj")(out)
+    return nn.Dropout(dropout, deterministic=not train, name="proj_drop")(out)

@@ -1,0 +1,124 @@
+"""The positional half of GPSA, softmax_j(w . r_ij), factorised over rows and columns."""
+
+import functools
+import math
+from typing import Any
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+
+Array = jax.Array
+
+Grid = tuple[int, int]
+
+# The reference code truncates N(0, 0.02^2) at +-2, which is 100 standard deviations:
+# a plain normal. (Initialisers that truncate at 2 sigma give another distribution.)
+linear_init = nn.initializers.normal(0.02)
+Linear = functools.partial(nn.Dense, kernel_init=linear_init)
+
+
+def positional_factors(kernel: Array, grid: Grid) -> tuple[Array, Array]:
+    """Row and column factors of the positional attention, P = P_y (x) P_x.
+
+    Args:
+      kernel: (3, H), the weights of dx, dy and dx^2 + dy^2 for every head.
+      grid: (R, C), the patch grid.
+
+    Returns:
+      P_y (H, R, R) and P_x (H, C, C), float32, indexed [head, query, key]; every row
+      sums to 1. Scores and softmax are float32: dx^2 + dy^2 passes 256 already on a
+      14 x 14 grid, beyond which bfloat16 no longer holds every integer.
+    """
+    wx, wy, wd = kernel.astype(jnp.float32)[:, :, None, None]
+
+    def factor(linear: Array, size: int) -> Array:
+        position = jnp.arange(size, dtype=jnp.float32)
+        offset = position[None, :] - position[:, None]  # key minus query
+        return jax.nn.softmax(linear * offset + wd * offset**2, axis=-1)
+
+    rows, columns = grid
+    return factor(wy, rows), factor(wx, columns)
+
+
+def positional_map(p_y: Array, p_x: Array) -> Array:
+    """The positional attention written out: (H, R, R), (H, C, C) -> (H, N, N)."""
+    heads, rows, _ = p_y.shape
+    size = rows * p_x.shape[-1]
+    # Elementwise and not an einsum: an outer product sent to a matrix unit would be
+    # rounded to its input precision.
+    outer = p_y[:, :, None, :, None] * p_x[:, None, :, None, :]
+    return outer.reshape(heads, size, size)
+
+
+def contract_positional(p_y: Array, p_x: Array, v: Array) -> Array:
+    """P v without P: along the columns with P_x, then along the rows with P_y.
+
+    O(N (R + C)) multiplications a channel instead of O(N^2), and no (N, N) map.
+
+    Args:
+      p_y: (H, R, R) and
+      p_x: (H, C, C), from `positional_factors`.
+      v: (B, N, H, K).
+
+    Returns:
+      (B, N, H, K) in v's dtype.
+    """
+    batch, size, heads, width = v.shape
+    rows, columns = p_y.shape[-1], p_x.shape[-1]
+    p_y, p_x = p_y.astype(v.dtype), p_x.astype(v.dtype)
+    # Heads in front and the factors spread over the batch, so that both products read and write v
+    # as it lies: (R, R) times (R, C K), then for every row (C, C) times (C, K).
+    grid = jnp.moveaxis(v, 2, 1).reshape(batch, heads, rows, columns * width)
+    grid = jnp.matmul(jnp.broadcast_to(p_y, (batch, *p_y.shape)), grid)
+    grid = grid.reshape(batch, heads, rows, columns, width)
+    p_x = jnp.broadcast_to(p_x[:, None], (batch, heads, rows, columns, columns))
+    grid = jnp.matmul(p_x, grid)
+    return jnp.moveaxis(grid.reshape(batch, heads, size, width), 1, 2)
+
+
+def local_kernel_init(strength: float, use_local_init: bool = True) -> nn.initializers.Initializer:
+    """Initialiser of the (3, H) positional kernel: one head for each cell of a k x k window.
+
+    With k = floor(sqrt(H)), head h1 + k h2 attends to the patch (h2 - c) columns and (h1 - c)
+    rows away, c being the centre of the window: -strength |r - r_0|^2 up to a constant
+    (paper, section 3; `local_init` of the original code). Heads beyond k^2 keep their random
+    weights, scaled by `strength` like all the others.
+
+    Args:
+      strength: the paper's alpha, an inverse width; infinity is a convolution.
+      use_local_init: False leaves all heads to the generic random initialisation.
+    """
+
+    def init(key: Array, shape: tuple[int, ...], dtype: Any = jnp.float32) -> Array:
+        kernel = linear_init(key, shape, dtype)
+        if not use_local_init:
+            return kernel
+        k = math.isqrt(shape[-1])
+        centre = (k - 1) / 2 if k % 2 == 0 else k // 2
+        window = [
+            (2 * (h2 - centre), 2 * (h1 - centre), -1.0) for h2 in range(k) for h1 in range(k)
+        ]
+        return strength * kernel.at[:, : k * k].set(jnp.asarray(window, dtype).T)
+
+    return init
+
+
+class PositionalAttention(nn.Module):
+    """The learned part of the positional attention: w and b of w . r_ij + b.
+
+    The bias is the same for every key, so the softmax cancels it: it changes nothing and
+    its gradient is zero. It is kept because checkpoints of the original hold it.
+    """
+
+    num_heads: int
+    locality_strength: float = 1.0
+    use_local_init: bool = True
+
+    @nn.compact
+    def __call__(self, grid: Grid) -> tuple[Array, Array]:
+        """Returns the factors P_y (H, R, R) and P_x (H, C, C) for a grid (R, C)."""
+        init = local_kernel_init(self.locality_strength, self.use_local_init)
+        kernel = self.param("kernel", init, (3, self.num_heads))
+        self.param("bias", nn.initializers.zeros, (self.num_heads,))
+        return positional_factors(kernel, grid)

@@ -1,0 +1,97 @@
+"""The paper's models by name, and what kind each option of a model is."""
+
+import dataclasses
+from typing import Any
+
+from convit_jax.model import image_size
+from convit_jax.model.network import ConViT
+
+# d'Ascoli et al. 2021, Table 1. DeiT: Touvron et al. 2021 (arXiv:2012.12877), Table 1, and
+# the "+" sizes of the same table: the class token enters at the input with a position
+# embedding of its own, and q, k, v have biases (facebookresearch/deit).
+_DEIT = {"local_up_to_layer": 0, "cls_pos_embed": True, "qkv_bias": True}
+VARIANTS: dict[str, dict[str, Any]] = {
+    "convit_tiny": {"num_heads": 4, "embed_dim": 192},
+    "convit_tiny_plus": {"num_heads": 4, "embed_dim": 256},
+    "convit_small": {"num_heads": 9, "embed_dim": 432},
+    "convit_small_plus": {"num_heads": 9, "embed_dim": 576},
+    "convit_base": {"num_heads": 16, "embed_dim": 768},
+    "convit_base_plus": {"num_heads": 16, "embed_dim": 1024},
+    "deit_tiny": {"num_heads": 3, "embed_dim": 192, **_DEIT},
+    "deit_tiny_plus": {"num_heads": 4, "embed_dim": 256, **_DEIT},
+    "deit_small": {"num_heads": 6, "embed_dim": 384, **_DEIT},
+    "deit_small_plus": {"num_heads": 9, "embed_dim": 576, **_DEIT},
+    "deit_base": {"num_heads": 12, "embed_dim": 768, **_DEIT},
+    "deit_base_plus": {"num_heads": 16, "embed_dim": 1024, **_DEIT},
+}
+
+_FIELDS = {f.name: f for f in dataclasses.fields(ConViT) if f.name not in ("name", "parent")}
+OPTIONS = tuple(_FIELDS)
+
+
+def options_of_kind(*kinds: str) -> tuple[str, ...]:
+    """Names of the options of `ConViT` of these kinds, in the order of its fields.
+
+    The kinds are "structure", "changeable", "function", "training" and "computation"; they are
+    explained above `ConViT` and given beside each of its fields.
+    """
+    return tuple(name for name, field in _FIELDS.items() if field.metadata["kind"] in kinds)
+
+
+def create_model(name: str, **overrides: Any) -> ConViT:
+    """Makes one of the paper's models.
+
+    Args:
+      name: one of `VARIANTS`.
+      **overrides: options of `ConViT` in place of the variant's.
+
+    Raises:
+      ValueError: if the name or an option is unknown, or the options do not fit together.
+    """
+    if name not in VARIANTS:
+        raise ValueError(f"unknown model: expected one of {', '.join(VARIANTS)}, got {name!r}")
+    unknown = sorted(set(overrides) - set(OPTIONS))
+    if unknown:
+        raise ValueError(
+            f"unknown options of {name}: expected some of {', '.join(sorted(OPTIONS))}, "
+            f"got {', '.join(unknown)}"
+        )
+    return ConViT(**{**VARIANTS[name], **overrides})
+
+
+def structure_of(name: str) -> dict[str, Any]:
+    """Returns every option of kind "structure" of one of the paper's models.
+
+    Raises:
+      ValueError: if there is no such model.
+    """
+    if name not in VARIANTS:
+        raise ValueError(f"variant: expected one of {', '.join(VARIANTS)}, got {name!r}")
+    return {key: _FIELDS[key].default for key in options_of_kind("structure")} | VARIANTS[name]
+
+
+def variant_of(model: ConViT) -> str | None:
+    """Returns the name of the paper's model of this structure, or None.
+
+    Number of classes, image size and input channels may differ from the paper's.
+    """
+    structure = {key: plain(getattr(model, key)) for key in options_of_kind("structure")}
+    return next((name for name in VARIANTS if structure == structure_of(name)), None)
+
+
+def describe(model: ConViT) -> str:
+    """Returns the structure of a model as one line of text."""
+    keys = options_of_kind("structure", "changeable")
+    parts = [f"{key}={plain(getattr(model, key))}" for key in keys]
+    return f"{variant_of(model) or 'none of the paper'}: {', '.join(parts)}"
+
+
+def to_json(model: ConViT) -> dict[str, Any]:
+    """Returns the options of a model as JSON's types, without those of kind "computation"."""
+    left_out = options_of_kind("computation")
+    return {key: plain(getattr(model, key)) for key in sorted(OPTIONS) if key not in left_out}
+
+
+def plain(value: Any) -> Any:
+    """Returns a pair of equal sizes as one number and a list as a tuple, to compare options."""
+    return image_size.single(value) if isinstance(value, (list, tuple)) else value

@@ -1,0 +1,232 @@
+"""Several processes as one run: they find each other, agree, and end together."""
+
+import collections
+from collections.abc import Iterator
+import contextlib
+import logging
+import os
+import pathlib
+import secrets
+import signal
+import sys
+import threading
+import time
+import traceback
+
+import jax
+from jax.experimental import multihost_utils
+import numpy as np
+
+from convit_jax.parallel import launcher
+
+log = logging.getLogger(__name__)
+
+_LINGER = 3.0  # seconds
+_PATIENCE = 10.0  # seconds until a network file system shows a new file
+
+_launch: launcher.Launch | None = None  # how this process was started, if it is one of several
+
+
+def initialize(
+    coordinator: str | None = None,
+    num_processes: int | None = None,
+    process_id: int | None = None,
+    timeout: int = 300,
+    heartbeat_timeout: int = 60,
+) -> None:
+    """Connects the processes of a run, if it has several; to call before JAX sees a device.
+
+    They are told by the arguments, or found where Slurm, Open MPI or the hosts of a Cloud TPU
+    started them. With none of these, or one process, nothing is done.
+
+    If not all processes come within `timeout` seconds, this one ends with a message and exit
+    status 1. If one of them dies later, the others end too: at once if it was process 0, else
+    within `heartbeat_timeout` seconds, by JAX, which says who died and aborts.
+
+    Raises:
+      ValueError: if one of the arguments is missing or makes no sense.
+      OSError: if process 0 cannot listen at the coordinator's port.
+    """
+    global _launch
+    _launch = launch = launcher.detect(os.environ, coordinator, num_processes, process_id)
+    if launch is None:
+        return
+    # Given by hand, nothing else that JAX finds around here counts.
+    method = {"flags": "deactivate", "tpu": None}.get(launch.by, launch.by)
+    with _deadline(timeout):
+        try:
+            jax.distributed.initialize(
+                launch.coordinator,
+                launch.num_processes,
+                launch.process_id,
+                cluster_detection_method=method,
+                initialization_timeout=timeout + 60,  # JAX aborts and tells no reason: be first
+                heartbeat_timeout_seconds=heartbeat_timeout,
+            )
+        except jax.errors.JaxRuntimeError as error:
+            at = launch.coordinator or "the port that JAX chose"
+            raise OSError(f"{_me()} cannot use {at}: {error}. Is the port taken?") from error
+    if launch.owns_devices and "JAX_LOCAL_DEVICE_IDS" not in os.environ:
+        # Under Slurm and Open MPI, JAX has restricted the process to one device.
+        jax.config.update("jax_cuda_visible_devices", "all")
+        jax.config.update("jax_rocm_visible_devices", "all")
+
+
+def is_main() -> bool:
+    """Whether this process is the one that reports and writes."""
+    return jax.process_index() == 0
+
+
+def check_devices() -> None:
+    """Logs the devices, a line from each process; silent if there is one.
+
+    Raises:
+      RuntimeError: on every process, unless all have as many devices of the same kind.
+    """
+    counts = collections.Counter((d.process_index, d.device_kind) for d in jax.devices())
+    parts: dict[int, list[str]] = {process: [] for process in range(jax.process_count())}
+    for (process, kind), count in sorted(counts.items()):
+        parts[process].append(f"{count} x {kind}")
+    texts = {process: " and ".join(found) or "none" for process, found in parts.items()}
+    if len(set(texts.values())) > 1:
+        listed = ", ".join(f"{text} for process {process}" for process, text in texts.items())
+        raise RuntimeError(
+            f"devices: expected as many of the same kind for every process, got {listed}. Look at "
+            "CUDA_VISIBLE_DEVICES, and at JAX's installation on each host"
+        )
+    if jax.process_count() > 1:
+        text = texts[jax.process_index()]
+        log.info("%s: %s, %d in all", _number(), text, jax.device_count())
+
+
+def check_shared_folder(path: str | os.PathLike[str], name: str = "--workdir") -> None:
+    """Makes a folder if it is missing, and checks that every process sees the same one.
+
+    After `check_devices`, by every process.
+
+    Args:
+      path: the folder.
+      name: of the option that named it.
+
+    Raises:
+      OSError: on every process, if process 0 cannot write there, or another one does not see what
+        it wrote.
+    """
+    folder, token, failure = pathlib.Path(path), secrets.randbits(31), None
+    try:
+        if is_main():
+            folder.mkdir(parents=True, exist_ok=True)
+            _token_file(folder, token).touch()
+    except OSError as error:
+        failure = error  # raised further down: the others must not be left waiting
+    # The first number is of process 0; the others look for it. -1: there is none to look for.
+    token = int(_gather(-1 if failure else token)[0])
+    sees = _gather(token >= 0 and _appears(_token_file(folder, token))).astype(bool)
+    if is_main() and token >= 0:
+        _token_file(folder, token).unlink()
+    if token < 0:
+        reason = failure or "see its log"
+        raise OSError(f"{name}: process 0 cannot write to {folder}: {reason}") from failure
+    if not sees.all():
+        raise OSError(
+            f"{name}: process {', '.join(map(str, np.flatnonzero(~sees)))} does not see the folder "
+            f"{folder} of process 0; it must be on a file system that all hosts share"
+        )
+
+
+def log_from_main() -> None:
+    """Leaves the ordinary lines of the log to process 0; the warnings of others say whose."""
+    if is_main():
+        return
+    logging.getLogger("convit_jax").setLevel(logging.WARNING)
+    for handler in logging.getLogger().handlers:
+        handler.setFormatter(logging.Formatter(f"{_number()}: %(message)s"))
+
+
+@contextlib.contextmanager
+def failing_together() -> Iterator[None]:
+    """Ends this process at once when an error leaves the block, and so, soon, the others.
+
+    Python's own end would wait for the others for minutes, and they for this process. One process
+    alone fails as ever.
+    """
+    try:
+        yield
+    except BaseException as error:
+        if _launch is None or (isinstance(error, SystemExit) and not error.code):
+            raise
+        status = _report(error)
+        if _launch.process_id in (0, None):
+            time.sleep(_LINGER)  # the others abort as soon as process 0 is gone: let them report
+        os._exit(status)
+
+
+def _report(error: BaseException) -> int:
+    """Prints what Python would, and a hint; returns the exit status."""
+    if isinstance(error, SystemExit):
+        text = f"{error.code} ({_me()})\n" if isinstance(error.code, str) else ""
+    else:
+        text = "".join(traceback.format_exception(error)) + (
+            f"error: {_me()} stopped. If another one stopped before, its log says why. Start all "
+            "of them again with the same command.\n"
+        )
+    sys.stdout.flush()
+    sys.stderr.write(text)
+    sys.stderr.flush()
+    return error.code if isinstance(error, SystemExit) and isinstance(error.code, int) else 1
+
+
+def _number() -> str:
+    return f"process {jax.process_index()} of {jax.process_count()}"
+
+
+def _me() -> str:
+    """As `_number`, where the devices may not answer."""
+    if _launch is None or _launch.num_processes is None:
+        return "this process"
+    return f"process {_launch.process_id} of {_launch.num_processes}"
+
+
+def _gather(value: int) -> np.ndarray:
+    """The numbers of all processes."""
+    return multihost_utils.process_allgather(np.asarray(value, np.int32))
+
+
+@contextlib.contextmanager
+def _deadline(seconds: float) -> Iterator[None]:
+    """Ends the process with a message if the block takes longer."""
+
+    def end() -> None:
+        at = f" at {_launch.coordinator}" if _launch.coordinator else ""
+        others = "the others" if _launch.process_id == 0 else f"process 0{at} and the others"
+        sys.stderr.write(
+            f"error: {_me()} waited {seconds:g} s for {others}. Check that all of them were "
+            "started, each with its own number, that the port is free on the first host, and that "
+            f"all hosts reach it{at}.\n"
+        )
+        sys.stderr.flush()
+        os._exit(1)
+
+    timer = threading.Timer(seconds, end)
+    timer.daemon = True
+    timer.start()
+    # JAX waits in C++, where Python's own handler of Ctrl-C is not run.
+    handler = signal.signal(signal.SIGINT, signal.SIG_DFL)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGINT, handler)
+        timer.cancel()
+
+
+def _token_file(folder: pathlib.Path, token: int) -> pathlib.Path:
+    return folder / f".shared-{token}"
+
+
+def _appears(path: pathlib.Path) -> bool:
+    end = time.monotonic() + _PATIENCE
+    while not os.path.exists(path):
+        if time.monotonic() > end:
+            return False
+        time.sleep(0.1)
+    return True

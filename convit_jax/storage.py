@@ -1,0 +1,44 @@
+"""Files that are written whole or not at all. Nothing else in this package renames a file."""
+
+from collections.abc import Iterator
+import contextlib
+import os
+import pathlib
+
+
+@contextlib.contextmanager
+def whole_file(path: str | os.PathLike, *kinds: type[Exception]) -> Iterator[pathlib.Path]:
+    """Yields a path to write to. It becomes `path` if the block succeeds, and is deleted if not.
+
+    A reader sees the old file or the new one, never a part of it, also after a power cut. Two
+    processes may write the same file at the same time: the last one to finish wins.
+
+    Args:
+      path: of the file.
+      *kinds: of errors that the writer raises where the file system fails, besides OSError.
+
+    Raises:
+      OSError: if it cannot be written; the message names `path`.
+    """
+    path = pathlib.Path(path)
+    unfinished = path.with_name(f"{path.name}.{os.getpid()}.part")
+    try:
+        unfinished.touch()
+        mode = unfinished.stat().st_mode
+        yield unfinished
+        unfinished.chmod(mode)  # safetensors lets nobody else read
+        with unfinished.open("rb") as file:
+            os.fsync(file.fileno())
+        unfinished.replace(path)
+    except (OSError, *kinds) as error:
+        number = getattr(error, "errno", None)
+        reason = getattr(error, "strerror", None) or error
+        raise OSError(number, f"cannot be written: {reason}", str(path)) from error
+    finally:
+        unfinished.unlink(missing_ok=True)
+
+
+def write_text(path: str | os.PathLike, text: str) -> None:
+    """Writes a text file as `whole_file` does."""
+    with whole_file(path) as unfinished:
+        unfinished.write_text(text)

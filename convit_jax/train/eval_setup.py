@@ -1,0 +1,220 @@
+"""What an evaluation works on: which weights, on which images, checked before any compilation."""
+
+import dataclasses
+import logging
+import math
+
+import jax
+from jax.sharding import Mesh
+import ml_collections
+
+from convit_jax import recipe
+from convit_jax.data import class_names
+from convit_jax.data.chunks import Share
+from convit_jax.data.fit import check_fit
+from convit_jax.data.source import Source
+from convit_jax.data.workers import num_workers
+from convit_jax.model import image_size
+from convit_jax.model.network import ConViT
+from convit_jax.model.variants import options_of_kind, variant_of
+from convit_jax.parallel import processes, sharding
+from convit_jax.train import setup
+from convit_jax.weights.load import read_weights
+from convit_jax.weights.loaded import Loaded
+from convit_jax.workdir import identity
+from convit_jax.workdir.folder import Workdir
+
+log = logging.getLogger(__name__)
+
+_BATCH_A_DEVICE = 128  # images at most: more are no faster, and need memory
+
+
+@dataclasses.dataclass(frozen=True)
+class Choices:
+    """What the user chose for an evaluation.
+
+    Attributes:
+      checkpoint: which one of a run: "best" by top-1, "newest", or a step.
+      ema: whether to evaluate the averaged weights.
+      sizes: (height, width) of the images, in turn; () is the model's own.
+      predictions: whether to write those of every image.
+    """
+
+    checkpoint: str = "best"
+    ema: bool = False
+    sizes: tuple[tuple[int, int], ...] = ()
+    predictions: bool = False
+
+
+@dataclasses.dataclass(frozen=True)
+class EvalRun:
+    """What an evaluation works on.
+
+    Attributes:
+      config: see `convit_jax.recipe`.
+      workdir: folder for the result; None: there is none.
+      choices: the user's.
+      mesh: all devices.
+      loaded: the weights.
+      models: one for each image size, the same otherwise.
+      source: the images.
+      share: the part of each batch that this process reads.
+      workers: processes that make batches.
+    """
+
+    config: ml_collections.ConfigDict
+    workdir: Workdir | None
+    choices: Choices
+    mesh: Mesh
+    loaded: Loaded
+    models: tuple[ConViT, ...]
+    source: Source
+    share: Share
+    workers: int
+
+
+def prepare(
+    config: ml_collections.ConfigDict | None, workdir: Workdir | None, choices: Choices
+) -> EvalRun:
+    """Reads the weights and opens the data; compiles nothing.
+
+    If the working directory holds a run, that is evaluated, by its own configuration where none is
+    given. Otherwise `config.init_from` is evaluated.
+
+    Args:
+      config: see `convit_jax.recipe`; None: the run's.
+      workdir: the working directory, for the result; None: there is none.
+      choices: the user's.
+
+    Raises:
+      ValueError: if there is nothing to evaluate, or weights, configuration and data do not fit.
+      OSError: if the weights or the data are not there, or the directory cannot be written.
+    """
+    if choices.predictions and workdir is None:
+        raise ValueError("--predictions: expected --workdir, the folder to write them into")
+    mesh = sharding.make_mesh()
+    config, loaded = _weights(config, workdir, choices)
+    source = setup.open_split(config, "test", workdir)
+    model = setup.make_model(config, loaded.model.num_classes)
+    _check_model(model, loaded, any_size=bool(choices.sizes))
+    model.check_classifies(loaded.source)
+    _check_classes(config, model, loaded, source)
+    check_fit(config, model, source, any_size=True)
+    _warn_of_other_preprocessing(config, loaded)
+    models = tuple(model.clone(image_size=size) for size in choices.sizes) or (model,)
+    if workdir is not None:
+        processes.check_shared_folder(workdir.path)
+    batch_size = _batch_size(config.train.batch_size, len(source), mesh.size)
+    return EvalRun(
+        config=config,
+        workdir=workdir,
+        choices=choices,
+        mesh=mesh,
+        loaded=loaded,
+        models=models,
+        source=source,
+        share=Share(batch_size, jax.process_index(), jax.process_count()),
+        workers=num_workers(config.data.workers, source),
+    )
+
+
+def config_of_run(workdir: Workdir) -> ml_collections.ConfigDict | None:
+    """Returns the configuration of the run in a working directory; None if there is no run."""
+    saved = identity.read_config(workdir)
+    return None if saved is None else recipe.from_json(saved, str(workdir.config))
+
+
+def _weights(
+    config: ml_collections.ConfigDict | None, workdir: Workdir | None, choices: Choices
+) -> tuple[ml_collections.ConfigDict, Loaded]:
+    """Returns the configuration, and the weights of the run or of `init_from`."""
+    saved = config_of_run(workdir) if workdir else None
+    if saved is not None:
+        if config is not None and config.init_from and config.init_from != saved.init_from:
+            raise ValueError(
+                f"init_from: {workdir} holds a run, which would be evaluated, not "
+                f"{config.init_from}: choose another --workdir for the result"
+            )
+        loaded = read_weights(workdir.path, ema=choices.ema, checkpoint=choices.checkpoint)
+        return config or saved, loaded
+    if config is None or not config.init_from:
+        there = (
+            f"{workdir} holds no run (config.json)" if workdir else "no --workdir of a run is given"
+        )
+        raise ValueError(
+            f"nothing to evaluate: {there}, nor weights: --config=FILE --config.init_from=WEIGHTS"
+        )
+    # No shape tells the heads of a DeiT: the configuration says what is expected.
+    model = setup.make_model(config)
+    heads = {} if model.local_up_to_layer else {"num_heads": model.num_heads}
+    ema = choices.ema or config.init_ema
+    return config, read_weights(config.init_from, ema=ema, **heads)
+
+
+def _check_model(model: ConViT, loaded: Loaded, any_size: bool) -> None:
+    """Raises ValueError naming every key of the model that is not as the weights have it."""
+    found = loaded.model
+    problems = []
+    for key in options_of_kind("structure", "changeable", "function"):
+        values = getattr(model, key), getattr(found, key)
+        if key == "image_size":
+            if any_size or not found.use_pos_embed:
+                continue
+            values = model.image_shape[:2], found.image_shape[:2]
+        if values[0] != values[1]:
+            said, has = (image_size.text(v) if key == "image_size" else v for v in values)
+            problems.append(f"model.{key}: the configuration says {said}, the weights {has}")
+            if key == "image_size":
+                problems[-1] += f" (--eval_size={said} interpolates the position embedding)"
+    if problems:
+        variant = variant_of(found) or "none of the paper's"
+        raise ValueError(
+            f"the configuration's model is not that of {loaded.source}, which is {variant}:\n  "
+            + "\n  ".join(problems)
+            + ("\nWithout --config a run is evaluated by its own." if loaded.step else "")
+        )
+
+
+def _check_classes(
+    config: ml_collections.ConfigDict, model: ConViT, loaded: Loaded, source: Source
+) -> None:
+    """Raises ValueError unless the data have the weights' classes, in the same order."""
+    name = config.data.source
+    if source.num_classes != model.num_classes:
+        raise ValueError(
+            f"data.source: {name} has {source.num_classes:,} classes, {loaded.source} "
+            f"{model.num_classes:,}"
+        )
+    if loaded.class_names is None:
+        return
+    there, known = (
+        class_names.readable(names, model.num_classes)
+        for names in (source.class_names, loaded.class_names)
+    )
+    for number, pair in enumerate(zip(there, known, strict=True)):
+        if pair[0] != pair[1]:
+            raise ValueError(
+                f"data.source: class {number} of {name} is {pair[0]!r}, that of "
+                f"{loaded.source} {pair[1]!r}: the same classes in the same order are needed"
+            )
+
+
+def _warn_of_other_preprocessing(config: ml_collections.ConfigDict, loaded: Loaded) -> None:
+    """Says where the configuration prepares images otherwise than the weights were said to want."""
+    chosen = {
+        "mean": ("data.mean", tuple(config.data.mean)),
+        "std": ("data.std", tuple(config.data.std)),
+        "crop_pct": ("augment.eval_crop", config.augment.eval_crop),
+    }
+    for field in dataclasses.fields(loaded):
+        known = getattr(loaded, field.name)
+        # The default stands for "not said" too.
+        if field.name in chosen and known not in (field.default, chosen[field.name][1]):
+            key, value = chosen[field.name]
+            log.warning("%s is %s; %s says %s", key, value, loaded.source, known)
+
+
+def _batch_size(wanted: int, num_images: int, devices: int) -> int:
+    """A multiple of the devices: no result depends on it (but for the order of sums)."""
+    wanted = min(wanted, _BATCH_A_DEVICE * devices, num_images)
+    return max(1, math.ceil(wanted / devices)) * devices

@@ -1,0 +1,272 @@
+"""The training loop: steps, evaluations, checkpoints, and what is reported of them."""
+
+import contextlib
+import functools
+import logging
+import time
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+
+from convit_jax import recipe
+from convit_jax.data.source import describe
+from convit_jax.data.workers import iterate
+from convit_jax.model import flops
+from convit_jax.parallel import processes, sharding
+from convit_jax.parallel.signals import Interruption
+from convit_jax.train import evaluation
+from convit_jax.train.metrics import Metrics
+from convit_jax.train.profiling import Profile
+from convit_jax.train.setup import Run
+from convit_jax.train.step import Batch, TrainState, TrainStep
+from convit_jax.train.windows import Windows
+from convit_jax.weights.loaded import Loaded
+from convit_jax.weights.safetensors import save_weights
+from convit_jax.workdir import identity
+from convit_jax.workdir.checkpoints import Checkpoints
+
+log = logging.getLogger(__name__)
+
+
+def train(run: Run) -> dict[str, float] | None:
+    """Trains, evaluates and reports; continues where an earlier start of the run ended.
+
+    Writes checkpoints, metrics and, at the end, `weights.safetensors` into the working directory:
+    the averaged weights if the run has any.
+
+    Returns:
+      The last evaluation, see `evaluation.evaluate`, with that of the averaged weights under
+      "ema_...". None if the run was interrupted: it can be started again.
+
+    Raises:
+      FloatingPointError: at the first step whose loss is not finite.
+      OSError: if a checkpoint or a metric cannot be written.
+      CorruptImageError: at an image that cannot be decoded.
+    """
+    start = time.perf_counter()
+    config, total = run.config, run.total_steps
+    eval_step = evaluation.make_eval_step(
+        run.program.model, config.data.mean, config.data.std, run.program.mesh
+    )
+    eval_every = max(1, round(config.train.eval_every * run.steps_per_epoch))
+    eval_steps = frozenset((*range(eval_every, total, eval_every), total))
+
+    with contextlib.ExitStack() as stack:
+        interruption = stack.enter_context(Interruption())
+        folder, options = run.workdir.checkpoints, config.checkpoint.to_dict()
+        checkpoints = stack.enter_context(Checkpoints(folder, also=eval_steps, **options))
+        state, window, result = _begin(run, checkpoints)
+        step, stopped = int(state.step), False
+        if step < total:
+            batches = stack.enter_context(contextlib.closing(TrainBatches(run, step)))
+            batch = batches.next()
+            train_step = _compiled_step(run, state, batch)
+            batches.seconds_waited()  # the workers' start belongs to no window
+        metrics = stack.enter_context(_metrics(run, step, evaluated=result is not None))
+        traced = run.profile and processes.is_main()
+        profile = stack.enter_context(Profile(run.workdir.profile, step, total, traced))
+        windows = Windows(metrics, step, window)
+
+        while True:
+            if step in eval_steps and result is None and not stopped:
+                windows.report()
+                result = _evaluate(run, eval_step, state, metrics, interruption)
+                stopped = result is None
+                if result is not None:
+                    metrics.evaluation(step, result)
+            carried = functools.partial(_progress, windows, state)
+            checkpoints.save(step, state, carried, metrics=result, stopping=stopped)
+            if stopped or step == total:
+                break
+            step, result = step + 1, None
+            state, step_metrics = profile.step(step, train_step, state, batch)
+            windows.report()  # of earlier steps: the devices are busy with this one
+            windows.add(step_metrics)
+            if step < total:
+                batch = batches.next()
+            if step % config.train.log_every == 0 or step == total:
+                windows.close(batches.seconds_waited())
+            stopped = interruption.requested()
+
+    if stopped or result is None:
+        log.info("stopped after step %d: the same command continues from there", step)
+        return None
+    _save_weights(run, state.params if state.ema is None else state.ema)
+    best = "top1" if state.ema is None else "ema_top1"
+    log.info(
+        "test accuracy %.2f%% (%d of %d images) after %d steps in %.0f s",
+        100 * result[best],
+        round(result[best] * result["images"]),
+        result["images"],
+        step,
+        time.perf_counter() - start,
+    )
+    return result
+
+
+class TrainBatches:
+    """The batches of training on the devices, with the time spent waiting for them."""
+
+    def __init__(self, run: Run, start_step: int = 0):
+        self._mesh = run.program.mesh
+        self._batches = iterate(run.train_chunks, start_step, run.total_steps, run.workers)
+        self._waited = 0.0
+
+    def next(self) -> dict[str, jax.Array]:
+        start = time.perf_counter()
+        batch = next(self._batches)
+        self._waited += time.perf_counter() - start
+        return sharding.put_batch(batch, self._mesh)
+
+    def seconds_waited(self) -> float:
+        """Since the last call."""
+        waited, self._waited = self._waited, 0.0
+        return waited
+
+    def close(self) -> None:
+        self._batches.close()
+
+
+def _begin(
+    run: Run, checkpoints: Checkpoints
+) -> tuple[TrainState, list[dict[str, Any]], dict[str, float] | None]:
+    """Returns the state to start from, its window of metrics, and its evaluation if it had one."""
+    program = run.program
+    restored = checkpoints.restore(program.abstract_state)
+    if restored is not None:
+        step, state, progress, result = restored
+        window = progress["window"]
+        log.info("continuing from step %d of %s", step, run.workdir)
+    else:
+        state, window, result = program.init_state(), [], None
+        if run.init_params is not None:
+            params = jax.device_put(run.init_params, program.state_shardings.params)
+            ema = None if state.ema is None else jax.tree.map(jnp.copy, params)
+            state = state.replace(params=params, ema=ema)
+        log.info("starting from %s", run.config.init_from or "random weights")
+    _describe(run, state)
+    if processes.is_main():
+        class_names = run.train_chunks.source.class_names
+        config = recipe.to_json(run.config)
+        identity.record_start(run.workdir, config, int(state.step), class_names)
+    return state, window, result
+
+
+def _progress(windows: Windows, state: TrainState) -> dict[str, Any]:
+    """What a checkpoint carries beside the state: metrics that were not reported yet.
+
+    Raises FloatingPointError rather than have a good checkpoint followed by a bad one.
+    """
+    carried = {"window": windows.carried()}
+    if not _all_finite(state):
+        raise FloatingPointError(
+            f"the weights after step {int(state.step)} are not finite. Try a lower optim.lr or "
+            "train.dtype=float32. The checkpoints of earlier steps are kept."
+        )
+    return carried
+
+
+@jax.jit
+def _all_finite(tree: Any) -> jax.Array:
+    return jnp.stack([jnp.isfinite(x).all() for x in jax.tree.leaves(tree)]).all()
+
+
+def _metrics(run: Run, step: int, evaluated: bool) -> Metrics:
+    batch_size = run.config.train.batch_size
+    device = run.program.mesh.devices.flat[0]
+    peak = flops.peak_flops(device, run.program.model.dtype)
+    if peak is None and device.platform != "cpu":
+        log.info(
+            "no MFU: the peak of a %s is not known (convit_jax/model/flops.py)", device.device_kind
+        )
+    return Metrics(
+        run.workdir,
+        run.total_steps,
+        batch_size,
+        step,
+        evaluated,
+        flops_per_step=flops.training_flops(run.program.model) * batch_size,
+        peak_flops=None if peak is None else peak * run.program.mesh.size,
+        main=processes.is_main(),
+    )
+
+
+def _compiled_step(run: Run, state: TrainState, batch: Batch) -> TrainStep:
+    """Compiles the step, once for the whole run: another shape would be an error."""
+    start = time.perf_counter()
+    log.info("compiling the training step ...")
+    compiled = run.program.jitted_step().lower(state, batch).compile()
+    log.info("compiled the training step in %.1f s", time.perf_counter() - start)
+    return compiled
+
+
+def _evaluate(
+    run: Run,
+    eval_step: evaluation.EvalStep,
+    state: TrainState,
+    metrics: Metrics,
+    interruption: Interruption,
+) -> dict[str, float] | None:
+    """Evaluates the weights, and the averaged weights if there are any under "ema_...".
+
+    None if it was interrupted.
+    """
+
+    chunks = run.test_chunks
+    params = {"": state.params} if state.ema is None else {"": state.params, "ema_": state.ema}
+    with (
+        metrics.evaluating(len(chunks) // chunks.share.chunks) as watch,
+        contextlib.closing(iterate(chunks, workers=run.workers)) as batches,
+    ):
+        return evaluation.evaluate(
+            eval_step,
+            params,
+            watch(batches),
+            run.program.mesh,
+            len(chunks.source),
+            interruption.requested,
+        )
+
+
+def _save_weights(run: Run, params: Any) -> None:
+    mesh, data = run.program.mesh, run.config.data
+    whole = jax.jit(lambda x: x, out_shardings=sharding.replicated(mesh))(params)
+    if processes.is_main():
+        loaded = Loaded(
+            run.program.model,
+            jax.device_get(whole),
+            str(run.workdir),
+            run.train_chunks.source.class_names,
+            data.mean,
+            data.std,
+            run.config.augment.eval_crop,
+        )
+        save_weights(run.workdir.weights, loaded)
+        log.info("wrote %s", run.workdir.weights)
+
+
+def _describe(run: Run, state: TrainState) -> None:
+    sizes = [x.size for x in jax.tree.leaves(state.params)]
+    log.info(
+        "%s: %s parameters, %s on %s x %s",
+        run.config.model.name,
+        f"{sum(sizes):,}",
+        jnp.dtype(run.program.model.dtype).name,
+        " x ".join(str(n) for n in run.program.mesh.shape.values() if n > 1) or "1",
+        run.program.mesh.devices.flat[0].device_kind,
+    )
+    log.info(
+        "attention: %s, positional part: %s, remat: %s",
+        run.program.model.attention,
+        run.program.model.positional if run.program.model.local_up_to_layer else "none",
+        run.program.model.remat,
+    )
+    log.info(
+        "state: %.1f MB a device of %.1f MB",
+        sharding.bytes_per_device(state) / 1e6,
+        sum(x.nbytes for x in jax.tree.leaves(state)) / 1e6,
+    )
+    log.info("training: %s", describe(run.train_chunks.source))
+    log.info("test: %s", describe(run.test_chunks.source))
+    log.info("%s steps of %d images", f"{run.total_steps:,}", run.config.train.batch_size)

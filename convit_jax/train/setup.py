@@ -1,0 +1,239 @@
+"""A run made ready: everything that can be checked before the first compilation is checked here."""
+
+import dataclasses
+import logging
+import math
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import ml_collections
+
+from convit_jax import recipe
+from convit_jax.data import fit, transforms
+from convit_jax.data.chunks import EvalChunks, Share, TrainChunks, draws_per_epoch
+from convit_jax.data.open import open_source
+from convit_jax.data.source import Source
+from convit_jax.data.workers import num_workers
+from convit_jax.model import image_size
+from convit_jax.model.attention import choose_forms
+from convit_jax.model.network import ConViT
+from convit_jax.model.variants import create_model
+from convit_jax.parallel import processes, sharding
+from convit_jax.train.step import Program
+from convit_jax.weights import adapt
+from convit_jax.weights.load import read_weights
+from convit_jax.workdir import identity
+from convit_jax.workdir.checkpoints import newest_step
+from convit_jax.workdir.folder import Workdir
+
+log = logging.getLogger(__name__)
+
+
+@dataclasses.dataclass(frozen=True)
+class Run:
+    """What a run works on.
+
+    Attributes:
+      workdir: its folder.
+      program: what it computes.
+      train_chunks: the images to train on.
+      test_chunks: the images to evaluate on.
+      workers: processes that make batches.
+      total_steps: the step after which it ends.
+      steps_per_epoch: steps in an epoch.
+      init_params: parameters to start from; None: random ones, or a checkpoint's.
+      profile: whether to record a few steps.
+    """
+
+    workdir: Workdir
+    program: Program
+    train_chunks: TrainChunks
+    test_chunks: EvalChunks
+    workers: int
+    total_steps: int
+    steps_per_epoch: float
+    init_params: dict[str, Any] | None
+    profile: bool = False
+
+    @property
+    def config(self) -> ml_collections.ConfigDict:
+        return self.program.config
+
+
+def make_model(
+    config: ml_collections.ConfigDict,
+    num_classes: int | None = None,
+    backend: str | None = None,
+) -> ConViT:
+    """Makes the model of `config.model`, in the precision of `config.train`, with no "auto" left.
+
+    Args:
+      config: see `convit_jax.recipe`.
+      num_classes: number of classes of the data, for a configuration that leaves it open.
+      backend: "cpu", "gpu" or "tpu", on which the model is to run; None is JAX's default.
+    """
+    backend = backend or jax.default_backend()
+    dtype = config.train.dtype
+    if dtype == "auto":
+        dtype = "float32" if backend == "cpu" else "bfloat16"
+    options = {} if num_classes is None else {"num_classes": num_classes}
+    options |= {name: value for name, value in config.model.items() if value is not None}
+    options["image_size"] = image_size.parse(config.model.image_size, "model.image_size")
+    model = create_model(**options, dtype=jnp.dtype(dtype), remat=config.train.remat)
+    attention, positional = choose_forms(
+        model.attention, model.positional, math.prod(model.grid), model.attn_dropout, backend
+    )
+    return model.clone(attention=attention, positional=positional)
+
+
+def prepare(config: ml_collections.ConfigDict, workdir: Workdir, profile: bool = False) -> Run:
+    """Checks a configuration and opens what it names; compiles nothing.
+
+    Args:
+      config: see `convit_jax.recipe`.
+      workdir: the working directory; made if missing.
+      profile: whether to record a few steps.
+
+    Raises:
+      ValueError: if the configuration has no meaning, does not fit the data, or is not that of the
+        run in the working directory.
+      FileNotFoundError: if the data are not where they were looked for.
+      OSError: if the working directory cannot be written.
+    """
+    recipe.check(config)
+    mesh = sharding.make_mesh(config.mesh.fsdp)
+    sharding.check_batch_size(config.train.batch_size, config.train.accum_steps, mesh)
+    model = make_model(config)
+    model.check_classifies("training")
+    train_transform, eval_transform = make_transforms(config, model)
+    workdir.check_writable()
+    changed = _check_same_run(workdir, config)
+    train_source, test_source = (open_split(config, split, workdir) for split in ("train", "test"))
+    fit.check_fit(config, model, train_source)
+    _check_batch(config, train_source)
+    model = make_model(config, train_source.num_classes)
+    draws = draws_per_epoch(len(train_source), config.data.repeats)
+    steps_per_epoch = draws / config.train.batch_size
+    total_steps = _total_steps(config, steps_per_epoch, workdir)
+    program = Program.make(config, model, mesh, steps_per_epoch, total_steps)
+    program.augmentation  # noqa: B018  # made here for the sake of its errors
+    init_params = None
+    if config.init_from and newest_step(workdir.checkpoints) is None:
+        init_params = _init_params(config, model)
+    processes.check_shared_folder(workdir.path)
+    for text in changed:
+        log.info("changed since the last start: %s", text)
+    share = Share(config.train.batch_size, jax.process_index(), jax.process_count())
+    return Run(
+        workdir=workdir,
+        program=program,
+        train_chunks=TrainChunks(
+            train_source,
+            train_transform,
+            share,
+            seed=config.seed,
+            repeats=config.data.repeats,
+            skip_corrupt=config.data.skip_corrupt,
+        ),
+        test_chunks=EvalChunks(test_source, eval_transform, share),
+        workers=num_workers(config.data.workers, train_source),
+        total_steps=total_steps,
+        steps_per_epoch=steps_per_epoch,
+        init_params=init_params,
+        profile=profile,
+    )
+
+
+def _check_same_run(workdir: Workdir, config: ml_collections.ConfigDict) -> list[str]:
+    """Returns what differs from the run that is in the folder, if one is, in ways that may differ.
+
+    Raises:
+      ValueError: if there is a run with another model or recipe; names the keys.
+    """
+    saved = identity.read_config(workdir)
+    if saved is None:
+        return []
+    found = recipe.from_json(saved, str(workdir.config))
+    differences = recipe.differences(found, config)
+    wrong = [text for name, text in differences.items() if name not in recipe.MAY_CHANGE]
+    if wrong:
+        raise ValueError(
+            f"{workdir} holds a run with another configuration: choose another --workdir, delete "
+            "it, or start with what it was made with:\n  " + "\n  ".join(wrong)
+        )
+    return [*differences.values(), *recipe.changes_since(saved, config)]
+
+
+def _total_steps(
+    config: ml_collections.ConfigDict, steps_per_epoch: float, workdir: Workdir
+) -> int:
+    epochs = config.train.epochs * config.data.epochs_scale
+    total = max(1, int(epochs * steps_per_epoch))
+    newest = newest_step(workdir.checkpoints)
+    if newest is not None and newest > total:
+        raise ValueError(
+            f"train.epochs: expected at least the {newest} steps that {workdir} has finished, got "
+            f"{total} steps"
+        )
+    return total
+
+
+def _init_params(config: ml_collections.ConfigDict, model: ConViT) -> dict[str, Any]:
+    """Reads the weights of `config.init_from` and fits them as the configuration allows."""
+    # No shape tells the heads of a DeiT: the model to be trained says what is expected.
+    loaded = read_weights(config.init_from, ema=config.init_ema, num_heads=model.num_heads)
+    for key in ("mean", "std"):
+        if getattr(loaded, key) != tuple(config.data[key]):
+            log.warning(
+                "data.%s=%s is not what %s were made with, as far as is known: %s",
+                key, config.data[key], config.init_from, getattr(loaded, key),
+            )  # fmt: skip
+    return adapt.fit_params(
+        loaded.params,
+        model,
+        new_head=config.init_new_head,
+        resize_pos_embed=config.init_resize_pos_embed,
+        adapt_channels=config.init_adapt_channels,
+        seed=config.seed,
+        grid=loaded.model.grid,
+    )
+
+
+def use_compilation_cache(config: ml_collections.ConfigDict, workdir: Workdir | None) -> None:
+    """Keeps compiled programs where `config.compilation_cache` says, for later starts."""
+    folder = config.compilation_cache
+    if folder == "workdir":
+        folder = str(workdir.compilation_cache.resolve()) if workdir else ""
+    if folder and not jax.config.jax_compilation_cache_dir:  # $JAX_COMPILATION_CACHE_DIR first
+        jax.config.update("jax_compilation_cache_dir", folder)
+
+
+def make_transforms(
+    config: ml_collections.ConfigDict, model: ConViT
+) -> tuple[transforms.TrainTransform, transforms.EvalTransform]:
+    """Makes what the host does to an image, in training and in evaluation."""
+    size, options = model.image_shape[:2], config.augment.to_dict()
+    crop_pct = options.pop("eval_crop")
+    train_transform = transforms.TrainTransform(size, crop_pct=crop_pct, **options)
+    return train_transform, transforms.EvalTransform(size, crop_pct=crop_pct)
+
+
+def open_split(config: ml_collections.ConfigDict, split: str, workdir: Workdir | None) -> Source:
+    """Opens the images of a split, "train" or "test"; keeps indices in the working directory."""
+    return open_source(
+        config.data.source,
+        split,
+        data_dir=config.data.dir,
+        val_fraction=config.data.val_fraction,
+        sampling_ratio=config.data.sampling_ratio if split == "train" else 1.0,
+        cache_dir=str(workdir.index) if workdir else None,
+    )
+
+
+def _check_batch(config: ml_collections.ConfigDict, source: Source) -> None:
+    if len(source) < config.train.batch_size:
+        raise ValueError(
+            f"train.batch_size: expected at most the {len(source)} images of {config.data.source}, "
+            f"got {config.train.batch_size}"
+        )

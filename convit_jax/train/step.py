@@ -1,0 +1,151 @@
+"""One step of training, and the state that it carries from step to step."""
+
+from collections.abc import Callable
+import dataclasses
+import functools
+from typing import Any
+
+import flax.struct
+import jax
+import jax.numpy as jnp
+from jax.sharding import Mesh
+import ml_collections
+import optax
+
+from convit_jax.model.network import ConViT
+from convit_jax.parallel import sharding
+from convit_jax.train import optim
+from convit_jax.train.augmentation import BatchAugmentation
+
+
+@flax.struct.dataclass
+class TrainState:
+    """All that training carries from step to step; the number of finished steps is in it."""
+
+    step: jax.Array
+    params: Any
+    opt_state: optax.OptState
+    ema: Any = None  # the averaged weights, if there are any
+
+
+Batch = dict[str, jax.Array]
+TrainStep = Callable[[TrainState, Batch], tuple[TrainState, dict[str, jax.Array]]]
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class Program:
+    """What the jitted step of a run is made of.
+
+    Attributes:
+      config: see `convit_jax.recipe`.
+      model: the model to train.
+      optimizer: makes updates of gradients.
+      schedule: learning rate by step, for the metrics.
+      mesh: all devices.
+    """
+
+    config: ml_collections.ConfigDict
+    model: ConViT
+    optimizer: optax.GradientTransformation
+    schedule: optax.Schedule
+    mesh: Mesh
+
+    @classmethod
+    def make(
+        cls,
+        config: ml_collections.ConfigDict,
+        model: ConViT,
+        mesh: Mesh,
+        steps_per_epoch: float,
+        total_steps: int,
+    ) -> "Program":
+        """Adds the recipe's optimiser and schedule to a model."""
+        schedule = optim.learning_rate(
+            config.optim, config.train.batch_size, steps_per_epoch, total_steps
+        )
+        return cls(config, model, optim.make_optimizer(config.optim, schedule), schedule, mesh)
+
+    @functools.cached_property
+    def augmentation(self) -> BatchAugmentation:
+        """What happens to a batch on the devices.
+
+        Raises:
+          ValueError: if an option of it has no meaning.
+        """
+        return BatchAugmentation(
+            num_classes=self.model.num_classes,
+            mean=self.config.data.mean,
+            std=self.config.data.std,
+            smoothing=self.config.train.label_smoothing,
+            **self.config.mixup,
+        )
+
+    @functools.cached_property
+    def abstract_state(self) -> TrainState:
+        """Shapes, types and shardings of a state, as `jax.ShapeDtypeStruct`."""
+        shapes = jax.eval_shape(self._first_state)
+        return jax.tree.map(
+            lambda x, s: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=s),
+            shapes,
+            sharding.by_shape(shapes, self.mesh),
+        )
+
+    @property
+    def state_shardings(self) -> TrainState:
+        """Where each array of a state lies."""
+        return jax.tree.map(lambda x: x.sharding, self.abstract_state)
+
+    def init_state(self) -> TrainState:
+        """Returns the state before the first step, made on the devices where it belongs."""
+        return jax.jit(self._first_state, out_shardings=self.state_shardings)()
+
+    def _first_state(self) -> TrainState:
+        images = jnp.zeros((1, *self.model.image_shape))
+        params = self.model.init(jax.random.key(self.config.seed), images)["params"]
+        ema = params if self.config.optim.ema_decay else None
+        return TrainState(jnp.zeros((), jnp.int32), params, self.optimizer.init(params), ema)
+
+    def jitted_step(self) -> TrainStep:
+        """Returns a jitted (state, batch) -> (state, metrics), whose old state is donated.
+
+        Its randomness is a function of (seed, step). The batch is "image" (B, height, width,
+        channels) uint8, "label" (B,), and "skipped" (B,), the number of corrupt images that each
+        image stands for. The metrics are "loss", "grad_norm" (the norm of the gradients before
+        clipping), "learning_rate", "skipped_images" and, of a model with GPSA, "gates": (layers,),
+        the mean over the heads of sigmoid(gate) after the step.
+        """
+        return jax.jit(
+            self._step,
+            in_shardings=(self.state_shardings, sharding.over_batch(self.mesh)),
+            out_shardings=(self.state_shardings, sharding.replicated(self.mesh)),
+            donate_argnums=0,
+        )
+
+    def _step(self, state: TrainState, batch: Batch) -> tuple[TrainState, dict[str, jax.Array]]:
+        key = jax.random.fold_in(jax.random.key(self.config.seed), state.step)
+        augment_key, dropout_key = jax.random.split(key)
+        augmented = self.augmentation(batch["image"], batch["label"], augment_key)
+        loss, grads = optim.mean_gradients(
+            self._loss, state.params, augmented, dropout_key, self.config.train.accum_steps
+        )
+        updates, opt_state = self.optimizer.update(grads, state.opt_state, state.params)
+        params = optax.apply_updates(state.params, updates)
+        metrics = {
+            "loss": loss,
+            "grad_norm": optax.tree.norm(grads),
+            "learning_rate": self.schedule(state.step),
+            "skipped_images": batch["skipped"].sum(),
+        }
+        if "gpsa_blocks" in params:
+            gate = params["gpsa_blocks"]["attn"]["gate"]  # (layers, H)
+            metrics["gates"] = jax.nn.sigmoid(gate).mean(axis=-1)
+        ema = optim.update_ema(state.ema, params, self.config.optim.ema_decay)
+        return TrainState(state.step + 1, params, opt_state, ema), metrics
+
+    def _loss(self, params: Any, batch: tuple[jax.Array, jax.Array], key: jax.Array) -> jax.Array:
+        """The mean loss of augmented images and their label distributions."""
+        images, labels = batch
+        # Split parameters are gathered; left to itself, XLA would rather move activations.
+        params = jax.lax.with_sharding_constraint(params, sharding.replicated(self.mesh))
+        logits = self.model.apply({"params": params}, images, train=True, rngs={"dropout": key})
+        return optax.softmax_cross_entropy(logits, labels).mean()

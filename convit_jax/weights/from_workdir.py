@@ -1,0 +1,123 @@
+"""The weights of a run, out of its working directory."""
+
+import dataclasses
+import logging
+import pathlib
+from typing import Any
+
+import jax
+import ml_collections
+import numpy as np
+import orbax.checkpoint as ocp
+
+from convit_jax import recipe
+from convit_jax.model import image_size
+from convit_jax.model.variants import options_of_kind, structure_of
+from convit_jax.weights.infer import Claim
+from convit_jax.workdir import identity
+from convit_jax.workdir.checkpoints import best_step, newest_step
+from convit_jax.workdir.folder import Workdir
+
+log = logging.getLogger(__name__)
+
+
+@dataclasses.dataclass(frozen=True)
+class Found:
+    """Where the weights are: in the checkpoint of a step, or, without one, in a file."""
+
+    path: pathlib.Path
+    step: int | None
+
+
+def find(workdir: Workdir, *, ema: bool, wanted: str = "best") -> Found:
+    """The best checkpoint by top-1 on the test images, else the newest, else the final weights.
+
+    Args:
+      workdir: of main.py.
+      ema: whether the averaged weights are wanted, and judged.
+      wanted: "best"; "newest", whether evaluated or not; or the step of a checkpoint.
+
+    Raises:
+      FileNotFoundError: if there is none of these.
+      ValueError: if averaged weights are wanted of a run that has none, or `wanted` is no such
+        word.
+    """
+    if wanted not in ("best", "newest") and not wanted.isdigit():
+        raise ValueError(f"checkpoint: expected best, newest or a step, got {wanted!r}")
+    if not workdir.config.is_file():
+        raise FileNotFoundError(
+            f"{workdir}: expected a workdir of main.py (config.json, checkpoints) or a folder "
+            "with model.safetensors, found neither"
+        )
+    averages = _config(workdir).optim.ema_decay > 0
+    if ema and not averages:
+        raise ValueError(f"{workdir}: the run has no averaged weights (optim.ema_decay=0)")
+    folder = workdir.checkpoints
+    step, which = _choose(folder, "ema_top1" if ema else "top1", wanted)
+    if step is not None:
+        averaged = ", averaged" if ema else ""
+        log.info("%s: weights of step %d, %s%s", workdir, step, which, averaged)
+        if averages and not ema:
+            log.info("%s: the run has averaged weights too; not taken: ema is off", workdir)
+        return Found(folder / str(step), step)
+    final = workdir.weights
+    if not final.is_file():
+        raise FileNotFoundError(f"{workdir}: holds no checkpoint and no {final.name} yet")
+    log.info("%s: no checkpoint; %s%s", workdir, final.name, ", averaged" if averages else "")
+    return Found(final, None)
+
+
+def _choose(folder: pathlib.Path, metric: str, wanted: str) -> tuple[int | None, str]:
+    """The step of a checkpoint, None if there is none at all, and what it is."""
+    if wanted.isdigit():
+        if not (folder / wanted).is_dir():
+            steps = sorted(int(path.name) for path in folder.glob("*") if path.name.isdigit())
+            raise FileNotFoundError(
+                f"{folder}: no checkpoint of step {wanted}; there are {steps or 'none'}"
+            )
+        return int(wanted), "the checkpoint asked for"
+    best = best_step(folder, metric) if wanted == "best" else None
+    if best is None:
+        return newest_step(folder), "the newest checkpoint"
+    return best, "the best checkpoint by top-1"
+
+
+def restore(found: Found, *, ema: bool) -> dict[str, Any]:
+    """The parameters of a checkpoint as numpy arrays, without the rest of its state.
+
+    Raises:
+      OSError: if it cannot be read.
+    """
+    part, item = "ema" if ema else "params", (found.path / "state").resolve()
+    try:
+        checkpointer = ocp.PyTreeCheckpointer()
+        tree = {part: checkpointer.metadata(item).item_metadata.tree[part]}
+        as_numpy = jax.tree.map(lambda _: ocp.RestoreArgs(restore_type=np.ndarray), tree)
+        args = ocp.args.PyTreeRestore(item=tree, restore_args=as_numpy, partial_restore=True)
+        return checkpointer.restore(item, args=args)[part]
+    except Exception as error:  # whatever broken files make of the reader
+        first = str(error).partition("\n")[0][:300]
+        raise OSError(f"{found.path}: cannot read this checkpoint: {first}") from error
+
+
+def describe(workdir: Workdir) -> tuple[Claim, dict[str, Any]]:
+    """Returns what the run states of its model, and fields of `Loaded` for predictions."""
+    config = _config(workdir)
+    options = {k: v for k, v in config.model.items() if v is not None}
+    options["image_size"] = image_size.parse(config.model.image_size)
+    options = structure_of(options.pop("name")) | options
+    options = {k: v for k, v in options.items() if k not in options_of_kind("computation")}
+    extras = {
+        "mean": config.data.mean,
+        "std": config.data.std,
+        "crop_pct": config.augment.eval_crop,
+        "class_names": identity.read_class_names(workdir),
+    }
+    return Claim(f"config.json of {workdir}", options), extras
+
+
+def _config(workdir: Workdir) -> ml_collections.ConfigDict:
+    saved = identity.read_config(workdir)
+    if saved is None:
+        raise ValueError(f"{workdir.config}: not the configuration of a run")
+    return recipe.from_json(saved, str(workdir.config))

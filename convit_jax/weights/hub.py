@@ -1,0 +1,185 @@
+"""Weights on huggingface.co, by name: timm's repositories, and others laid out like them."""
+
+from collections.abc import Callable
+import dataclasses
+import json
+import logging
+import os
+import pathlib
+import re
+from typing import Any
+
+from convit_jax.model.variants import VARIANTS, structure_of
+from convit_jax.weights.infer import Claim
+
+log = logging.getLogger(__name__)
+
+# The "+" sizes were never released.
+RELEASED = {
+    "convit_tiny": "timm/convit_tiny.fb_in1k",
+    "convit_small": "timm/convit_small.fb_in1k",
+    "convit_base": "timm/convit_base.fb_in1k",
+    "deit_tiny": "timm/deit_tiny_patch16_224.fb_in1k",
+    "deit_small": "timm/deit_small_patch16_224.fb_in1k",
+    "deit_base": "timm/deit_base_patch16_224.fb_in1k",
+}
+_NAME = re.compile(r"(?:hf[-_]hub:)?(\w[\w.-]*/[\w.-]+)(?:@([\w./-]+))?")
+_WEIGHTS = ("model.safetensors", "pytorch_model.bin")
+
+
+@dataclasses.dataclass(frozen=True)
+class Repository:
+    """Files of a repository, as they lie in the local cache.
+
+    Attributes:
+      name: ORGANISATION/NAME.
+      weights: path of model.safetensors or pytorch_model.bin.
+      config: config.json, or {} if there is none.
+    """
+
+    name: str
+    weights: pathlib.Path
+    config: dict[str, Any]
+
+
+def repository_name(source: str) -> str | None:
+    """ORGANISATION/NAME, with @REVISION if there is one, of a name of weights.
+
+    None if it does not look like one.
+
+    Raises:
+      ValueError: if it is one of the paper's models whose weights were never released.
+    """
+    if source in RELEASED:
+        return RELEASED[source]
+    if source in VARIANTS:
+        raise ValueError(
+            f"{source}: its weights were never released; those of {', '.join(RELEASED)} were"
+        )
+    match = _NAME.fullmatch(source)
+    return match and (f"{match[1]}@{match[2]}" if match[2] else match[1])
+
+
+def fetch(name: str, *, offline: bool = False) -> Repository:
+    """The weights of a repository, downloaded unless the local cache has them.
+
+    The cache is huggingface_hub's ($HF_HOME); its other variables ($HF_ENDPOINT, $HF_TOKEN,
+    $HF_HUB_OFFLINE) hold too.
+
+    Args:
+      name: of `repository_name`.
+      offline: whether to look into the cache only.
+
+    Raises:
+      ValueError: if there is no such repository, or no weights in it.
+      OSError: if it is not in the cache, and offline or the network is missing.
+    """
+    import huggingface_hub
+    from huggingface_hub import errors
+
+    repo, _, revision = name.partition("@")
+
+    def download(file: str, offline: bool) -> pathlib.Path:
+        path = huggingface_hub.hf_hub_download(
+            repo, file, revision=revision or None, local_files_only=offline
+        )
+        return pathlib.Path(path)
+
+    try:
+        weights, missing = _first(download, _WEIGHTS, offline)
+        config = None if weights is None else _first(download, ("config.json",), offline)[0]
+    except errors.RepositoryNotFoundError:  # what there is no right to see looks the same
+        raise ValueError(
+            f"{name}: no such file or folder here, and no such repository on {_endpoint()} (one "
+            "that is private needs $HF_TOKEN)"
+        ) from None
+    except errors.RevisionNotFoundError:
+        raise ValueError(f"{name}: {_endpoint()} has no such revision of {repo}") from None
+    except (errors.HfHubHTTPError, OSError) as error:
+        raise OSError(f"{name}: {_endpoint()}: {str(error).partition(chr(10))[0]}") from error
+    if weights is None and isinstance(missing, errors.LocalEntryNotFoundError):
+        offline = offline or huggingface_hub.constants.HF_HUB_OFFLINE
+        why = "offline" if offline else f"{_endpoint()} cannot be reached"
+        raise OSError(
+            f"{name}: no such file or folder here, not in the cache "
+            f"({huggingface_hub.constants.HF_HUB_CACHE}), and {why}. Fetch it once with a network, "
+            "or give the path of a file"
+        ) from missing
+    if weights is None:
+        raise ValueError(f"{name}: expected {' or '.join(_WEIGHTS)} in it, found neither")
+    if config is None:
+        log.warning("%s: no config.json: what it does not say is taken to be ImageNet's", name)
+    return Repository(name, weights, _read_config(config))
+
+
+def cloned(folder: pathlib.Path) -> Repository | None:
+    """A repository that was copied into a folder; None if it holds none."""
+    weights = next((folder / name for name in _WEIGHTS if (folder / name).is_file()), None)
+    if weights is None:
+        return None
+    config = folder / "config.json"
+    return Repository(str(folder), weights, _read_config(config if config.is_file() else None))
+
+
+def describe(repository: Repository) -> tuple[Claim, dict[str, Any]]:
+    """What timm's config.json states of the model, and of predictions (fields of `Loaded`)."""
+    config = repository.config
+    recipe = {**config, **(config.get("pretrained_cfg") or {})}  # the older form has it all in one
+    changed = config.get("model_args") or {}
+    name = re.fullmatch(r"(convit_\w+|deit_[a-z]+)(_patch16_\d+)?", config.get("architecture", ""))
+    options = {}
+    if name and name[1] in VARIANTS and not changed:
+        options = structure_of(name[1])
+    if config.get("num_classes") is not None:
+        options["num_classes"] = config["num_classes"]
+    if config.get("global_pool") in ("token", "avg"):
+        options["global_pool"] = config["global_pool"]
+    size = changed.get("img_size")
+    _, *rectangle = recipe.get("input_size") or (3, 0, 0)
+    if size is None and rectangle[0] != rectangle[1]:  # a square one is seen in the weights
+        size = rectangle
+    if size is not None:
+        options["image_size"] = size
+
+    extras = {key: tuple(recipe[key]) for key in ("mean", "std") if recipe.get(key)}
+    if recipe.get("crop_pct"):
+        extras["crop_pct"] = float(recipe["crop_pct"])
+    if recipe.get("label_names"):
+        extras["class_names"] = tuple(recipe["label_names"])
+    for key, ours in (("interpolation", "bicubic"), ("crop_mode", "center")):
+        if recipe.get(key, ours) != ours:
+            log.warning("%s asks for %s %s: here it is %s", repository.name, key, recipe[key], ours)
+    return Claim(f"config.json of {repository.name}", options), extras
+
+
+def _read_config(path: pathlib.Path | None) -> dict[str, Any]:
+    if path is None:
+        return {}
+    try:
+        config = json.loads(path.read_text())
+    except ValueError as error:
+        raise ValueError(f"{path}: not JSON: {error}") from None
+    if not isinstance(config, dict):
+        raise ValueError(f"{path}: expected an object, got {type(config).__name__}")
+    return config
+
+
+def _first(
+    download: Callable[[str, bool], pathlib.Path], files: tuple[str, ...], offline: bool
+) -> tuple[pathlib.Path | None, Exception | None]:
+    """The first of these files that there is, else why there is none."""
+    from huggingface_hub import errors
+
+    missing = None
+    for file in files:
+        try:
+            return download(file, offline), None
+        except errors.LocalEntryNotFoundError as error:
+            missing, offline = error, True  # the library has tried for long: there is no network
+        except errors.EntryNotFoundError as error:
+            missing = error
+    return None, missing
+
+
+def _endpoint() -> str:
+    return os.environ.get("HF_ENDPOINT", "https://huggingface.co")

@@ -1,0 +1,170 @@
+"""What model a set of weights is of: its options, by shapes and by what is said of them.
+
+Shapes and names tell nearly all. They do not tell the number of heads of a DeiT, which follows
+from the width in the paper's models only, nor a grid of patches that is not a square.
+"""
+
+from collections.abc import Iterator, Mapping
+import dataclasses
+import math
+from typing import Any
+
+from convit_jax.model.image_size import pair
+from convit_jax.model.network import ConViT
+from convit_jax.model.variants import OPTIONS, VARIANTS, options_of_kind, plain, structure_of
+
+
+@dataclasses.dataclass(frozen=True)
+class Claim:
+    """Options that somebody states of the weights; `who` is for messages."""
+
+    who: str
+    options: Mapping[str, Any]
+
+
+def model_of(
+    params: Mapping[str, Any],
+    stated: Claim | None = None,
+    variant: str | None = None,
+    overrides: Mapping[str, Any] | None = None,
+) -> ConViT:
+    """The model that parameters were made by.
+
+    Args:
+      params: Flax parameters, as of `from_torch`.
+      stated: what the file says of itself.
+      variant: one of `VARIANTS`, as the caller says.
+      overrides: options of `ConViT`, as the caller says; of kind "changeable", only
+        image_size is looked at, for a grid that the weights do not tell.
+
+    Raises:
+      ValueError: if something is unknown, not told by anything, or told differently by two.
+    """
+    overrides = dict(overrides or {})
+    _check_names("options", overrides)
+    claims = [] if stated is None else [stated]
+    if stated is not None:
+        _check_names(stated.who, stated.options)
+    kept = {k: v for k, v in overrides.items() if k not in options_of_kind("changeable")}
+    if variant is not None:
+        named = {k: v for k, v in structure_of(variant).items() if k not in kept}
+        claims.append(Claim(f"variant={variant!r}", named))
+    claims.append(Claim("the options given", kept))
+
+    options = _seen(params)
+    # The file's own word first: where others differ, they are named.
+    known = {k: plain(v) for claim in reversed(claims) for k, v in claim.options.items()}
+    options |= _patches(params, options, known, overrides.get("image_size"))
+    if "mlp_ratio" in known and _hidden(options, known) == _hidden(options, options):
+        options["mlp_ratio"] = known["mlp_ratio"]  # many ratios make one width
+    if "num_heads" not in options:
+        options["num_heads"] = known.get("num_heads") or _heads_of_width(options["embed_dim"])
+    problems = [
+        f"{key}: {claim.who}: {plain(claim.options[key])}; the weights: {plain(options[key])}"
+        for claim in claims
+        for key in options_of_kind("structure", "changeable")
+        if key in claim.options and plain(claim.options[key]) != plain(options[key])
+    ]
+    if problems:
+        raise ValueError("what is said and the weights differ:\n  " + "\n  ".join(problems))
+    rest = {k: v for k, v in known.items() if k not in options and k not in kept}
+    return ConViT(**options, **rest)
+
+
+def _seen(params: Mapping[str, Any]) -> dict[str, Any]:
+    """What names and shapes tell of themselves."""
+    if "last_block" not in params:
+        raise ValueError(f"parameters: expected last_block among them, got {', '.join(params)}")
+    width = params["cls_token"].shape[-1]
+    gpsa, plain, last = params.get("gpsa_blocks"), params.get("blocks"), params["last_block"]
+    num_gpsa = len(gpsa["attn"]["gate"]) if gpsa else 0
+    num_plain = len(plain["norm1"]["scale"]) if plain else 0
+    hidden = last["mlp"]["fc1"]["kernel"].shape[-1]
+    kernel = params["patch_embed"]["kernel"].shape
+    options = {
+        "embed_dim": width,
+        "depth": num_gpsa + num_plain + 1,
+        "local_up_to_layer": num_gpsa,
+        "mlp_ratio": _ratio(hidden, width),
+        "patch_size": kernel[0] if kernel[0] == kernel[1] else tuple(kernel[:2]),
+        "in_channels": kernel[2],
+        "qkv_bias": "bias" in last["attn"]["qkv"],
+        "use_pos_embed": "pos_embed" in params,
+        "num_classes": params["head"]["kernel"].shape[-1] if "head" in params else 0,
+    }
+    if gpsa:
+        options["num_heads"] = gpsa["attn"]["gate"].shape[-1]
+    return options
+
+
+def _ratio(hidden: int, width: int) -> float:
+    """The ratio of which the model makes this hidden width, by int(width * ratio)."""
+    ratio = hidden / width
+    return ratio if int(width * ratio) == hidden else math.nextafter(ratio, math.inf)
+
+
+def _hidden(width_of: Mapping[str, Any], ratio_of: Mapping[str, Any]) -> int:
+    return int(width_of["embed_dim"] * ratio_of["mlp_ratio"])
+
+
+def _patches(
+    params: Mapping[str, Any],
+    seen: Mapping[str, Any],
+    known: Mapping[str, Any],
+    wanted: int | tuple[int, int] | None,
+) -> dict[str, Any]:
+    """image_size and cls_pos_embed, by the number of position embeddings.
+
+    Args:
+      known: what is said of the weights.
+      wanted: image size that the caller asks for: it is taken for the weights' own where these
+        do not form a square and it fits.
+    """
+    patch = pair(seen["patch_size"])
+    if "pos_embed" not in params:  # any image will do
+        size = known.get("image_size", (14 * patch[0], 14 * patch[1]))
+        return {"image_size": plain(size), "cls_pos_embed": False}
+    tokens = params["pos_embed"].shape[1]
+    # The class token has an embedding only where it is there from the first block on.
+    prefixes = (0,) if seen["local_up_to_layer"] else (0, 1)
+
+    def candidates() -> Iterator[tuple[int, int]]:
+        if "image_size" in known:
+            yield pair(known["image_size"])
+        for prefix in prefixes:
+            side = math.isqrt(tokens - prefix)
+            yield side * patch[0], side * patch[1]
+        if wanted is not None:
+            yield pair(wanted)
+
+    for size in candidates():
+        for prefix in prefixes:
+            if (size[0] // patch[0]) * (size[1] // patch[1]) + prefix == tokens:
+                return {"image_size": plain(size), "cls_pos_embed": bool(prefix)}
+    raise ValueError(
+        f"image_size: the {tokens} position embeddings form no square, and nothing says their "
+        "grid. Give image_size=(height, width) as the model was trained; another size takes a "
+        "second step"
+    )
+
+
+def _heads_of_width(width: int) -> int:
+    """The heads of the paper's DeiT of this width."""
+    deits = {name: options for name, options in VARIANTS.items() if name.startswith("deit")}
+    heads = {options["num_heads"] for options in deits.values() if options["embed_dim"] == width}
+    if len(heads) != 1:
+        widths = ", ".join(f"{name} {options['embed_dim']}" for name, options in deits.items())
+        raise ValueError(
+            f"num_heads: no shape tells that of a model without GPSA, and a width of {width} is "
+            f"none of the paper's ({widths}): give num_heads=N"
+        )
+    return heads.pop()
+
+
+def _check_names(who: str, options: Mapping[str, Any]) -> None:
+    unknown = sorted(set(options) - set(OPTIONS))
+    if unknown:
+        raise ValueError(
+            f"{who}: expected options of ConViT, some of {', '.join(sorted(OPTIONS))}, got "
+            f"{', '.join(unknown)}"
+        )

@@ -1,0 +1,194 @@
+"""Weights in and out: whatever holds them, what model they are of, and what belongs to them.
+
+    model, variables = load("convit_base")              # or a file, or the workdir of a run
+
+The files written here are safetensors under PyTorch's names (see `convit_jax.convert`), which timm
+reads as it reads any: `model.load_state_dict(safetensors.torch.load_file(path))`. Their metadata
+holds the model's options and what else predictions need.
+"""
+
+from collections.abc import Mapping
+import dataclasses
+import logging
+import os
+import pathlib
+from typing import Any
+
+import jax
+import numpy as np
+
+from convit_jax.model.network import ConViT
+from convit_jax.model.variants import describe
+from convit_jax.weights import adapt, hub, infer, torch_pickle
+from convit_jax.weights.infer import Claim
+from convit_jax.weights.loaded import Contents, Loaded
+from convit_jax.weights.safetensors import read_safetensors
+from convit_jax.weights.state_dict import from_torch
+
+log = logging.getLogger(__name__)
+
+
+def load(
+    source: str | os.PathLike,
+    variant: str | None = None,
+    *,
+    ema: bool = False,
+    offline: bool = False,
+    **overrides: Any,
+) -> tuple[ConViT, dict[str, Any]]:
+    """A model and its variables, of PyTorch's files, ours, a run, or huggingface.co.
+
+    The model's options follow from the weights' shapes, and from what the source says; they are
+    logged.
+
+    Args:
+      source: a file .pth, .pt or .bin (a state dict, or a training checkpoint of upstream's or
+        timm's; needs torch) or .safetensors; a workdir of main.py (the best checkpoint by top-1,
+        else the newest, else its weights.safetensors); or a name on huggingface.co: "convit_base",
+        "timm/convit_base.fb_in1k", "hf-hub:ORGANISATION/NAME". What is on disk comes first.
+      variant: one of `VARIANTS`, for what shapes do not tell; checked against them.
+      ema: whether to take the averaged weights of a checkpoint or run.
+      offline: whether a name is looked for in the local cache only.
+      **overrides: options of `ConViT`. Another num_classes makes a new head (0: none), another
+        image_size interpolates the position embedding and other in_channels adapt the first
+        convolution, both as timm does. What the parameters are made by, such as depth, has to
+        agree with them.
+
+    Returns:
+      `model` and `variables`, for `model.apply(variables, images)`.
+
+    Raises:
+      ValueError: if the source is not what it should be, with every key that is wrong, or if the
+        options are ambiguous or contradictory.
+      OSError: if it is not there, or the network is missing.
+    """
+    loaded = read_weights(source, variant, ema=ema, offline=offline, **overrides)
+    return loaded.model, {"params": loaded.params}
+
+
+def read_weights(
+    source: str | os.PathLike,
+    variant: str | None = None,
+    *,
+    ema: bool = False,
+    offline: bool = False,
+    checkpoint: str = "best",
+    **overrides: Any,
+) -> Loaded:
+    """What `load` reads, with what else the source knows. Arguments and errors are `load`'s.
+
+    `checkpoint` is which one of a run: "best", "newest" or a step, see `run_weights.find`.
+    """
+    contents = _contents(source, ema=ema, offline=offline, checkpoint=checkpoint)
+    try:
+        model = infer.model_of(contents.params, contents.stated, variant, overrides)
+        log.info("%s: %s", source, describe(model))
+        wanted = model.clone(**overrides)
+        params = adapt.fit_params(
+            contents.params,
+            wanted,
+            new_head=wanted.num_classes != model.num_classes,
+            resize_pos_embed=True,
+            adapt_channels=True,
+            grid=model.grid,
+        )
+    except ValueError as error:
+        raise ValueError(f"{source}: {error}") from None
+    _say_what_is_not_finite(source, contents.params)
+    loaded = Loaded(wanted, params, str(source), **contents.extras)
+    return _matched(loaded, same_head=wanted.num_classes == model.num_classes)
+
+
+def _contents(source: str | os.PathLike, *, ema: bool, offline: bool, checkpoint: str) -> Contents:
+    path = pathlib.Path(source)
+    if path.is_file():
+        return _read_file(path, ema=ema)
+    if path.is_dir():
+        return _read_folder(path, ema=ema, checkpoint=checkpoint)
+    name, repository = str(source), None
+    if path.suffix not in (*torch_pickle.SUFFIXES, ".safetensors"):
+        repository = hub.repository_name(name)
+    if repository is None:
+        raise FileNotFoundError(f"weights: no such file or folder: {source}")
+    if ema:
+        raise ValueError(f"{source}: a repository has no averaged weights: read it without ema")
+    fetched = hub.fetch(repository, offline=offline)
+    log.info("%s is %s of %s", source, fetched.weights.name, repository)
+    return _read_repository(fetched)
+
+
+def _read_folder(path: pathlib.Path, *, ema: bool, checkpoint: str) -> Contents:
+    cloned = hub.cloned(path)
+    if cloned is not None and not ema:
+        return _read_repository(cloned)
+    from convit_jax.weights import from_workdir  # needs Orbax
+    from convit_jax.workdir.folder import Workdir
+
+    workdir = Workdir(path)
+    found = from_workdir.find(workdir, ema=ema, wanted=checkpoint)
+    if found.step is None:
+        return _read_file(found.path, ema=False)
+    stated, extras = from_workdir.describe(workdir)
+    return Contents(from_workdir.restore(found, ema=ema), stated, {**extras, "step": found.step})
+
+
+def _read_repository(repository: hub.Repository) -> Contents:
+    contents = _read_file(repository.weights, ema=False)
+    stated, extras = hub.describe(repository)
+    # Files of ours say all themselves, wherever they lie.
+    return Contents(contents.params, contents.stated or stated, {**extras, **contents.extras})
+
+
+def _read_file(path: pathlib.Path, *, ema: bool) -> Contents:
+    if path.suffix == ".safetensors":
+        if ema:
+            raise ValueError(f"{path}: a .safetensors file has no averaged weights beside others")
+        state_dict, ours = read_safetensors(path)
+        stated = Claim("its metadata", ours.pop("options")) if ours else None
+        return Contents(_convert(path, state_dict), stated, ours)
+    if path.suffix in torch_pickle.SUFFIXES:
+        return Contents(_convert(path, torch_pickle.read(path, ema=ema)))
+    suffixes = ", ".join((".safetensors", *torch_pickle.SUFFIXES))
+    raise ValueError(f"weights: expected a file of {suffixes}, a workdir or a name, got {path}")
+
+
+def _convert(path: pathlib.Path, state_dict: dict[str, Any]) -> dict[str, Any]:
+    """Flax parameters of a state dict, with what is not of the weights taken off its names."""
+    prefix = "module."  # of torch.nn.parallel.DistributedDataParallel
+    if state_dict and all(name.startswith(prefix) for name in state_dict):
+        log.info("%s: the prefix %r of its names is taken off", path, prefix)
+        state_dict = {name.removeprefix(prefix): v for name, v in state_dict.items()}
+    buffers = [name for name in state_dict if name.endswith(".rel_indices")]
+    if buffers:
+        log.info("%s: %d buffers rel_indices dropped: they hold no weights", path, len(buffers))
+    try:
+        return from_torch(state_dict)
+    except ValueError as error:
+        raise ValueError(f"{path}: {error}") from None
+
+
+def _say_what_is_not_finite(source: str | os.PathLike, params: Mapping[str, Any]) -> None:
+    names = [
+        jax.tree_util.keystr(path, simple=True, separator="/")
+        for path, array in jax.tree_util.tree_leaves_with_path(params)
+        if not np.isfinite(array).all()
+    ]
+    if names:
+        log.warning("%s: NaN or infinity in %s", source, ", ".join(names))
+
+
+def _matched(loaded: Loaded, *, same_head: bool) -> Loaded:
+    """What belongs to the weights, as far as it still does with another head or other channels."""
+    names, mean, std = loaded.class_names, loaded.mean, loaded.std
+    if names is not None and (not same_head or len(names) != loaded.model.num_classes):
+        if same_head:
+            log.warning("%s: %d class names left out: it has another number of classes: %d",
+                        loaded.source, len(names), loaded.model.num_classes)  # fmt: skip
+        names = None
+    channels = loaded.model.in_channels
+    if len(mean) != channels:  # as the first convolution was adapted
+        mean, std = (
+            (float(np.mean(v)),) if channels == 1 else tuple(v[i % len(v)] for i in range(channels))
+            for v in (mean, std)
+        )
+    return dataclasses.replace(loaded, class_names=names, mean=tuple(mean), std=tuple(std))

@@ -1,0 +1,238 @@
+"""PyTorch state dicts of ConViT and DeiT to Flax parameters and back, by one table.
+
+The names on the PyTorch side are those of facebookresearch/convit, facebookresearch/deit and
+timm, which agree. On the Flax side the blocks of a group are stacked along a leading layer axis,
+all but the last (see `convit_jax.model`): `from_torch` stacks them, `to_torch` splits them.
+"""
+
+import collections
+from collections.abc import Iterator, Mapping
+import dataclasses
+import re
+from typing import Any
+
+from flax import traverse_util
+import numpy as np
+
+Shape = tuple[str | int, ...]
+
+# Order of the axes on the Flax side, by number of axes on the PyTorch side.
+_CONV_AXES = (2, 3, 1, 0)  # (out, in, height, width) -> (height, width, in, out)
+_LINEAR_AXES = (1, 0)  # (out, in) -> (in, out)
+
+
+@dataclasses.dataclass(frozen=True)
+class Row:
+    """One kind of parameter: its name on both sides and its shape in PyTorch.
+
+    A letter or word in a shape is a size that is the same wherever it stands; "2D" is twice D.
+    `feature` marks what a model may lack: all rows of a feature are there, or none.
+    `axes` is how PyTorch's axes are ordered in Flax; None leaves them.
+    """
+
+    torch: str
+    flax: str
+    shape: Shape
+    axes: tuple[int, ...] | None = None
+    feature: str | None = None
+
+
+def _linear(torch: str, flax: str, out: str | int, in_: str | int, bias: str | None = None):
+    """Rows of a linear layer; `bias` names the feature that its bias belongs to."""
+    return (
+        Row(f"{torch}.weight", f"{flax}/kernel", (out, in_), _LINEAR_AXES),
+        Row(f"{torch}.bias", f"{flax}/bias", (out,), feature=bias),
+    )
+
+
+def _norm(torch: str, flax: str):
+    return (
+        Row(f"{torch}.weight", f"{flax}/scale", ("D",)),
+        Row(f"{torch}.bias", f"{flax}/bias", ("D",)),
+    )
+
+
+def _block(*attention: Row):
+    return (
+        *_norm("norm1", "norm1"),
+        *attention,
+        *_norm("norm2", "norm2"),
+        *_linear("mlp.fc1", "mlp/fc1", "M", "D"),
+        *_linear("mlp.fc2", "mlp/fc2", "D", "M"),
+    )
+
+
+# D width, H heads, M hidden width of the MLPs. The order is PyTorch's, so that `to_torch` gives
+# the keys in the order of a saved state dict.
+STEM = (
+    Row("cls_token", "cls_token", (1, 1, "D")),
+    Row("pos_embed", "pos_embed", (1, "tokens", "D"), feature="pos_embed"),
+    Row("patch_embed.proj.weight", "patch_embed/kernel", ("D", "in", "h", "w"), _CONV_AXES),
+    Row("patch_embed.proj.bias", "patch_embed/bias", ("D",)),
+)
+BLOCKS = {
+    "gpsa_blocks": _block(
+        Row("attn.gating_param", "attn/gate", ("H",)),
+        *_linear("attn.qk", "attn/qk", "2D", "D", bias="qkv_bias"),
+        *_linear("attn.v", "attn/v", "D", "D", bias="qkv_bias"),
+        *_linear("attn.proj", "attn/proj", "D", "D"),
+        *_linear("attn.pos_proj", "attn/pos_proj", "H", 3),
+    ),
+    "blocks": _block(
+        *_linear("attn.qkv", "attn/qkv", "3D", "D", bias="qkv_bias"),
+        *_linear("attn.proj", "attn/proj", "D", "D"),
+    ),
+}
+HEAD = (
+    *_norm("norm", "norm"),
+    Row("head.weight", "head/kernel", ("classes", "D"), _LINEAR_AXES, feature="head"),
+    Row("head.bias", "head/bias", ("classes",), feature="head"),
+)
+
+
+@dataclasses.dataclass(frozen=True)
+class _Entry:
+    """A row put in its place: one Flax parameter and the PyTorch tensors it stacks."""
+
+    row: Row
+    flax: str
+    torch: tuple[str, ...]
+    stacked: bool
+
+    def flax_shape(self) -> Shape:
+        shape = self.row.shape
+        if self.row.axes:
+            shape = tuple(shape[axis] for axis in self.row.axes)
+        return (len(self.torch), *shape) if self.stacked else shape
+
+
+def from_torch(state_dict: Mapping[str, Any]) -> dict[str, Any]:
+    """Flax parameters of a PyTorch state dict of ConViT or DeiT.
+
+    Args:
+      state_dict: name -> torch tensor or array, named as facebookresearch/convit,
+        facebookresearch/deit and timm do. The constants `rel_indices` of old checkpoints are
+        left out: they hold no weights.
+
+    Returns:
+      The nested dictionary that goes into `model.apply({"params": ...}, images)`; numpy
+      arrays, float32, copied.
+
+    Raises:
+      ValueError: names every key that is missing, not known, or of another shape.
+    """
+    tensors = {k: v for k, v in state_dict.items() if not k.endswith(".rel_indices")}
+    numbers = {k: int(m[1]) for k in tensors if (m := re.match(r"blocks\.(\d+)\.", k))}
+    gated = [number for k, number in numbers.items() if k.endswith("attn.gating_param")]
+    num_gpsa = max(gated, default=-1) + 1
+    depth = max(numbers.values(), default=-1) + 1
+    entries = list(_entries(num_gpsa, depth - num_gpsa))
+
+    expected = [(name, e.row.shape, e.row.feature) for e in entries for name in e.torch]
+    _check("state dict", {k: tuple(v.shape) for k, v in tensors.items()}, expected)
+
+    params = {}
+    for entry in entries:
+        if entry.torch[0] not in tensors:
+            continue  # a feature that this model lacks
+        arrays = [_to_numpy(tensors[name]) for name in entry.torch]
+        if entry.row.axes:
+            arrays = [array.transpose(entry.row.axes) for array in arrays]
+        params[entry.flax] = np.stack(arrays) if entry.stacked else np.array(arrays[0], order="C")
+    return traverse_util.unflatten_dict(params, sep="/")
+
+
+def to_torch(params: Mapping[str, Any]) -> dict[str, np.ndarray]:
+    """The PyTorch state dict of Flax parameters; the inverse of `from_torch`, to the bit.
+
+    Args:
+      params: the nested dictionary, `variables["params"]`.
+
+    Returns:
+      name -> numpy array, float32. To load it in PyTorch:
+      `model.load_state_dict({k: torch.from_numpy(v) for k, v in to_torch(params).items()})`.
+
+    Raises:
+      ValueError: names every parameter that is missing, not known, or of another shape.
+    """
+    if set(params) == {"params"}:
+        raise ValueError("expected parameters, got variables: pass variables['params']")
+    arrays = traverse_util.flatten_dict(params, sep="/")
+    arrays = {path: _to_numpy(array) for path, array in arrays.items()}
+    norms = (arrays.get(f"{group}/norm1/scale", np.empty((0,))) for group in BLOCKS)
+    num_gpsa, num_plain = (len(norm) for norm in norms)
+    entries = list(_entries(num_gpsa, num_plain + 1))
+
+    expected = [(e.flax, e.flax_shape(), e.row.feature) for e in entries]
+    _check("parameters", {path: array.shape for path, array in arrays.items()}, expected)
+
+    state_dict = {}
+    for entry in entries:
+        if entry.flax not in arrays:
+            continue  # a feature that this model lacks
+        layers = arrays[entry.flax] if entry.stacked else arrays[entry.flax][None]
+        for name, array in zip(entry.torch, layers, strict=True):
+            if entry.row.axes:
+                array = array.transpose(np.argsort(entry.row.axes))
+            state_dict[name] = np.array(array, order="C")
+    return state_dict
+
+
+def _entries(num_gpsa: int, num_plain: int) -> Iterator[_Entry]:
+    """The table laid out for a model with so many blocks of each kind, the last one plain."""
+    # Every model ends in a plain block: where there is none, its absence is the error to show.
+    depth = num_gpsa + max(num_plain, 1)
+    for row in STEM:
+        yield _Entry(row, row.flax, (row.torch,), stacked=False)
+    groups = {"gpsa_blocks": range(num_gpsa), "blocks": range(num_gpsa, depth - 1)}
+    for group, numbers in groups.items():
+        for row in BLOCKS[group] if numbers else ():
+            names = tuple(f"blocks.{number}.{row.torch}" for number in numbers)
+            yield _Entry(row, f"{group}/{row.flax}", names, stacked=True)
+    for row in BLOCKS["blocks"]:
+        name = f"blocks.{depth - 1}.{row.torch}"
+        yield _Entry(row, f"last_block/{row.flax}", (name,), stacked=False)
+    for row in HEAD:
+        yield _Entry(row, row.flax, (row.torch,), stacked=False)
+
+
+def _check(
+    what: str,
+    found: Mapping[str, tuple[int, ...]],
+    expected: list[tuple[str, Shape, str | None]],
+) -> None:
+    """Raises ValueError unless the shapes found are those expected, name by name."""
+    features = {feature for name, _, feature in expected if name in found}
+    sizes = _sizes(found, expected)
+    problems = []
+    for name, shape, feature in expected:
+        shape = tuple(sizes.get(size, size) for size in shape)
+        if name in found and found[name] != shape:
+            problems.append(f"wrong shape: {name}: expected {shape}, got {found[name]}")
+        elif name not in found and (feature is None or feature in features):
+            problems.append(f"missing: {name} {shape}")
+    unknown = found.keys() - {name for name, _, _ in expected}
+    problems += [f"not known: {name} {found[name]}" for name in sorted(unknown)]
+    if problems:
+        raise ValueError(f"not the {what} of a ConViT or DeiT:\n  " + "\n  ".join(problems))
+
+
+def _sizes(
+    found: Mapping[str, tuple[int, ...]], expected: list[tuple[str, Shape, str | None]]
+) -> dict[str, int]:
+    """What the letters of the table stand for here: the size that most arrays agree on."""
+    votes = collections.defaultdict(collections.Counter)
+    for name, shape, _ in expected:
+        if len(found.get(name, ())) == len(shape):
+            for letter, size in zip(shape, found[name], strict=True):
+                if isinstance(letter, str):
+                    votes[letter][size] += 1
+    sizes = {letter: counter.most_common(1)[0][0] for letter, counter in votes.items()}
+    return sizes | {f"{times}D": times * sizes["D"] for times in (2, 3) if "D" in sizes}
+
+
+def _to_numpy(array: Any) -> np.ndarray:
+    """A torch tensor, jax or numpy array as numpy float32; float16 and bfloat16 lose nothing."""
+    if hasattr(array, "detach"):  # a torch tensor; bfloat16 has no numpy counterpart there
+        array = array.detach().cpu().float().numpy()
+    return np.asarray(array, dtype=np.float32)

@@ -1,0 +1,61 @@
+"""The folder of a run: every path in it. Nothing else in this package spells these names."""
+
+import os
+import pathlib
+import tempfile
+
+
+class Workdir:
+    """Paths in the working directory of a run; making one touches no disk.
+
+    Attributes:
+      path: the folder.
+      config: the configuration, as JSON.
+      classes: names of the classes in the order of the logits, as JSON.
+      starts: a JSON line for each start.
+      metrics: a JSON line for each report of metrics.
+      tensorboard: folder of TensorBoard's event files.
+      checkpoints: folder of checkpoints, one folder for each step.
+      weights: the final weights.
+      index: folder of indices of the data.
+      compilation_cache: folder of compiled programs.
+      profile: folder of traces.
+      evaluation: the result of an evaluation, as JSON.
+      predictions: a JSON line for each image of an evaluation.
+    """
+
+    def __init__(self, path: str | os.PathLike):
+        """Expands "~" in `path`.
+
+        Raises:
+          ValueError: if it is a URL; only local folders are supported.
+        """
+        if "://" in str(path):
+            raise ValueError(
+                f"--workdir: expected a local folder, got {path}: mount the bucket, for example "
+                "with gcsfuse, and give the folder"
+            )
+        self.path = path = pathlib.Path(path).expanduser()
+        self.config = path / "config.json"
+        self.classes = path / "classes.json"
+        self.starts = path / "starts.jsonl"
+        self.metrics = path / "metrics.jsonl"
+        self.tensorboard = path / "tensorboard"
+        self.checkpoints = path / "checkpoints"
+        self.weights = path / "weights.safetensors"
+        self.index = path / "index"
+        self.compilation_cache = path / "compilation_cache"
+        self.profile = path / "profile"
+        self.evaluation = path / "eval.json"
+        self.predictions = path / "predictions.jsonl"
+
+    def __str__(self) -> str:
+        return str(self.path)
+
+    def check_writable(self) -> None:
+        """Raises OSError if the folder cannot be written; makes nothing."""
+        exists = self.path
+        while not exists.exists():
+            exists = exists.parent
+        with tempfile.TemporaryFile(dir=exists) as file:  # says why it cannot
+            file.write(bytes(1 << 16))

@@ -1,0 +1,100 @@
+"""What is written down about a run: its configuration, its classes, and each of its starts."""
+
+from collections.abc import Iterator, Mapping, Sequence
+import contextlib
+import importlib.metadata
+import json
+import os
+import subprocess
+import sys
+import time
+from typing import Any
+
+import jax
+
+from convit_jax import storage
+from convit_jax.workdir.folder import Workdir
+
+_PACKAGES = ("convit-jax", "jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "grain", "numpy")
+
+
+def read_config(workdir: Workdir) -> dict[str, Any] | None:
+    """Returns the configuration of the run in a working directory; None if there is no run.
+
+    Raises:
+      ValueError: if the file is not readable.
+    """
+    try:
+        saved = json.loads(workdir.config.read_text())
+    except (FileNotFoundError, NotADirectoryError):
+        return None
+    except ValueError:
+        saved = None
+    if not isinstance(saved, dict):
+        raise ValueError(f"{workdir.config}: not readable: choose another --workdir or delete it")
+    return saved
+
+
+def read_class_names(workdir: Workdir) -> tuple[str, ...] | None:
+    """Returns the names of the run's classes in the order of the logits; None if unknown."""
+    if not workdir.classes.is_file():
+        return None
+    return tuple(json.loads(workdir.classes.read_text()))
+
+
+def record_start(
+    workdir: Workdir, config: Mapping[str, Any], step: int, class_names: Sequence[str]
+) -> None:
+    """Writes the configuration, the classes and the line of this start; one process calls it.
+
+    Args:
+      workdir: its folder exists.
+      config: of JSON's types.
+      step: number of finished steps.
+      class_names: in the order of the logits.
+    """
+    storage.write_text(workdir.classes, json.dumps(class_names) + "\n")
+    storage.write_text(workdir.config, json.dumps(config, indent=2) + "\n")
+    start = {
+        "time": time.strftime("%Y-%m-%d %H:%M:%S %z"),
+        "step": step,
+        "command": sys.argv,
+        "devices": f"{jax.device_count()} x {jax.devices()[0].device_kind}",
+        "processes": jax.process_count(),
+        "git_revision": _git_revision(),
+        "python": sys.version.split()[0],
+        "versions": dict(versions()),
+    }
+    with workdir.starts.open("a") as file:
+        file.write(json.dumps(start) + "\n")
+
+
+def versions() -> Iterator[tuple[str, str]]:
+    """Yields name and version of the packages that decide a run's numbers."""
+    for package in _PACKAGES:
+        with contextlib.suppress(importlib.metadata.PackageNotFoundError):  # run from a checkout
+            yield package, importlib.metadata.version(package)
+
+
+def _git_revision() -> str | None:
+    """Returns the revision of this package's checkout, with "-dirty" if files were changed.
+
+    None if the package does not lie in a checkout of its own, as in somebody's virtual environment.
+    """
+
+    def git(*command: str) -> str:
+        done = subprocess.run(
+            ["git", *command],
+            cwd=os.path.dirname(__file__),
+            capture_output=True,
+            text=True,
+            timeout=60,
+        )
+        return done.stdout.strip()
+
+    try:
+        if not git("ls-files", "identity.py"):
+            return None
+        return git("describe", "--always", "--dirty", "--abbrev=40", "--exclude=*") or None
+    except (OSError, subprocess.TimeoutExpired):
+        return None

@@ -1,0 +1,195 @@
+"""Training from tfds' ImageNet layout: small, but of real photographs in the real format."""
+
+import dataclasses
+import functools
+import json
+import os
+import re
+import subprocess
+import sys
+
+from absl import flags
+import make_imagenet
+import numpy as np
+import pytest
+from runs import ROOT
+
+from configs import convit_ti, finetune
+from convit_jax.data.chunks import CorruptImageError
+from convit_jax.train import loop, setup
+from convit_jax.workdir.folder import Workdir
+
+if not flags.FLAGS.is_parsed():
+    flags.FLAGS.mark_as_parsed()  # grain's workers inherit the flags
+
+
+@pytest.fixture(scope="module")
+def imagenet(tmp_path_factory):
+    """A folder with TFRecord, ArrayRecord and class folders of the same 32 + 8 photographs."""
+    root = tmp_path_factory.mktemp("imagenet")
+    examples = make_imagenet.make_examples(per_class=4, validation=8)
+    for file_format in ("tfrecord", "array_record"):
+        make_imagenet.write_tfds(root / file_format, examples, file_format)
+    make_imagenet.write_folder(root / "folder", examples)
+    return root
+
+
+def small(config):
+    config.model.update(image_size=64, depth=3, local_up_to_layer=2, embed_dim=64)
+    config.train.update(batch_size=32, log_every=1)
+    return config
+
+
+def run(*command: str) -> subprocess.CompletedProcess:
+    env = {k: v for k, v in os.environ.items() if k != "XLA_FLAGS"}  # one device, as a user has
+    command = [sys.executable, *command]
+    return subprocess.run(command, cwd=ROOT, env=env, capture_output=True, text=True, timeout=300)
+
+
+def test_main_trains_on_tfrecords_with_the_whole_recipe(imagenet, tmp_path):
+    done = run(
+        "main.py", "--config=configs/convit_ti.py", f"--workdir={tmp_path / 'run'}",
+        f"--config.data.dir={imagenet / 'tfrecord'}", "--config.data.workers=2",
+        "--config.model.image_size=64", "--config.model.depth=3",
+        "--config.model.local_up_to_layer=2", "--config.train.batch_size=16",
+        "--config.train.epochs=2", "--config.optim.ema_decay=0.9",
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    assert "32 images" in done.stderr
+    assert re.search(r"test accuracy \d+\.\d+% \(\d of 8 images\) after 4 steps", done.stderr)
+    assert "Traceback" not in done.stderr
+    assert "leaked" not in done.stderr
+    lines = [json.loads(line) for line in (tmp_path / "run/metrics.jsonl").read_text().splitlines()]
+    assert lines[-1]["images"] == lines[-1]["ema_images"] == 8
+
+
+def test_32_images_are_learnt_by_heart(imagenet, tmp_path):
+    """Without augmentation or regularisation the loss falls below 0.1."""
+    config = small(convit_ti.get_config())
+    config.data.update(dir=str(imagenet / "array_record"), repeats=1, workers=0)
+    config.augment.update(crop="none", flip=0.0, randaugment_ops=0, color_jitter=0.0)
+    config.mixup.update(mixup=0.0, cutmix=0.0, erase_prob=0.0)
+    config.model.drop_path = 0.0
+    config.train.update(label_smoothing=0.0, epochs=140.0, eval_every=140.0)
+    config.optim.update(lr=0.05, warmup_epochs=5.0, weight_decay=0.0)
+    run = setup.prepare(config, Workdir(tmp_path))
+    # It is the same pixels every time: without this, 140 decodings of each photo take the longest.
+    rng = np.random.default_rng(0)
+    once = functools.cache(lambda image: run.train_chunks.transform(image, rng))
+    chunks = dataclasses.replace(run.train_chunks, transform=lambda image, _: once(image))
+    loop.train(dataclasses.replace(run, train_chunks=chunks))
+    lines = [json.loads(line) for line in (tmp_path / "metrics.jsonl").read_text().splitlines()]
+    losses = [line["loss"] for line in lines if line["kind"] == "train"]
+    assert len(losses) == 140
+    assert losses[0] > 6  # 1,000 classes: log(1000) is 6.9
+    assert losses[-1] < 0.1
+
+
+def test_fine_tuning_on_a_folder_from_weights_of_another_size(imagenet, tmp_path):
+    config = small(finetune.get_config())
+    config.model.num_classes = None
+    config.data.update(source=f"folder:{imagenet / 'folder'}", workers=0)
+    config.train.epochs = 4.0
+    pretrained = small(convit_ti.get_config())
+    pretrained.model.image_size = 96
+    model = setup.make_model(pretrained)
+    load = tmp_path / "pretrained.safetensors"
+    save_initial(model, load)
+    config.init_from = str(load)
+    run = setup.prepare(config, Workdir(tmp_path / "run"))
+    assert run.program.model.num_classes == 8
+    assert run.init_params["head"]["kernel"].shape == (64, 8)
+    assert run.init_params["pos_embed"].shape == (1, 16, 64)
+    result = loop.train(run)
+    assert result["images"] == 8
+    config.init_new_head = False
+    with pytest.raises(ValueError, match=r"head/kernel: expected \(64, 8\), got \(64, 1000\)"):
+        setup.prepare(config, Workdir(tmp_path / "other"))
+
+
+def save_initial(model, path):
+    import jax
+    import jax.numpy as jnp
+
+    from convit_jax.weights import safetensors
+    from convit_jax.weights.loaded import Loaded
+
+    images = jnp.zeros((1, *model.image_shape))
+    params = jax.jit(model.init)(jax.random.key(0), images)["params"]
+    safetensors.save_weights(path, Loaded(model, params))
+
+
+def test_part_of_the_data_for_the_same_number_of_images(imagenet, tmp_path):
+    """The paper's Table 2 is two flags."""
+    config = small(convit_ti.get_config())
+    config.data.update(dir=str(imagenet / "array_record"), workers=0, repeats=1)
+    config.train.update(epochs=10.0, batch_size=8)
+    whole = setup.prepare(config.copy_and_resolve_references(), Workdir(tmp_path / "whole"))
+    config.data.update(sampling_ratio=0.5, epochs_scale=2.0)
+    half = setup.prepare(config, Workdir(tmp_path / "half"))
+    assert len(whole.train_chunks.source) == 32
+    assert len(half.train_chunks.source) == 16
+    assert whole.total_steps == half.total_steps == 40
+    assert len(half.test_chunks.source) == 8
+
+
+def test_what_does_not_fit_is_refused(imagenet, tmp_path):
+    cases = [
+        ({"model.num_classes": 8}, ValueError, "expected 1000 as in tfds:imagenet2012, got 8"),
+        ({"model.in_channels": 1}, ValueError, "model.in_channels: expected 3 for tfds:imagenet"),
+        ({"train.batch_size": 64}, ValueError, "expected at most the 32 images of tfds:imagenet"),
+        ({"data.dir": str(tmp_path / "no")}, FileNotFoundError, r"convit_jax\.data prepare"),
+        ({"data.source": f"folder:{tmp_path}"}, (ValueError, OSError), str(tmp_path)),
+    ]
+    for overrides, kind, message in cases:
+        config = small(convit_ti.get_config())
+        config.data.dir = str(imagenet / "array_record")
+        config.update_from_flattened_dict(overrides)
+        with pytest.raises(kind, match=message):
+            setup.prepare(config, Workdir(tmp_path / "run"))
+
+
+def test_a_corrupt_image_stops_the_run_by_name_or_is_replaced(imagenet, tmp_path):
+    for split in ("train", "val"):
+        (tmp_path / "data" / split).mkdir(parents=True)
+        for folder in sorted((imagenet / "folder" / split).iterdir())[:2]:
+            os.symlink(folder, tmp_path / "data" / split / folder.name)
+    good = sorted((tmp_path / "data/train").iterdir())[0]
+    bad = tmp_path / "data/train/zz"
+    (tmp_path / "data/val/zz").mkdir()
+    bad.mkdir()
+    for image in good.iterdir():
+        content = image.read_bytes()
+        (bad / image.name).write_bytes(content)
+        (tmp_path / "data/val/zz" / image.name).write_bytes(content)
+    (bad / "broken.JPEG").write_bytes(b"this is no image")
+    config = small(convit_ti.get_config())
+    config.data.update(source=f"folder:{tmp_path / 'data'}", workers=0, repeats=1)
+    config.train.update(batch_size=8, epochs=2.0)
+    with pytest.raises(CorruptImageError, match=r"zz/broken\.JPEG.*data\.skip_corrupt=True"):
+        loop.train(setup.prepare(config, Workdir(tmp_path / "strict")))
+    config.data.skip_corrupt = True
+    loop.train(setup.prepare(config, Workdir(tmp_path / "lenient")))
+    metrics = (tmp_path / "lenient/metrics.jsonl").read_text().splitlines()
+    assert max(json.loads(line).get("skipped_images", 0) for line in metrics) >= 1
+
+
+def test_the_check_command(imagenet, tmp_path):
+    flag = f"--config.data.dir={imagenet / 'tfrecord'}"
+    done = run("-m", "convit_jax", "data", "check", "--config=configs/convit_ti.py", flag)
+    assert done.returncode == 0, done.stderr
+    for text in ("TFRecord", "32 images of 1,000 classes", "8 images of", "worker processes"):
+        assert text in done.stdout
+    flag = f"--config.data.dir={tmp_path / 'nowhere'}"
+    done = run("-m", "convit_jax", "data", "check", "--config=configs/convit_ti.py", flag)
+    assert done.returncode == 1
+    assert "python -m convit_jax.data prepare --tars" in done.stderr
+    assert "Traceback" not in done.stderr
+    for words, message in (
+        (["look"], "expected check or prepare, got look"),
+        (["prepare"], "expected --tars and --data_dir"),
+        (["prepare", f"--tars={tmp_path}", f"--data_dir={tmp_path}"], "ILSVRC2012_img_train.tar"),
+    ):
+        done = run("-m", "convit_jax", "data", *words)
+        assert done.returncode == 1
+        assert message in done.stdout + done.stderr

@@ -1,0 +1,114 @@
+"""The command line, and the commands and code of the README, each in its own process."""
+
+import json
+import os
+import re
+import subprocess
+import sys
+
+import pytest
+from runs import ROOT
+
+README = (ROOT / "README.md").read_text()
+SMALL = (
+    "--config.model.patch_size=4",
+    "--config.model.embed_dim=8",
+    "--config.model.depth=2",
+    "--config.model.local_up_to_layer=1",
+    "--config.train.epochs=2",
+)
+
+
+def run(*command: str) -> subprocess.CompletedProcess:
+    env = {k: v for k, v in os.environ.items() if k != "XLA_FLAGS"}  # one device, as a user has
+    return subprocess.run(
+        [sys.executable, *command], cwd=ROOT, env=env, capture_output=True, text=True, timeout=300
+    )
+
+
+def main(workdir, *flags: str, config: str = "configs/digits.py") -> subprocess.CompletedProcess:
+    return run("main.py", f"--config={config}", f"--workdir={workdir}", *flags)
+
+
+def test_help_says_how_to_use_it():
+    for flag in ("--help", "-h"):
+        done = run("main.py", flag)
+        assert done.returncode == 0
+        for text in (
+            "--config",
+            "--workdir",
+            "--config.train.batch_size=32",
+            "convit_jax/recipe.py",
+        ):
+            assert text in done.stdout
+
+
+def test_trains_and_ends_with_the_test_accuracy(tmp_path):
+    done = main(tmp_path / "run", *SMALL)
+    assert done.returncode == 0, done.stderr
+    lines = done.stderr.splitlines()
+    assert re.fullmatch(
+        r"test accuracy \d+\.\d\d% \(\d+ of 360 images\) after 22 steps in \d+ s", lines[-1]
+    )
+    assert any(re.match(r"step 22/22  loss \d\.\d+  img/s \d+  ETA 00:00", line) for line in lines)
+    metrics = (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()
+    assert json.loads(metrics[-1])["kind"] == "eval"
+
+    again = main(tmp_path / "run", *SMALL, "--config.optim.lr=0.5")
+    assert again.returncode == 1
+    assert "error:" in again.stderr
+    assert "choose another --workdir" in again.stderr
+    assert "optim.lr: there 0.008, now 0.5" in again.stderr
+    assert "Traceback" not in again.stderr
+
+
+@pytest.mark.parametrize(
+    ("flag", "message"),
+    [
+        ("--config.optm.lr=1", "unknown configuration key: 'optm'\nDid you mean \"optim\""),
+        ("--config.train.log_evry=1", "unknown configuration key: 'log_evry'"),
+        ("--config.train.epochs=abc", "--config.train.epochs=abc: could not convert"),
+        ("--config.model.num_heads=5", "error: num_heads: expected a divisor of embed_dim=64"),
+        ("--confg=1", "Unknown command line flag 'confg'. Did you mean: config"),
+        ("extra", "expected only flags, got extra"),
+    ],
+)
+def test_mistakes_on_the_command_line_are_named(tmp_path, flag, message):
+    done = main(tmp_path / "run", flag)
+    assert done.returncode == 1
+    assert message in done.stdout + done.stderr
+    assert "Traceback" not in done.stderr
+    assert not (tmp_path / "run").exists()
+
+
+def test_missing_files_and_flags_are_named(tmp_path):
+    done = main(tmp_path, config="configs/nope.py")
+    assert done.returncode == 1
+    assert "configs/nope.py" in done.stderr
+    assert "Traceback" not in done.stderr
+    done = run("main.py", "--config=configs/digits.py")
+    assert done.returncode == 1
+    assert "--workdir must have a value" in done.stderr
+    config = tmp_path / "mine.py"
+    config.write_text(
+        "from configs import digits\n"
+        "def get_config():\n"
+        "    config = digits.get_config()\n"
+        "    config.train.log_evry = 3\n"
+        "    return config\n"
+    )
+    done = main(tmp_path / "run", config=str(config))
+    assert done.returncode == 1
+    assert "unknown key: train.log_evry (did you mean train.log_every?)" in done.stderr
+    (tmp_path / "file").touch()
+    done = main(tmp_path / "file" / "run", *SMALL)
+    assert done.returncode == 1
+    assert re.search(r"^error: .*Not a directory: .*file", done.stderr, re.MULTILINE)
+
+
+def test_readme_example_runs():
+    (code,) = re.findall(r"```python\n(.*?)```", README, re.DOTALL)
+    done = run("-W", "error", "-c", code)
+    assert done.returncode == 0, done.stderr
+    (output,) = re.findall(r"It prints\n\n```\n(.*?)```", README, re.DOTALL)
+    assert done.stdout == output

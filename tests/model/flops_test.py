@@ -1,0 +1,135 @@
+"""FLOPs of a model against the paper's, XLA's and its own matrix products; peaks of devices."""
+
+import math
+import types
+
+import jax
+import jax.numpy as jnp
+import pytest
+
+from convit_jax import ConViT, create_model
+from convit_jax.model import flops
+
+
+def lowered(model):
+    """The forward pass of one image, traced but not compiled, and its jaxpr."""
+    images = jax.ShapeDtypeStruct((1, *model.image_shape), jnp.float32)
+    variables = jax.eval_shape(model.init, jax.random.key(0), images)
+    traced = jax.jit(model.apply).trace(variables, images)
+    return traced.lower(), traced.jaxpr
+
+
+def multiplications(jaxpr):
+    """Of the matrix products and convolutions of a jaxpr, the bodies of its loops included."""
+    total = 0
+    for equation in jaxpr.eqns:
+        output = math.prod(equation.outvars[0].aval.shape)
+        if equation.primitive.name == "dot_general":
+            (contracted, _), _ = equation.params["dimension_numbers"]
+            left = equation.invars[0].aval.shape
+            total += output * math.prod(left[axis] for axis in contracted)
+        elif equation.primitive.name == "conv_general_dilated":
+            kernel, outputs = equation.invars[1].aval.shape, equation.outvars[0].aval.shape[-1]
+            total += output * math.prod(kernel) // outputs
+        for inner in equation.params.values():
+            if hasattr(inner, "eqns"):
+                total += equation.params.get("length", 1) * multiplications(inner)
+    return total
+
+
+# Table 1 has GFLOPs, by which it means multiply-adds, rounded; "S" is 6% less than the formula,
+# which timm's ConViT-S confirms (5.747e9 multiply-adds by torch.utils.flop_counter, with 0.010e9
+# of a linear layer over all pairs of positions that our factors of the positional map replace).
+@pytest.mark.parametrize(
+    ("name", "giga"),
+    [
+        ("convit_tiny", 1),
+        ("convit_tiny_plus", 2),
+        ("convit_small", 5.4),
+        ("convit_small_plus", 10),
+        ("convit_base", 17),
+        ("convit_base_plus", 30),
+    ],
+)
+def test_models_of_the_paper(name, giga):
+    model = create_model(name, positional="blend")
+    assert flops.forward_flops(model) / 2e9 == pytest.approx(giga, rel=0.065, abs=0.25)
+    assert flops.training_flops(model) == 3 * flops.forward_flops(model)
+
+
+def test_timms_count():
+    """timm 1.0.31, torch.utils.flop_counter; less 196 x 196 x 3 x heads in each of 10 layers.
+
+    timm computes all tokens of the last block, as pooling "avg" makes ours do.
+    """
+    for name, products, heads in (
+        ("convit_tiny", 1_252_360_320, 4),
+        ("convit_small", 5_746_563_360, 9),
+        ("convit_base", 17_505_452_544, 16),
+    ):
+        expected = 2 * (products - 10 * 196**2 * 3 * heads)
+        model = create_model(name, positional="blend", global_pool="avg")
+        assert flops.forward_flops(model) == expected
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"positional": "blend"},
+        {"positional": "contract"},
+        {"global_pool": "none", "mlp_ratio": 2.5},
+        {"global_pool": "avg", "num_classes": 0},
+        {"local_up_to_layer": 0},
+        {"local_up_to_layer": 0, "cls_pos_embed": True, "qkv_bias": True},
+    ],
+)
+def test_every_matrix_product_is_counted(options):
+    base = {"image_size": (12, 24), "patch_size": (4, 2), "in_channels": 5, "num_classes": 7}
+    sizes = {"embed_dim": 24, "num_heads": 3, "depth": 5, "local_up_to_layer": 3}
+    model = ConViT(**{**base, **sizes, **options})
+    assert flops.forward_flops(model) == 2 * multiplications(lowered(model)[1])
+
+
+@pytest.mark.parametrize("name", ["convit_base", "deit_base"])
+def test_the_compilers_count(name):
+    """XLA counts elementwise work too, which is small in a wide model. Loops count once."""
+    depth = {"depth": 3, "local_up_to_layer": 2} if name == "convit_base" else {"depth": 2}
+    model = create_model(name, unroll=True, **depth)
+    counted = lowered(model)[0].cost_analysis()["flops"]
+    assert 1.0 < counted / flops.forward_flops(model) < 1.02
+
+
+@pytest.mark.parametrize(
+    ("kind", "bfloat16", "float32"),
+    [
+        ("Tesla V100-SXM2-16GB", None, 15.7),
+        ("NVIDIA A100-SXM4-80GB", 312, 156),
+        ("NVIDIA A100 80GB PCIe", 312, 156),
+        ("NVIDIA A100-SXM4-40GB MIG 3g.20gb", None, None),
+        ("NVIDIA L4", 121, 60),
+        ("NVIDIA L40S", None, None),
+        ("NVIDIA H100 80GB HBM3", 989, 494),
+        ("NVIDIA H100 PCIe", 756, 378),
+        ("NVIDIA H100 NVL", None, None),
+        ("NVIDIA H200", 989, 494),
+        ("NVIDIA B200", 2250, 1100),
+        ("TPU v2", 23, 23),
+        ("TPU v3", 61.5, 61.5),
+        ("TPU v4", 275, 275),
+        ("TPU v4 lite", None, None),
+        ("TPU v5 lite", 197, 197),
+        ("TPU v5", 459, 459),
+        ("TPU v5p", 459, 459),
+        ("TPU v6 lite", 918, 918),
+        ("cpu", None, None),
+    ],
+)
+def test_peaks_of_devices(kind, bfloat16, float32):
+    device = types.SimpleNamespace(device_kind=kind)
+    for dtype, tera in ((jnp.bfloat16, bfloat16), (jnp.float32, float32), (jnp.float64, None)):
+        peak = flops.peak_flops(device, dtype)
+        assert peak == (None if tera is None else pytest.approx(tera * 1e12))
+
+
+def test_this_device_has_no_known_peak():
+    assert flops.peak_flops(jax.devices()[0], jnp.dtype("float32")) is None

@@ -1,0 +1,242 @@
+"""Every way to compute attention: values, gradients, memory, and which one is chosen."""
+
+import functools
+import re
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+import reference
+
+from convit_jax import GPSA, SelfAttention
+from convit_jax.model import sdpa
+from convit_jax.model.attention import choose_forms
+
+# Chunks of 8 and 5 queries: several of them, and a last one that is filled up.
+CHUNKS = {f"chunks of {n}": functools.partial(sdpa.chunked_attention, chunk=n) for n in (8, 5)}
+FORMS = {
+    "blend": {"positional": "blend"},
+    "contract, xla": {"positional": "contract", "attention": "xla"},
+    "contract, chunked": {"positional": "contract", "attention": "chunked"},
+    **{f"contract, {name}": {"attention": function} for name, function in CHUNKS.items()},
+}
+
+
+def random_params(module, x, grid=None, seed=0):
+    """Parameters at which every part of attention matters (`reference.randomise` says why)."""
+    shapes = jax.eval_shape(functools.partial(module.init, grid=grid), jax.random.key(0), x)
+    rng = np.random.default_rng(seed)
+
+    def draw(path, leaf):
+        names = [part.key for part in path]
+        std = 0.3 if "pos_proj" in names else 1 if "gate" in names else 1.5 / leaf.shape[0] ** 0.5
+        return jnp.asarray(rng.normal(0, std, leaf.shape), jnp.float32)
+
+    return jax.tree_util.tree_map_with_path(draw, shapes["params"])
+
+
+def value_and_grads(module, params, x, grid, target, **options):
+    """The loss <sin(out), target> and its gradients by the parameters and by x."""
+
+    def loss(params, x):
+        out = module.apply({"params": params}, x, grid=grid, **options)
+        return jnp.sum(jnp.sin(out.astype(jnp.float32)) * target)
+
+    return jax.jit(jax.value_and_grad(loss, (0, 1)))(params, x)
+
+
+def slopes(definition, params, x, target, seed=0):
+    """Along one random direction for each array: (direction, slope of the loss), in float64."""
+    loss = lambda params, x: np.sum(np.sin(definition(params, x)) * target)  # noqa: E731
+    leaves, treedef = jax.tree.flatten((params, x))
+    leaves = [np.asarray(leaf, np.float64) for leaf in leaves]
+    rng, step = np.random.default_rng(seed), 1e-5
+    for i, leaf in enumerate(leaves):
+        direction = rng.normal(size=leaf.shape)
+        ends = []
+        for sign in (1, -1):
+            moved = [*leaves]
+            moved[i] = leaf + sign * step * direction
+            ends.append(loss(*jax.tree.unflatten(treedef, moved)))
+        yield direction, (ends[0] - ends[1]) / (2 * step)
+
+
+def assert_is(definition, module, params, x, grid, tolerance, **options):
+    """The module's value and its gradients, along one direction for each array, are those of a
+    definition in float64. `tolerance` is relative to the largest output, and to the length of
+    a gradient: what a random direction sees of its error."""
+    out = jax.jit(functools.partial(module.apply, grid=grid, **options))({"params": params}, x)
+    expected = definition(params, x)
+    error = np.abs(np.asarray(out, np.float64) - expected).max()
+    assert error < tolerance * np.abs(expected).max()
+    target = np.random.default_rng(1).normal(size=expected.shape)
+    _, grads = value_and_grads(module, params, x, grid, target, **options)
+    names = [jax.tree_util.keystr(path) for path, _ in jax.tree_util.tree_leaves_with_path(grads)]
+    for name, grad, (direction, slope) in zip(
+        names, jax.tree.leaves(grads), slopes(definition, params, x, target), strict=True
+    ):
+        if "pos_proj" in name and "bias" in name:
+            assert not np.any(grad)  # the softmax cancels it
+            continue
+        found = np.sum(np.asarray(grad, np.float64) * direction)
+        assert abs(found - slope) < 5 * tolerance * np.linalg.norm(grad), name
+
+
+@pytest.mark.parametrize("form", FORMS)
+@pytest.mark.parametrize("head", [48, 64])
+@pytest.mark.parametrize("grid", [(4, 4), (3, 7)])
+def test_gpsa_equals_the_definition(form, head, grid):
+    heads, size = 2, grid[0] * grid[1]
+    module = GPSA(heads, **FORMS[form])
+    x = jax.random.normal(jax.random.key(1), (2, size, heads * head))
+    params = random_params(module, x, grid)
+    assert_is(
+        lambda params, x: reference.gpsa(params, x, grid, heads)["out"],
+        module, params, x, grid, tolerance=3e-6,
+    )  # fmt: skip
+
+
+@pytest.mark.parametrize("form", FORMS)
+def test_gpsa_in_bfloat16(form):
+    """8 bits of mantissa: 2^-8 for each of a handful of roundings, forward and backward."""
+    grid, heads = (3, 7), 2
+    module = GPSA(heads, dtype=jnp.bfloat16, **FORMS[form])
+    x = jax.random.normal(jax.random.key(1), (2, 21, 96)).astype(jnp.bfloat16).astype(jnp.float32)
+    params = random_params(module, x, grid)
+    assert_is(
+        lambda params, x: reference.gpsa(params, x, grid, heads)["out"],
+        module, params, x, grid, tolerance=2e-2,
+    )  # fmt: skip
+
+
+@pytest.mark.parametrize("tokens", [20, 21])  # a class token in front or none
+@pytest.mark.parametrize("attention", ["xla", "chunked", *CHUNKS])
+def test_plain_attention_equals_the_definition(attention, tokens):
+    heads = 2
+    module = SelfAttention(heads, qkv_bias=True, attention=CHUNKS.get(attention, attention))
+    x = jax.random.normal(jax.random.key(1), (2, tokens, 96))
+    params = random_params(module, x)
+    assert_is(
+        lambda params, x: reference.self_attention(params, x, heads),
+        module, params, x, None, tolerance=3e-6,
+    )  # fmt: skip
+
+
+@pytest.mark.parametrize("queries", [1, 5])
+def test_attention_from_the_first_tokens_alone(queries):
+    def never(*args, **kwargs):
+        raise AssertionError("few queries are not for other implementations")
+
+    module = SelfAttention(2, attention=never, queries=queries)
+    x = jax.random.normal(jax.random.key(1), (2, 21, 96))
+    params = random_params(module, x)
+    assert_is(
+        lambda params, x: reference.self_attention(params, x, 2)[:, :queries],
+        module, params, x, None, tolerance=3e-6,
+    )  # fmt: skip
+    with pytest.raises(ValueError, match="queries: expected None or 1 or more, got 0"):
+        SelfAttention(2, queries=0)
+
+
+def test_with_its_result_kept_the_backward_pass_averages_no_values_again():
+    """Two products forward, the scores again, four gradients; an eighth would be the average."""
+
+    def products(policy):
+        attend = functools.partial(sdpa.xla_attention, scale=1.0)
+        loss = jax.checkpoint(lambda q, k, v: jnp.sin(attend(q, k, v)).sum(), policy=policy)
+        x = jnp.zeros((2, 5, 3, 4))
+        return str(jax.make_jaxpr(jax.grad(loss, (0, 1, 2)))(x, x, x)).count("dot_general[")
+
+    policies = jax.checkpoint_policies
+    assert products(policies.save_only_these_names(sdpa.ATTENTION_OUTPUT)) == 7
+    assert products(policies.nothing_saveable) == 8
+
+
+def test_dropout_takes_entries_of_the_blended_map():
+    """With v = identity the output is the map: each entry is 0 or its own over 1 - rate. With the
+    entries that it took known, value and gradients are those of the definition."""
+    grid, heads, size, rate = (3, 4), 2, 12, 0.4
+    module = GPSA(heads, attn_dropout=rate)
+    x = jnp.tile(jax.random.normal(jax.random.key(1), (1, size, heads * size)), (2, 1, 1))
+    params = random_params(module, x, grid)
+    options = {"train": True, "rngs": {"dropout": jax.random.key(2)}}
+    shown = params | {
+        "v": {"kernel": jnp.tile(jnp.linalg.pinv(x[0]), (1, heads))},
+        "proj": {"kernel": jnp.eye(heads * size), "bias": jnp.zeros(heads * size)},
+    }
+    out = module.apply({"params": shown}, x, grid, **options)
+    dropped = np.moveaxis(np.asarray(out).reshape(2, size, heads, size), 2, 1)
+    blended = reference.gpsa(shown, x, grid, heads)["blended"]
+    kept = np.abs(dropped) > blended / 2
+    assert 0.5 < kept.mean() < 0.7
+    np.testing.assert_allclose(dropped, kept * blended / (1 - rate), atol=2e-5)
+    assert_is(
+        lambda params, x: reference.gpsa(params, x, grid, heads, kept / (1 - rate))["out"],
+        module, params, x, grid, tolerance=3e-6, **options,
+    )  # fmt: skip
+
+
+def largest_arrays(function, *args):
+    """Shapes of all that a compiled program computes."""
+    text = jax.jit(function).lower(*args).compile().as_text()
+    shapes = re.findall(r"\b[a-z]+\d+\[([\d,]+)\]", text)
+    return {tuple(int(n) for n in shape.split(",")) for shape in shapes}
+
+
+@pytest.mark.parametrize("backward", [False, True])
+def test_chunked_holds_no_map(backward):
+    """No array has as many elements as one head's N x N map; that of all heads is made by "xla"."""
+    grid, heads = (40, 48), 2
+    size = grid[0] * grid[1]
+    x = jnp.zeros((1, size, 8))
+
+    def largest(**options):
+        module = GPSA(heads, **options)
+        params = jax.eval_shape(functools.partial(module.init, grid=grid), jax.random.key(0), x)
+
+        def out(params, x):
+            return module.apply(params, x, grid).sum()
+
+        arrays = largest_arrays(jax.grad(out) if backward else out, params, x)
+        return max(int(np.prod(shape)) for shape in arrays)
+
+    assert largest(attention="chunked") < size**2
+    assert largest() < size**2  # which is what "auto" takes at this size
+    assert largest(attention="xla") >= heads * size**2
+
+
+def test_which_one_is_chosen():
+    assert choose_forms("auto", "auto", 196, backend="cpu") == ("xla", "contract")
+    assert choose_forms("auto", "auto", 196, backend="tpu") == ("xla", "blend")
+    assert choose_forms("auto", "auto", 196, backend="gpu") == ("xla", "blend")
+    assert choose_forms("auto", "auto", 4096, backend="tpu") == ("chunked", "contract")
+    assert choose_forms("auto", "auto", 4096, 0.1, backend="cpu") == ("xla", "blend")
+    assert choose_forms("auto", "blend", 4096, backend="cpu") == ("xla", "blend")
+    assert choose_forms("cudnn", "auto", 196, backend="gpu") == ("cudnn", "contract")
+
+
+def test_cudnn_says_what_it_needs():
+    x = jnp.zeros((1, 4, 2, 8))
+    with pytest.raises(ValueError, match="expected bfloat16 or float16, got float32"):
+        sdpa.cudnn_attention(x, x, x, scale=1.0)
+    low = x.astype(jnp.bfloat16)
+    with pytest.raises(ValueError, match="needs an NVIDIA GPU, got cpu"):
+        sdpa.cudnn_attention(low, low, low, scale=1.0)
+
+
+def test_cudnn_pads_heads_to_what_the_kernel_takes(monkeypatch):
+    """The kernel itself needs a GPU: here XLA's attention stands in its place."""
+    plain, seen = jax.nn.dot_product_attention, []
+
+    def kernel(q, k, v, *, scale, implementation):
+        seen.append((q.shape, implementation))
+        return plain(q, k, v, scale=scale)
+
+    monkeypatch.setattr(jax, "default_backend", lambda: "gpu")
+    monkeypatch.setattr(jax.nn, "dot_product_attention", kernel)
+    q, k, v = jax.random.normal(jax.random.key(0), (3, 2, 6, 2, 12), jnp.bfloat16)
+    out = sdpa.cudnn_attention(q, k, v, scale=0.3)
+    assert seen == [((2, 6, 2, 16), "cudnn")]
+    expected = sdpa.xla_attention(q, k, v, scale=0.3)
+    np.testing.assert_allclose(np.float32(out), np.float32(expected), atol=0.02)

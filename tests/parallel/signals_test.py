@@ -1,0 +1,179 @@
+"""Signals: one stops the run after a step, on all processes after the same; workers are spared."""
+
+import contextlib
+import os
+import pathlib
+import signal
+import subprocess
+import sys
+import time
+
+import pytest
+from runs import ROOT
+from several import finish, start_pair, wait_for
+
+from convit_jax.parallel import signals
+
+LOOP = """
+from convit_jax.parallel.signals import Interruption
+by_hand()
+distributed.check_devices()
+distributed.log_from_main()
+with Interruption() as interruption:
+    for step in range(10_000):
+        multihost_utils.process_allgather(np.zeros(()))
+        if jax.process_index() == 0:
+            time.sleep(0.02)  # the other one runs ahead as far as it can
+        if step == 3:
+            print("step 3")
+        if interruption.requested():
+            break
+print("stopped", step, interruption.requested())
+before = time.perf_counter()
+with Interruption() as again:
+    for _ in range(1000):
+        again.requested()
+print("microseconds", 1e3 * (time.perf_counter() - before))
+"""
+
+
+def line_with(text: str, start: str) -> list[str]:
+    lines = [line for line in text.splitlines() if line.startswith(start)]
+    assert len(lines) == 1, text
+    return lines[0].split()
+
+
+def test_signal_to_one_process_stops_all_at_the_same_step():
+    pairs = {signal.SIGTERM: start_pair(LOOP), signal.SIGINT: start_pair(LOOP)}
+    for number, pair in pairs.items():
+        for process in pair:
+            wait_for(process, "step 3")
+        pair[1].send_signal(number)
+    for number, pair in pairs.items():
+        texts = finish(pair, timeout=40)
+        assert [process.returncode for process in pair] == [0, 0], texts
+        stops = [line_with(text, "stopped") for text in texts]
+        assert stops[0] == stops[1]
+        assert 3 < int(stops[0][1]) < 9_999
+        assert stops[0][2] == "True"
+        assert "stopping after this step: one of the processes got SIGTERM or SIGINT" in texts[0]
+        if number == signal.SIGINT:
+            said = "process 1 of 2: SIGINT: stopping after this step; once more to stop at once"
+            assert said in texts[1]
+        for text in texts:
+            assert float(line_with(text, "microseconds")[1]) < 1000
+
+
+@contextlib.contextmanager
+def handlers():
+    """Handlers of SIGTERM and SIGINT that count, in place of those of pytest."""
+    counts = {signal.SIGTERM: 0, signal.SIGINT: 0}
+
+    def count(number, frame):
+        counts[number] += 1
+
+    before = {number: signal.signal(number, count) for number in counts}
+    try:
+        yield counts
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+def test_first_signal_is_a_wish_and_the_second_an_order(number, monkeypatch, caplog):
+    with handlers() as counts:
+        with signals.Interruption() as asked:
+            assert not asked.requested()
+            signal.raise_signal(number)
+            assert asked.requested()
+            signal.raise_signal(number)  # at once: what `timeout` does
+            assert counts == {signal.SIGTERM: 0, signal.SIGINT: 0}
+            monkeypatch.setattr(signals, "_SAME_WISH", 0.0)
+            signal.raise_signal(number)
+            assert counts[number] == 1
+            assert asked.requested()
+        signal.raise_signal(signal.SIGTERM)
+        signal.raise_signal(signal.SIGINT)
+        assert sum(counts.values()) == 3  # those that were there before are back
+    name = signal.Signals(number).name
+    assert caplog.messages == [f"{name}: stopping after this step; once more to stop at once"]
+
+
+def test_old_handlers_are_back_after_an_error():
+    with handlers() as counts:
+        with pytest.raises(KeyError), signals.Interruption():
+            raise KeyError
+        signal.raise_signal(signal.SIGTERM)
+        assert counts[signal.SIGTERM] == 1
+
+
+FEED = """
+import signal
+
+from absl import flags
+from convit_jax.data.open import open_source
+from convit_jax.data.chunks import Share, TrainChunks
+from convit_jax.data.workers import iterate
+from convit_jax.parallel.signals import Interruption
+
+
+def keep(image, rng):
+    return image
+
+
+if __name__ == "__main__":
+    flags.FLAGS.mark_as_parsed()
+    chunks = TrainChunks(open_source("digits", "train"), keep, Share(8), seed=0)
+    with Interruption() as interruption:
+        print("starting", flush=True)
+        batches = iterate(chunks, workers=2)
+        while not interruption.requested():
+            next(batches)
+        for _ in range(20):
+            next(batches)
+        print("20 batches after the signal", flush=True)
+        signal.pause()
+"""
+
+
+def members(group: int) -> list[int]:
+    """The processes of a group that have not ended."""
+    found = []
+    for stat in pathlib.Path("/proc").glob("[0-9]*/stat"):
+        with contextlib.suppress(OSError):
+            state, _, its_group = stat.read_text().rpartition(")")[2].split()[:3]
+            if int(its_group) == group and state not in "ZX":
+                found.append(int(stat.parent.name))
+    return found
+
+
+def test_workers_outlive_signals_but_not_their_parent(tmp_path):
+    script = tmp_path / "feed.py"
+    script.write_text(FEED)
+    process = subprocess.Popen(
+        [sys.executable, script],
+        env={**os.environ, "PYTHONPATH": str(ROOT)},
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+        start_new_session=True,  # a process group of its own, as a terminal gives
+    )
+    try:
+        wait_for(process, "starting")
+        time.sleep(0.5)  # the workers are being started
+        os.killpg(process.pid, signal.SIGINT)
+        os.killpg(process.pid, signal.SIGTERM)
+        text = wait_for(process, "20 batches after the signal")
+        assert "Traceback" not in text
+        assert len(members(process.pid)) > 2
+    finally:
+        process.kill()
+    end = time.monotonic() + 15
+    while members(process.pid) and time.monotonic() < end:
+        time.sleep(0.1)
+    left = members(process.pid)
+    with contextlib.suppress(ProcessLookupError):
+        os.killpg(process.pid, signal.SIGKILL)
+    process.communicate()
+    assert left == []

@@ -1,0 +1,61 @@
+"""Evaluation: every image counts once, whatever the batch size and the devices."""
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from convit_jax.data.chunks import EvalChunks, Share
+from convit_jax.data.open import open_source
+from convit_jax.data.workers import iterate
+from convit_jax.parallel import sharding
+from convit_jax.train import evaluation
+
+
+class Brightness(nn.Module):
+    """Logits that are a known function of the image: no parameters."""
+
+    def __call__(self, images):
+        value = images.reshape(len(images), -1).sum(-1, keepdims=True)
+        return jnp.sin(value * jnp.arange(1, 11))
+
+
+def evaluate_digits(model, batch_size, devices, num_images=360):
+    source = open_source("digits", "test")
+    mesh = sharding.make_mesh(devices=jax.devices()[:devices])
+    step = evaluation.make_eval_step(model, (0.3,), (0.4,), mesh)
+    chunks = EvalChunks(source, lambda image: image, Share(batch_size))
+    return source, evaluation.evaluate(step, {"": {}}, iterate(chunks), mesh, num_images)
+
+
+@pytest.mark.parametrize("devices", [1, 8])
+@pytest.mark.parametrize("batch_size", [40, 64, 360, 400])
+def test_counts_every_image_once(devices, batch_size):
+    source, result = evaluate_digits(Brightness(), batch_size, devices)
+    images = (source.images / np.float32(255) - np.float32(0.3)) / np.float32(0.4)
+    logits = np.asarray(Brightness().apply({}, jnp.asarray(images)), np.float64)
+    order = np.argsort(-logits, axis=-1)
+    hits = order == source.labels[:, None]
+    own = np.take_along_axis(logits, source.labels[:, None], -1)[:, 0]
+    loss = np.log(np.exp(logits).sum(-1)) - own
+    assert result["images"] == 360
+    assert result["top1"] == pytest.approx(hits[:, :1].any(-1).mean(), abs=1e-6)
+    assert result["top5"] == pytest.approx(hits[:, :5].any(-1).mean(), abs=1e-6)
+    assert result["loss"] == pytest.approx(loss.mean(), rel=1e-5)
+    assert 0 < result["top1"] < result["top5"] < 1
+
+
+@pytest.mark.parametrize("value", [0.0, np.nan])
+def test_a_model_that_says_nothing_gets_nothing_right(value):
+    class Constant(nn.Module):
+        def __call__(self, images):
+            return jnp.full((len(images), 10), value)
+
+    _, result = evaluate_digits(Constant(), 100, devices=1)
+    assert result["top1"] == result["top5"] == 0
+
+
+def test_a_wrong_count_is_an_error():
+    with pytest.raises(RuntimeError, match="evaluated 360 images: expected 361"):
+        evaluate_digits(Brightness(), 40, devices=1, num_images=361)

@@ -1,0 +1,48 @@
+"""What is written down about a run and its starts."""
+
+import json
+
+import pytest
+
+from convit_jax.workdir import identity
+from convit_jax.workdir.folder import Workdir
+
+
+@pytest.fixture
+def started(tmp_path):
+    workdir = Workdir(tmp_path)
+    identity.record_start(workdir, {"seed": 3}, 0, ["zero", "one"])
+    return workdir
+
+
+def test_what_is_written_is_read(started):
+    assert identity.read_config(started) == {"seed": 3}
+    assert identity.read_class_names(started) == ("zero", "one")
+    assert identity.read_config(Workdir(started.path / "other")) is None
+    assert identity.read_class_names(Workdir(started.path / "other")) is None
+
+
+def test_each_start_has_a_line(started):
+    identity.record_start(started, {"seed": 3}, 7, ["zero", "one"])
+    first, second = map(json.loads, started.starts.read_text().splitlines())
+    assert (first["step"], second["step"]) == (0, 7)
+    assert second["versions"].keys() >= {"jax", "flax", "optax", "orbax-checkpoint"}
+    assert second["devices"] == "8 x cpu"
+
+
+def test_the_revision_is_that_of_this_packages_own_checkout(started, monkeypatch, tmp_path):
+    start = json.loads(started.starts.read_text())
+    assert len((start["git_revision"] or 40 * "x").removesuffix("-dirty")) == 40
+    # Somebody else's repository, in which this package is installed and not tracked.
+    site = tmp_path / "repository" / "venv"
+    site.mkdir(parents=True)
+    identity.subprocess.run(["git", "init", "-q", site.parent], check=True)
+    monkeypatch.setattr(identity, "__file__", str(site / "identity.py"))
+    assert identity._git_revision() is None
+
+
+@pytest.mark.parametrize("text", ['{"torn', "[]"])
+def test_a_broken_configuration_is_named(started, text):
+    started.config.write_text(text)
+    with pytest.raises(ValueError, match=r"config.json: not readable: choose another --workdir"):
+        identity.read_config(started)
