@@ -1,4 +1,4 @@
-"""Images held in memory, and scikit-learn's digits."""
+"""A data set held in memory, and scikit-learn's digits as an example of one."""
 
 import dataclasses
 
@@ -9,12 +9,20 @@ from convit_jax.data.source import Example, check_index
 
 @dataclasses.dataclass(frozen=True, eq=False, repr=False)
 class ArraySource:
-    """Images in memory: (n, height, width, channels) uint8, labels (n,)."""
+    """A source of images held in memory.
+
+    Attributes:
+      images: (n, height, width, channels) uint8.
+      labels: (n,) integers.
+      class_names: names of the classes, in the order of the labels.
+      names: (n,) bytes, the names of the images.
+      description: what the source reads, in one line.
+    """
 
     images: np.ndarray
     labels: np.ndarray
     class_names: tuple[str, ...]
-    names: np.ndarray  # (n,) bytes
+    names: np.ndarray
     description: str = "arrays in memory"
 
     @property
@@ -34,11 +42,17 @@ class ArraySource:
 
 
 def digits(split: str) -> ArraySource:
-    """scikit-learn's digits, a fifth of every class held out for the test: 1,437 and 360 images."""
-    from sklearn import datasets, model_selection  # a second to import
+    """Returns scikit-learn's digits: grey images of 8 x 8 pixels in ten classes.
+
+    A fifth of every class is held out for the test split.
+
+    Args:
+      split: "train" (1,437 images) or "test" (360 images).
+    """
+    from sklearn import datasets, model_selection  # the import takes a second
 
     digits = datasets.loaddigits()
-    images = np.round(digits.images[..., None] * (255 / 16)).astype(np.uint8)  # 0 to 16 there
+    images = np.round(digits.images[..., None] * (255 / 16)).astype(np.uint8)  # levels 0 to 16
     labels = digits.target.astype(np.int32)
     parts = model_selection.train_test_split(
         np.arange(len(labels)), test_size=360, stratify=labels, random_state=0

@@ -1,11 +1,11 @@
 """The order of the images, and how they become batches.
 
-The order is a function of (seed, draw) and an augmentation likewise, a draw being the number of an
-image in the endless stream of training: there is no state to save, and a run started at any step,
-with other workers or other processes, sees the batches it would have seen.
+Training images form an endless stream, and a draw is the number of an image in it. The seed and the
+draw alone decide which image is read and how it is augmented. So there is no data state to save: a
+run started at any step, with any number of workers or processes, sees the same batches.
 
-The stream is cut into chunks, each made by one worker from its position alone; a batch is a whole
-number of them. Every process reads its own contiguous share of each global batch.
+The stream is cut into chunks. One worker makes a chunk from its position alone, and a batch is a
+whole number of chunks. Every process reads its own contiguous share of each global batch.
 """
 
 from collections.abc import Callable, Iterable
@@ -21,22 +21,27 @@ from convit_jax.data.source import Source
 Batch = dict[str, np.ndarray]
 Transform = Callable[..., np.ndarray]
 
-_CHUNK = 64  # images at most: what a worker makes at a time, and holds
-_ENDLESS = 2**40  # chunks
-_TRIES = 100  # images looked at in place of a corrupt one
+_CHUNK = 64  # largest number of images that a worker makes, and holds in memory, at a time
+_ENDLESS = 2**40  # number of chunks in the endless stream, since a sequence needs a length
+_TRIES = 100  # images tried, one after another, until one is not corrupt
 
 
 def draws_per_epoch(num_images: int, repeats: int) -> int:
-    """Images drawn in an epoch: all of them once, or with repeated augmentation about as many.
+    """Returns the number of images drawn in an epoch.
 
-    With repeats, an epoch is cut to a multiple of 256 as in DeiT's RASampler, and shows a third
+    Without repeated augmentation an epoch draws every image once. With it, an epoch has about as
+    many draws, cut to a multiple of 256 as in DeiT's RASampler: with three repeats it draws a third
     of the images three times each (Hoffer et al. 2020, arXiv:1901.09335; DeiT, section 6).
+
+    Args:
+      num_images: number of training images.
+      repeats: draws of an image in a row; 1 is no repeated augmentation.
     """
     return num_images // 256 * 256 or num_images if repeats > 1 else num_images
 
 
 class CorruptImageError(ValueError):
-    """An image that cannot be decoded; the message names it."""
+    """Raised for an image that cannot be decoded; the message names the image."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -44,9 +49,9 @@ class Share:
     """The part of every global batch that one process reads.
 
     Attributes:
-      batch_size: of the global batch, which the processes divide evenly.
-      index: of this process.
-      count: of processes.
+      batch_size: number of images in the global batch, a multiple of `count`.
+      index: number of this process, from 0.
+      count: number of processes.
     """
 
     batch_size: int
@@ -62,20 +67,21 @@ class Share:
 
     @property
     def size(self) -> int:
+        """Number of images of a batch that this process reads."""
         return self.batch_size // self.count
 
     @functools.cached_property
     def chunk(self) -> int:
-        """Images of a chunk: the largest divisor of the share up to _CHUNK."""
+        """Number of images in a chunk: the largest divisor of `size` up to _CHUNK."""
         return max(d for d in range(1, min(_CHUNK, self.size) + 1) if self.size % d == 0)
 
     @property
     def chunks(self) -> int:
-        """Chunks of a batch."""
+        """Number of chunks of a batch that this process reads."""
         return self.size // self.chunk
 
     def positions(self, chunk: int) -> range:
-        """Positions in the global stream of a chunk of this process."""
+        """Returns the positions in the global stream of the images of this process's chunk."""
         step, part = divmod(chunk, self.chunks)
         start = step * self.batch_size + self.index * self.size + part * self.chunk
         return range(start, start + self.chunk)
@@ -83,15 +89,15 @@ class Share:
 
 @dataclasses.dataclass(frozen=True)
 class TrainChunks:
-    """The chunks of training, by their number.
+    """The chunks of training that this process reads, as a sequence.
 
     Attributes:
       source: the images.
       transform: (image, rng) -> uint8 (height, width, channels).
-      share: what this process reads.
-      seed: of order and augmentation.
-      repeats: how often an image comes in a row (repeated augmentation).
-      skip_corrupt: whether to put the next image of the epoch in place of a corrupt one.
+      share: the part of every global batch that this process reads.
+      seed: seed of the order and of the augmentation.
+      repeats: draws of an image in a row; 1 is no repeated augmentation.
+      skip_corrupt: whether the next image of the epoch replaces a corrupt one.
     """
 
     source: Source
@@ -105,9 +111,12 @@ class TrainChunks:
         return _ENDLESS
 
     def __getitem__(self, chunk: int) -> Batch:
-        """ "image" (chunk, h, w, c) uint8, "label" and "skipped" (chunk,) int32.
+        """Returns "image" (chunk, h, w, c) uint8, "label" and "skipped" (chunk,) int32.
 
-        "skipped" counts the corrupt images that an image stands for.
+        "skipped" is the number of corrupt images that each image replaces.
+
+        Raises:
+          CorruptImageError: if an image cannot be decoded and none may replace it.
         """
         draws = map(self._draw, self.share.positions(chunk))
         images, (labels, skipped) = _gather(draws, self.share.chunk)
@@ -118,7 +127,7 @@ class TrainChunks:
         }
 
     def _draw(self, draw: int) -> tuple[np.ndarray, int, int]:
-        """Image, label, and how many corrupt images stood in its place."""
+        """Returns an image, its label, and the number of corrupt images that it replaces."""
         epoch, position = divmod(draw, draws_per_epoch(len(self.source), self.repeats))
         for skipped in range(min(_TRIES, len(self.source)) if self.skip_corrupt else 1):
             place = (position // self.repeats + skipped) % len(self.source)
@@ -134,9 +143,9 @@ class TrainChunks:
         )
 
     def _shuffled(self, epoch: int, place: int) -> int:
-        """The index of the image at a place of an epoch's order."""
+        """Returns the index of the image at a place in the order of an epoch."""
         if len(self.source) == 1:
-            return 0  # index_shuffle needs two
+            return 0  # index_shuffle needs two images
         seed = _epoch_seed(self.seed, epoch)
         return grain.experimental.index_shuffle(
             place, max_index=len(self.source) - 1, seed=seed, rounds=4
@@ -150,12 +159,14 @@ def _epoch_seed(seed: int, epoch: int) -> int:
 
 @dataclasses.dataclass(frozen=True)
 class EvalChunks:
-    """The chunks of an evaluation: every image once, in order, the last batch padded.
+    """The chunks of an evaluation that this process reads, as a sequence.
+
+    Every image comes once, in order. The last batch is padded.
 
     Attributes:
       source: the images.
       transform: image -> uint8 (height, width, channels).
-      share: what this process reads.
+      share: the part of every global batch that this process reads.
     """
 
     source: Source
@@ -166,7 +177,11 @@ class EvalChunks:
         return math.ceil(len(self.source) / self.share.batch_size) * self.share.chunks
 
     def __getitem__(self, chunk: int) -> Batch:
-        """ "image", "label" as in training, and "mask" (chunk,) float32: 0 for padding."""
+        """Returns "image" and "label" as in training, and "mask" (chunk,) float32, 0 for padding.
+
+        Raises:
+          CorruptImageError: if an image cannot be decoded.
+        """
         positions = self.share.positions(chunk)
         mask = np.asarray([position < len(self.source) for position in positions], np.float32)
         examples = (self._example(p if p < len(self.source) else 0) for p in positions)
@@ -182,9 +197,10 @@ class EvalChunks:
 
 
 def _gather(examples: Iterable[tuple], count: int) -> tuple[np.ndarray, list[tuple]]:
-    """Of `count` tuples (image, ...) the images as one array, and what follows, each as a tuple.
+    """Collects `count` tuples (image, value, ...) into one array of images and a tuple per value.
 
-    Every image is copied while it is in the cache still, and let go.
+    Each image is copied as soon as it is made: it is still in the processor's cache then, and its
+    own memory is freed at once.
     """
     rest = []
     for number, (image, *values) in enumerate(examples):

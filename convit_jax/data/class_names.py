@@ -1,4 +1,4 @@
-"""Names of classes for people: ImageNet's, and those that weights or data sets carry."""
+"""Readable names of classes: ImageNet's, and those stored with weights or data sets."""
 
 from collections.abc import Sequence
 import functools
@@ -9,25 +9,25 @@ _IMAGENET = pathlib.Path(__file__).with_name("imagenet_classes.txt")
 
 @functools.cache
 def imagenet() -> dict[str, str]:
-    """WordNet id -> name of ImageNet's 1,000 classes, in the order of the labels.
+    """Returns {WordNet id: name} of ImageNet's 1,000 classes, in the order of the labels.
 
-    The ids are those of tfds' imagenet2012, which are ILSVRC2012's in alphabetical order; the
-    names are torchvision's, each of which is given once. (tests/make_class_names.py writes them.)
+    The ids are those of tfds' imagenet2012: ILSVRC2012's, in alphabetical order. The names are
+    torchvision's; no two are the same. tests/make_class_names.py writes the file.
     """
     lines = _IMAGENET.read_text().splitlines()
     return dict(line.split("\t") for line in lines)
 
 
 def readable(names: Sequence[str] | None, num_classes: int) -> tuple[str, ...]:
-    """Names to show for the classes of a model.
+    """Returns the names to show for the classes of a model.
 
     Args:
-      names: what is known of them; None: 1,000 classes are taken for ImageNet's, and any other
-        number for nameless ones, "class 0" and so on.
-      num_classes: of the model.
+      names: names or WordNet ids in the order of the labels, or None if they are not known. Then
+        1,000 classes are taken to be ImageNet's, and any others are called "class 0" and so on.
+      num_classes: number of classes of the model.
 
     Raises:
-      ValueError: if there are not as many names as classes.
+      ValueError: if the number of names is not the number of classes.
     """
     if names is None:
         if num_classes == len(imagenet()):

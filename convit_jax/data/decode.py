@@ -1,4 +1,4 @@
-"""Encoded images to pixels: simplejpeg where it can, Pillow for the rest, the same pixels."""
+"""Decodes images: JPEG by simplejpeg where it can, all else by Pillow, with the same pixels."""
 
 from collections.abc import Callable
 import io
@@ -6,16 +6,16 @@ import struct
 
 import numpy as np
 
-_SEGMENT = struct.Struct(">BBH")  # of JPEG: 0xFF, marker, length from here on
-_FRAME = struct.Struct(">HHB")  # after a segment's five: height, width, components
-Read = Callable[[int], np.ndarray]  # a number of rows -> the image from the top to there, or more
+_SEGMENT = struct.Struct(">BBH")  # start of a JPEG segment: 0xFF, marker, length from here on
+_FRAME = struct.Struct(">HHB")  # from byte 5 of a frame segment: height, width, components
+Read = Callable[[int], np.ndarray]  # number of rows -> at least so many rows, from the top
 
 
 def decode(data: bytes) -> np.ndarray:
-    """Decodes an image: (height, width, 3) uint8, the pixels of Pillow's convert("RGB").
+    """Decodes an image to (height, width, 3) uint8, the pixels of Pillow's convert("RGB").
 
     Raises:
-      ValueError: if it is no image or a broken one.
+      ValueError: if the bytes are not an image, or a damaged one.
     """
     import simplejpeg
 
@@ -24,27 +24,27 @@ def decode(data: bytes) -> np.ndarray:
             if simplejpeg.decode_jpeg_header(data)[2] not in ("CMYK", "YCCK"):
                 return simplejpeg.decode_jpeg(data)
         except (ValueError, RuntimeError):
-            pass  # broken; Pillow mends what can be mended
+            pass  # damaged: Pillow still reads some such files
     from PIL import Image
 
     try:
         return np.asarray(Image.open(io.BytesIO(data)).convert("RGB"))
-    except Exception as error:  # Pillow's decoders raise a dozen kinds
+    except Exception as error:  # Pillow's decoders raise a dozen kinds of errors
         what = f"{len(data)} bytes that start with {bytes(data[:4])!r}"
         raise ValueError(f"not a readable image ({what}): {error}") from error
 
 
 def open_image(image: bytes | np.ndarray) -> tuple[int, int, Read]:
-    """Returns the height and width of an image and a function that reads its upper part.
+    """Returns the height and width of an image and a function that decodes its upper rows.
 
-    Nothing below is decoded where the file allows that (baseline JPEG, one scan); damage there
-    goes unnoticed then. A file that was cut short is refused all the same.
+    A baseline JPEG file of one scan is decoded only as far down as asked; damage further down is
+    not noticed. A truncated file is always refused.
 
     Args:
       image: an encoded image, or pixels (height, width, 1 or 3) uint8.
 
     Raises:
-      ValueError: if it is neither; from the function too.
+      ValueError: if `image` is neither, or is damaged. The returned function raises it too.
     """
     if isinstance(image, np.ndarray):
         if image.dtype != np.uint8 or image.ndim != 3 or image.shape[2] not in (1, 3):
@@ -62,17 +62,18 @@ def open_image(image: bytes | np.ndarray) -> tuple[int, int, Read]:
 
 
 def _decode_rows(data: bytes, place: int, height: int, rows: int) -> np.ndarray:
-    """Decodes down to a row, by writing a smaller height into the header.
+    """Decodes the upper `rows` rows, and two more, by writing a smaller height into the header.
 
-    Most of the time goes into decoding the entropy code from the top, so a crop that ends at 85 %
-    of the height costs 85 %. Two more rows: colour is interpolated from the row below.
+    Most of the time is spent on the entropy code, which is decoded from the top: a crop that ends
+    at 85 % of the height takes 85 % of the time. The two extra rows are needed because colour is
+    interpolated from the row below.
     """
     import simplejpeg
 
     if rows + 2 < height:
         shorter = data[:place] + (rows + 2).to_bytes(2) + data[place + 2 :]
         try:
-            # Not strict: what is left over is reported as corrupt. Pillow is not strict either.
+            # Not strict, or the rows left over would be an error. Pillow is not strict either.
             return simplejpeg.decode_jpeg(shorter, strict=False)
         except (ValueError, RuntimeError):
             pass
@@ -80,9 +81,10 @@ def _decode_rows(data: bytes, place: int, height: int, rows: int) -> np.ndarray:
 
 
 def _height_in_header(data: bytes) -> int | None:
-    """Where a JPEG file that can be cut short has its height (2 bytes, then 2 of the width).
+    """Returns the position of the height in the header of a JPEG file that can be cut short.
 
-    None for anything but a complete baseline JPEG of one scan, grey or colour.
+    The height takes 2 bytes there, and the width the next 2. Returns None unless the file is a
+    complete baseline JPEG of one scan, grey or colour.
     """
     if data[:2] != b"\xff\xd8" or data[-2:] != b"\xff\xd9":
         return None
@@ -100,7 +102,7 @@ def _height_in_header(data: bytes) -> int | None:
             return None  # progressive, lossless or arithmetic: the scans depend on the height
         elif marker == 0xDD:
             return None  # restart markers
-        elif marker == 0xDA:  # the scan; all components at once?
+        elif marker == 0xDA:  # start of a scan, which must hold all components
             whole = components in (1, 3) and data[place + 4] == components
             return found if whole else None
         place += 2 + length

@@ -1,4 +1,4 @@
-"""Whether a data set and a model fit each other."""
+"""Checks that a data set and a model fit each other."""
 
 import ml_collections
 
@@ -16,13 +16,14 @@ def check_fit(
     """Checks classes, channels, size and normalisation of a data set against a model.
 
     Args:
-      config: its `data` and `model.num_classes`; see `convit_jax.recipe`.
+      config: the configuration, see `convit_jax.recipe`; its `data` and `model.num_classes` are
+        read.
       model: the model.
       source: the images.
       any_size: whether images in memory may have another size than the model's.
 
     Raises:
-      ValueError: names the configuration key that does not fit.
+      ValueError: if something does not fit; the message names the configuration key.
     """
     name, num_classes = config.data.source, config.model.num_classes
     if num_classes is not None and num_classes != source.num_classes:

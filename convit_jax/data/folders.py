@@ -1,4 +1,4 @@
-"""Class folders: images labelled by the folder they are in."""
+"""Class folders: image files labelled by the folder that they are in."""
 
 from collections.abc import Mapping
 import dataclasses
@@ -10,18 +10,26 @@ import numpy as np
 from convit_jax.data import threads
 from convit_jax.data.source import Example, check_index
 
-HELD_OUT_FOLDERS = ("val", "validation", "test")  # the first there is
-# torchvision's ImageFolder takes the same ones.
+HELD_OUT_FOLDERS = ("val", "validation", "test")  # the first that exists is the test split
+# The extensions that torchvision's ImageFolder reads.
 EXTENSIONS = (".jpg", ".jpeg", ".png", ".ppm", ".bmp", ".pgm", ".tif", ".tiff", ".webp")
 
 
 @dataclasses.dataclass(frozen=True, eq=False, repr=False)
 class FolderSource:
-    """Image files below `root`, labelled by the folder of their class."""
+    """Image files below a folder, labelled by the class folder that they are in.
+
+    Attributes:
+      root: the folder that holds the class folders.
+      names: (n,) bytes, the paths of the files relative to `root`.
+      labels: (n,) int32.
+      class_names: names of the class folders, in the order of the labels.
+      description: what the source reads, in one line.
+    """
 
     root: str
-    names: np.ndarray  # (n,) bytes, relative to the root
-    labels: np.ndarray  # (n,) int32
+    names: np.ndarray
+    labels: np.ndarray
     class_names: tuple[str, ...]
     description: str
 
@@ -43,6 +51,18 @@ class FolderSource:
 
 
 def open_folder(path: str, split: str, val_fraction: float) -> FolderSource:
+    """Opens one split of a folder of images.
+
+    Args:
+      path: a folder with train/ and val/ (or validation/, or test/), each with a folder of images
+        for every class; or a folder that holds the class folders itself.
+      split: "train" or "test".
+      val_fraction: share of each class held out for "test" if `path` has no train/ and val/.
+
+    Raises:
+      FileNotFoundError: if the folder or the split is missing.
+      ValueError: if there are too few classes or images, or val/ has classes that train/ lacks.
+    """
     root = os.path.abspath(os.path.expanduser(path))
     if not os.path.isdir(root):
         raise FileNotFoundError(
@@ -59,7 +79,7 @@ def open_folder(path: str, split: str, val_fraction: float) -> FolderSource:
             f"{root}: expected {' or '.join(f'{name}/' for name in wanted)} for the {split} "
             f"split, got {', '.join(f'{name}/' for name in there)} alone"
         )
-    # The training classes number the labels, also where val/ lacks some of them.
+    # The training classes define the labels, even if val/ lacks some of them.
     class_names = _class_names(root, "train" if "train" in there else folder)
     unknown = sorted({*_subfolders(root, folder)} - {*class_names})
     if unknown:
@@ -69,13 +89,13 @@ def open_folder(path: str, split: str, val_fraction: float) -> FolderSource:
 
 
 def _open_undivided(root: str, split: str, val_fraction: float) -> FolderSource:
-    """Class folders, of which the images of each class are divided by file name."""
+    """Opens one split of undivided class folders, by dividing the sorted files of each class."""
     if not 0 < val_fraction < 1:
         raise ValueError(f"data.val_fraction: expected 0 < fraction < 1, got {val_fraction}")
     class_names = _class_names(root, "")
     names = {}
     for name, files in _list_classes(root, class_names).items():
-        # Round(n f) of n images, evenly spread over the sorted names.
+        # Hold out round(n * val_fraction) of n images, evenly spread over the sorted names.
         steps = np.floor(np.round(np.arange(len(files) + 1) * val_fraction + 0.5, 9))
         held_out = np.diff(steps) > 0
         names[name] = list(np.array(files)[held_out == (split == "test")])
@@ -101,7 +121,7 @@ def _folder_source(
 
 
 def _subfolders(root: str, name: str) -> list[str]:
-    """Folders in a folder, sorted; none if it does not exist."""
+    """Returns the folders in a folder, sorted; none if the folder does not exist."""
     path = os.path.join(root, name)
     if not os.path.isdir(path):
         return []
@@ -121,7 +141,7 @@ def _class_names(root: str, name: str) -> tuple[str, ...]:
 
 
 def _list_classes(root: str, class_names: tuple[str, ...] | list[str]) -> dict[str, list[str]]:
-    """Images of each class folder, at any depth, in ImageFolder's order."""
+    """Lists the images of each class folder, at any depth, in ImageFolder's order."""
     paths = [os.path.join(root, name) for name in class_names]
     listed = threads.in_threads("Listing", "classes", _list_images, paths)
     return dict(zip(class_names, listed, strict=True))

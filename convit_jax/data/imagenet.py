@@ -1,8 +1,9 @@
-"""ImageNet from its two tars to the ArrayRecord data set of tfds, without TensorFlow.
+"""Writes ImageNet from its two tars as the ArrayRecord data set of tfds, without TensorFlow.
 
 The result is what `tfds.builder("imagenet2012", file_format="array_record")` prepares: the same
-files, the same records in the same order (tfds shuffles by a hash of the file name), the same
-metadata. tfds itself needs TensorFlow for it, and room for a second copy of the images.
+files, the same metadata, and the same records in the same order (tfds shuffles by a hash of the
+file name). tfds itself needs TensorFlow to prepare it, and disk space for a second copy of the
+images.
 """
 
 from collections.abc import Iterator
@@ -25,7 +26,7 @@ from convit_jax.data import imagenet_tars
 log = logging.getLogger(__name__)
 
 _NAME = "imagenet2012"
-_STATE = "progress.json"  # what is written, beside the shards until all are there
+_STATE = "progress.json"  # lists the complete shards, beside them, until all are written
 _Plan = dict[str, tuple[str, imagenet_tars.Images]]  # shard's file name -> split, images in order
 
 
@@ -43,36 +44,36 @@ def prepare_imagenet(
     """Writes ImageNet (ILSVRC2012) as the tfds data set imagenet2012 in ArrayRecord shards.
 
     Both tars are checked before anything is written. The shards are then written to a folder
-    `*.incomplete`, which gets its name when it is complete: until then nothing can be read. A run
-    that was cut goes on from the last complete shard when it is started again, to the same bytes.
-    Memory holds one shard (about 140 MB) and the index, below 1 GB in all. Images are read in
-    random order from the tars: under half an hour from a solid-state disk, hours from a spinning
-    one.
+    `*.incomplete`, which is renamed when all of them are there: until then nothing can be read.
+    An interrupted run continues after the last complete shard when it is started again, and writes
+    the same bytes. Memory holds one shard (about 140 MB) and the index, below 1 GB in all. Images
+    are read from the tars in random order. This takes under half an hour from a solid-state disk
+    and hours from a hard disk.
 
-    As in tfds, the training images that are CMYK (22) or PNG (1) are encoded anew as RGB JPEG of
-    quality 100 and all others keep their bytes; validation labels are those that tfds ships.
+    As in tfds, the training images that are CMYK (22) or PNG (1) are encoded again as RGB JPEG of
+    quality 100, and all others keep their bytes. The validation labels are those that tfds ships.
 
     Args:
-      tars: the folder of ILSVRC2012_img_train.tar and ILSVRC2012_img_val.tar.
-      data_dir: the folder of the tfds data sets; needs about 148 GB.
-      classes: how many classes the training tar must hold.
-      train_images: how many images it must hold.
-      validation_images: how many the validation tar must hold.
-      train_shards: how many files to write; by default as many as tfds.
-      validation_shards: the same for the validation split.
+      tars: folder that holds ILSVRC2012_img_train.tar and ILSVRC2012_img_val.tar.
+      data_dir: folder of the tfds data sets; needs about 148 GB of disk space.
+      classes: number of classes that the training tar must hold.
+      train_images: number of images that the training tar must hold.
+      validation_images: number of images that the validation tar must hold.
+      train_shards: number of training shards to write; the default is tfds' number.
+      validation_shards: number of validation shards to write; the default is tfds' number.
       progress: whether to show progress bars.
 
     Returns:
-      The version folder, for `tfds.builder_from_directory`. If it is there already, nothing is
-      written.
+      The folder of the version, for `tfds.builder_from_directory`. If it exists already, nothing
+      is written.
 
     Raises:
       FileNotFoundError: if a tar is missing.
-      ValueError: if a tar is damaged or does not hold what it should, or if the half-written
-        folder was begun with other tars or shards.
-      FileExistsError: if another data set lies at the place.
+      ValueError: if a tar is damaged or does not hold what it should, or if the incomplete folder
+        was begun with other tars or another number of shards.
+      FileExistsError: if another data set is stored in the folder of the version.
       BlockingIOError: if another run is writing there.
-      OSError: if the disk has too little room, or fails.
+      OSError: if the disk has too little space, or fails.
     """
     counts = {"train": train_images, "validation": validation_images}
     shards = {"train": train_shards, "validation": validation_shards}
@@ -94,14 +95,14 @@ def prepare_imagenet(
 
 
 def tfds_order(names: np.ndarray, split: str) -> np.ndarray:
-    """The order of the records: by the MD5 sum of split and file name, as in tfds.
+    """Returns the order of the records: by the MD5 sum of split and file name, as in tfds.
 
     Args:
       names: (n,) bytes, the file names.
-      split: the name of the split, which salts the hash.
+      split: name of the split, which salts the hash.
 
     Returns:
-      (n,) int64: positions in `names`, in the order of the records.
+      (n,) int64, positions in `names` in the order of the records.
     """
     salted = hashlib.md5(split.encode(), usedforsecurity=False)
 
@@ -115,7 +116,7 @@ def tfds_order(names: np.ndarray, split: str) -> np.ndarray:
 
 
 def record(image: bytes, label: int, file_name: bytes) -> bytes:
-    """A serialised tf.train.Example; equal examples give equal bytes."""
+    """Returns a serialised tf.train.Example; equal arguments give equal bytes."""
     from tensorflow_datasets.proto import tf_example_pb2, tf_feature_pb2
 
     def raw(value: bytes) -> tf_feature_pb2.Feature:
@@ -132,16 +133,16 @@ def write_metadata(
     splits: dict[str, tuple[list[int], int]],
     file_format: str = "array_record",
 ) -> None:
-    """Writes dataset_info.json, features.json and the label names of imagenet2012, by tfds.
+    """Writes dataset_info.json, features.json and the label names of imagenet2012 with tfds.
 
     Args:
-      folder: where the shards lie.
-      splits: for each split the number of records in every shard, and the bytes of all records.
+      folder: the folder of the shards.
+      splits: {split: (number of records of each shard, number of bytes of all records)}.
       file_format: "array_record" or "tfrecord".
     """
     import tensorflow_datasets as tfds
 
-    # The builder's folder is never made: the builder lends its features and description.
+    # Only the builder's features and description are used: its own folder is never made.
     builder = imagenet_tars.tfds_module().Builder(data_dir=folder / "none", file_format=file_format)
     template = tfds.core.ShardedFileTemplate(
         data_dir=folder, dataset_name=_NAME, filetype_suffix=file_format
@@ -169,7 +170,7 @@ def _plan(split: str, images: imagenet_tars.Images, shards: int) -> _Plan:
 
 
 def _write(final: pathlib.Path, plan: _Plan, progress: bool) -> None:
-    """Writes shards and metadata beside `final`, and renames the folder when all is there."""
+    """Writes shards and metadata into a folder beside `final`, then renames it to `final`."""
     incomplete = final.with_name(final.name + ".incomplete")
     incomplete.mkdir(parents=True, exist_ok=True)
     with _locked(incomplete):
@@ -186,14 +187,14 @@ def _write(final: pathlib.Path, plan: _Plan, progress: bool) -> None:
 
 
 def _write_shards(folder: pathlib.Path, plan: _Plan, progress: bool) -> dict[str, dict]:
-    """Writes the shards that are not there; returns bytes and re-encoded names of every shard."""
+    """Writes the missing shards; returns {shard: its bytes and the names of re-encoded images}."""
     source = _fingerprint(plan)
     done = _complete_shards(folder, plan, source)
     _check_room(folder, [images for name, (_, images) in plan.items() if name not in done])
     total = sum(len(images) for _, images in plan.values())
     kept = sum(len(plan[name][1]) for name in done)
     if kept:
-        log.info("%s: going on after %d of %d images", folder, kept, total)
+        log.info("%s: continuing after %d of %d images", folder, kept, total)
     bar = tqdm.tqdm(
         desc=f"writing {_NAME}", total=total, initial=kept, unit=" images", disable=not progress
     )
@@ -209,7 +210,7 @@ def _write_shards(folder: pathlib.Path, plan: _Plan, progress: bool) -> dict[str
 
 
 def _complete_shards(folder: pathlib.Path, plan: _Plan, source: str) -> dict[str, dict]:
-    """What an earlier run left: the entries of its complete shards."""
+    """Returns the entries of the shards that an earlier run completed."""
     path = folder / _STATE
     if not path.exists():
         return {}
@@ -217,7 +218,7 @@ def _complete_shards(folder: pathlib.Path, plan: _Plan, source: str) -> dict[str
     if state["source"] != source:
         raise ValueError(
             f"{folder}: expected shards of these tars, found some of other tars or in another "
-            "number. Delete the folder to begin anew, or go on with the tars it was begun with"
+            "number. Delete the folder to begin anew, or continue with the tars it was begun with"
         )
     return {
         name: entry
@@ -229,7 +230,7 @@ def _complete_shards(folder: pathlib.Path, plan: _Plan, source: str) -> dict[str
 def _write_shard(
     path: pathlib.Path, images: imagenet_tars.Images, encode_anew: bool, pool: futures.Executor
 ) -> dict:
-    """Writes one shard; returns the bytes of its records and the names it encoded anew."""
+    """Writes one shard; returns the bytes of its records and the names of re-encoded images."""
     from array_record.python import array_record_module
 
     total, anew = 0, []
@@ -256,8 +257,8 @@ def _write_shard(
             total += len(example)
             writer.write(example)
         writer.close()
-    except RuntimeError as error:  # ArrayRecord's, on a full disk for one; it names the file
-        raise OSError(f"{error}: mend it, and start again to go on") from error
+    except RuntimeError as error:  # ArrayRecord raises it if the disk is full, and names the file
+        raise OSError(f"{error}: mend it, and start again to continue") from error
     finally:
         os.close(file)
     if (found := _num_records(path)) != len(images):
@@ -273,38 +274,39 @@ def _as_rgb_jpeg(content: bytes, name: str) -> bytes:
 
 
 def _num_records(path: pathlib.Path) -> int:
-    """The records of a shard; -1 if it is missing or damaged."""
+    """Returns the number of records of a shard; -1 if it is missing or damaged."""
     from array_record.python import array_record_module
 
     try:
         reader = array_record_module.ArrayRecordReader(str(path))
         count = reader.num_records()
-        reader.close()  # this one tells of damage
+        reader.close()  # raises if the file is damaged
     except (RuntimeError, ValueError, OSError, IndexError):
         return -1
     return count
 
 
 def _check_finished(final: pathlib.Path, counts: dict[str, int]) -> None:
-    """Raises FileExistsError unless the folder holds what would be written."""
+    """Raises FileExistsError unless `final` holds the data set that would be written."""
     import tensorflow_datasets as tfds
 
     try:
         info = tfds.builder_from_directory(final).info
         found = {name: split.num_examples for name, split in info.splits.items()}
         found = f"{found} as {info.file_format.value}"
-    except Exception as error:  # tfds raises many kinds for a folder that it cannot read
+    except Exception as error:  # tfds raises many kinds of errors for a folder it cannot read
         found = f"nothing that tfds reads ({error})"
     if found != f"{counts} as array_record":
         raise FileExistsError(
             f"{final}: expected no folder, or {counts} as array_record; found {found}. "
             "Use it as it is, move it away, or choose another data_dir"
         )
-    (final / _STATE).unlink(missing_ok=True)  # of a run killed after its last step but one
+    (final / _STATE).unlink(missing_ok=True)  # left if a run was killed just before its end
 
 
 def _check_room(folder: pathlib.Path, missing: list[imagenet_tars.Images]) -> None:
-    # Headers, labels and names take some 200 bytes a record; shards end on a block of 64 KiB.
+    """Raises OSError if the disk has too little free space for the missing shards."""
+    # Headers, labels and names take some 200 bytes a record. Shards are padded to 64 KiB blocks.
     needed = sum(int(images.sizes.sum()) + 300 * len(images) + 2**17 for images in missing)
     free = shutil.disk_usage(folder).free
     if free < needed:
@@ -318,8 +320,8 @@ def _check_room(folder: pathlib.Path, missing: list[imagenet_tars.Images]) -> No
 
 @contextlib.contextmanager
 def _locked(folder: pathlib.Path) -> Iterator[None]:
-    """Keeps other runs out; the lock goes with the process, however it ends."""
-    import fcntl  # not on Windows, nor is ArrayRecord
+    """Locks a folder against other runs; the lock ends with the process, however that ends."""
+    import fcntl  # does not exist on Windows, and neither does ArrayRecord
 
     handle = os.open(folder, os.O_RDONLY)
     try:
@@ -328,7 +330,7 @@ def _locked(folder: pathlib.Path) -> Iterator[None]:
         os.close(handle)
         raise BlockingIOError(error.errno, "another run is writing here", str(folder)) from None
     except OSError as error:  # some network file systems have no locks
-        log.warning("%s: cannot be locked (%s): start no second run", folder, error)
+        log.warning("%s: cannot be locked (%s): do not start a second run", folder, error)
     try:
         yield
     finally:
@@ -336,12 +338,12 @@ def _locked(folder: pathlib.Path) -> Iterator[None]:
 
 
 def _compare_encoded_anew(plan: _Plan, done: dict[str, dict]) -> None:
-    """Warns where the images that needed a new encoding are not those that tfds lists."""
+    """Warns if the images that were encoded again are not those that tfds lists."""
     listed = set()
     for _, images in plan.values():
         listed.update(imagenet_tars.encoded_by_tfds().intersection(map(bytes.decode, images.names)))
     found = {name for entry in done.values() for name in entry["encoded_anew"]}
-    log.info("encoded anew as RGB JPEG: %d images", len(found))
+    log.info("encoded again as RGB JPEG: %d images", len(found))
     if found != listed:
         log.warning(
             "CMYK or PNG, but not on tfds' list: %s; on the list, but not CMYK or PNG here: %s",
@@ -351,7 +353,7 @@ def _compare_encoded_anew(plan: _Plan, done: dict[str, dict]) -> None:
 
 
 def _fingerprint(plan: _Plan) -> str:
-    """A hash of what goes where; the contents of the images are not read for it."""
+    """Returns a hash of which image goes into which shard; it reads no image."""
     state = hashlib.sha256()
     for name, (_, images) in plan.items():
         state.update(name.encode())

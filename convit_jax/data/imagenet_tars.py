@@ -1,4 +1,4 @@
-"""The two tars of ImageNet (ILSVRC2012): what they must hold, and where each image lies in them."""
+"""The two tars of ImageNet (ILSVRC2012): checks them, and finds where each image is stored."""
 
 from collections.abc import Iterator
 from concurrent import futures
@@ -18,19 +18,19 @@ TRAIN_TAR = "ILSVRC2012_img_train.tar"
 VALIDATION_TAR = "ILSVRC2012_img_val.tar"
 SOURCE = "Both tars come from https://image-net.org/download-images, after registration."
 _TAR_BYTES = {TRAIN_TAR: 147_897_477_120, VALIDATION_TAR: 6_744_924_160}  # tfds, checksums.tsv
-_THREADS = 16  # they wait for the disk
+_THREADS = 16  # they mostly wait for the disk, so more than one a core
 
 
 @dataclasses.dataclass(frozen=True)
 class Images:
-    """Where n images lie in their tar.
+    """Where n images are stored in their tar.
 
     Attributes:
-      tar: the file.
-      names: (n,) bytes, the file names.
-      offsets: (n,) int64, the first byte of each in `tar`.
-      sizes: (n,) int64, their bytes.
-      labels: (n,) int64, their classes, in the order of the WordNet ids.
+      tar: path of the tar.
+      names: (n,) bytes, file names of the images.
+      offsets: (n,) int64, position in `tar` of the first byte of each image.
+      sizes: (n,) int64, number of bytes of each image.
+      labels: (n,) int64, class of each image, numbered in the order of the WordNet ids.
     """
 
     tar: pathlib.Path
@@ -48,7 +48,11 @@ class Images:
 
 
 def find_tars(folder: str | os.PathLike) -> tuple[pathlib.Path, pathlib.Path]:
-    """The paths of the training and the validation tar; FileNotFoundError if one is missing."""
+    """Returns the paths of the training and the validation tar.
+
+    Raises:
+      FileNotFoundError: if a tar is missing.
+    """
     paths = [pathlib.Path(folder).expanduser() / name for name in (TRAIN_TAR, VALIDATION_TAR)]
     if missing := [str(path) for path in paths if not path.is_file()]:
         raise FileNotFoundError(f"{' and '.join(missing)}: no such file. {SOURCE}")
@@ -59,13 +63,14 @@ def index_train(path: pathlib.Path, classes: int, count: int, progress: bool = F
     """Finds the training images: the tar holds a tar for each class, named by its WordNet id.
 
     Args:
-      path: the tar.
-      classes: how many classes it must hold.
-      count: how many images.
+      path: the training tar.
+      classes: number of classes that it must hold.
+      count: number of images that it must hold.
       progress: whether to show a progress bar.
 
     Raises:
-      ValueError: if the tar, or one within, is damaged, or holds other classes or counts.
+      ValueError: if the tar, or a tar within it, is damaged, or if the classes or the number of
+        images are not as expected.
     """
     labels = _labels()
     with _tar_errors(path), tarfile.open(path, "r:") as outer:
@@ -79,7 +84,7 @@ def index_train(path: pathlib.Path, classes: int, count: int, progress: bool = F
         raise _wrong(path, f"tars of {classes} classes", found)
 
     def walk(member: tarfile.TarInfo) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-        # A file object of its own for each thread.
+        # Each thread needs its own file object.
         with _tar_errors(path, f"{member.name} within as "), tarfile.open(path, "r:") as outer:
             part = outer.extractfile(member)
             with tarfile.open(fileobj=part, mode="r:") as tar:
@@ -97,14 +102,15 @@ def index_train(path: pathlib.Path, classes: int, count: int, progress: bool = F
 
 
 def index_validation(path: pathlib.Path, count: int) -> Images:
-    """Finds the validation images; their labels, by number, are in a list that tfds ships.
+    """Finds the validation images. Their labels are in a list that tfds ships, by image number.
 
     Args:
-      path: the tar.
-      count: how many images it must hold, at most 50,000.
+      path: the validation tar.
+      count: number of images that it must hold, at most 50,000.
 
     Raises:
-      ValueError: if the tar is damaged, or holds other names or another count.
+      ValueError: if the tar is damaged, or if the names or the number of images are not as
+        expected.
     """
     with _tar_errors(path), tarfile.open(path, "r:") as tar:
         columns = _walk(tar)
@@ -120,15 +126,16 @@ def index_validation(path: pathlib.Path, count: int) -> Images:
 
 
 def as_rgb_jpeg(data: bytes) -> bytes:
-    """Encodes a PNG or a CMYK JPEG anew as RGB JPEG, quality 100; returns other JPEGs as they are.
+    """Encodes a PNG or a CMYK JPEG again as RGB JPEG, quality 100; returns other JPEGs unchanged.
 
-    To the byte what TensorFlow's image operations give in tfds: decoding with the fast DCT, RGB as
-    the product of paper colour and black without colour profiles, 4:2:0, 300 dots per inch.
+    The bytes are exactly those that tfds gets from TensorFlow's image operations: decoding with the
+    fast DCT, RGB as the product of the ink and black channels without colour profiles, chroma
+    subsampling 4:2:0 and 300 dots per inch.
 
     Raises:
       ValueError, OSError: if the bytes are neither JPEG nor PNG, or cannot be decoded.
     """
-    from PIL import Image  # these two are needed for 23 images only
+    from PIL import Image  # Pillow and simplejpeg are needed for 23 images only
     import simplejpeg
 
     if data.startswith(b"\x89PNG\r\n\x1a\n"):
@@ -136,7 +143,7 @@ def as_rgb_jpeg(data: bytes) -> bytes:
     elif _jpeg_components(data) == 4:
         light = simplejpeg.decode_jpeg(data, "CMYK", fastdct=True, strict=False).astype(np.int32)
         if "adobe" not in Image.open(io.BytesIO(data)).info:
-            light = 255 - light  # Adobe's files hold the ink inverted, as light
+            light = 255 - light  # only Adobe's files store the ink inverted, as light
         pixels = (light[..., :3] * light[..., 3:] // 255).astype(np.uint8)
     else:
         return data
@@ -146,13 +153,13 @@ def as_rgb_jpeg(data: bytes) -> bytes:
 
 
 def encoded_by_tfds() -> set[str]:
-    """tfds' list of the training images that are CMYK or PNG."""
+    """Returns tfds' list of the training images that are CMYK or PNG."""
     module = tfds_module()
     return {*module.CMYK_IMAGES, *module.PNG_IMAGES}
 
 
 def tfds_module():
-    """The module of tfds' own builder; importing and building need no TensorFlow."""
+    """Returns the module of tfds' own builder; importing and building need no TensorFlow."""
     from tensorflow_datasets.datasets.imagenet2012 import imagenet2012_dataset_builder
 
     return imagenet2012_dataset_builder
@@ -160,7 +167,7 @@ def tfds_module():
 
 @contextlib.contextmanager
 def readers() -> Iterator[futures.Executor]:
-    """Threads to read with; an error or an interrupt does not wait for what is queued."""
+    """Runs a pool of threads to read with; an error or an interrupt cancels the queued reads."""
     pool = futures.ThreadPoolExecutor(_THREADS)
     try:
         yield pool
@@ -169,12 +176,12 @@ def readers() -> Iterator[futures.Executor]:
 
 
 def some(names: list[str]) -> str:
-    """The first few of a list, for a message."""
+    """Returns the first five names and the number of others, for a message."""
     return ", ".join(names[:5]) + (f" and {len(names) - 5} more" if len(names) > 5 else "")
 
 
 def _walk(tar: tarfile.TarFile) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """Names, offsets and sizes of the files of a tar, from its headers."""
+    """Returns the names, offsets and sizes of the files of a tar, from its headers."""
     members = [member for member in tar if member.isfile()]
     names = [posixpath.basename(member.name).encode() for member in members]
     offsets = np.array([member.offset_data for member in members], np.int64)
@@ -192,7 +199,7 @@ def _counted(images: Images, count: int) -> Images:
 
 
 def _jpeg_components(data: bytes) -> int:
-    """The number of colour channels that a JPEG declares in its frame header."""
+    """Returns the number of colour channels that a JPEG declares in its frame header."""
     position = 2 if data.startswith(b"\xff\xd8") else len(data)
     while (position := data.find(b"\xff", position)) >= 0 and position + 10 <= len(data):
         marker = data[position + 1]
@@ -226,7 +233,7 @@ def _labels() -> dict[str, int]:
 
 @functools.cache
 def _tfds_lines(name: str) -> list[str]:
-    """A list that tfds ships with imagenet2012: labels.txt or validation_labels.txt."""
+    """Reads a list that tfds ships with imagenet2012: labels.txt or validation_labels.txt."""
     import tensorflow_datasets as tfds
 
     return tfds.core.tfds_path(f"datasets/imagenet2012/{name}").read_text().split()

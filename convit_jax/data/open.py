@@ -1,4 +1,4 @@
-"""Opens a data set by its name: tfds sets, class folders, scikit-learn's digits."""
+"""Opens a data set by its name: a tfds data set, class folders or scikit-learn's digits."""
 
 from convit_jax.data import tfds_source
 from convit_jax.data.arrays import digits
@@ -20,19 +20,21 @@ def open_source(
     """Opens a data set.
 
     Args:
-      source: "tfds:NAME", "tfds:NAME:VERSION" or "tfds:NAME/CONFIG" for a prepared tfds set,
-        "folder:PATH" for class folders below train/ and val/ (or validation/, or test/) of
-        PATH or, where there are none of these, in PATH itself; "digits" for scikit-learn's.
-      split: "train", or "test" for the images held out: of a tfds set its validation split or,
-        if it has none, its test split.
-      data_dir: where the tfds sets are; if empty, $TFDS_DATA_DIR or ~/tensorflow_datasets.
-      sampling_ratio: share of the training images of each class, the first by file name; the
-        test split is always whole.
-      cache_dir: where to keep indices of large sets; None keeps none.
-      val_fraction: share of each class that a folder without val/ holds out.
+      source: name of the data set.
+        "tfds:NAME", "tfds:NAME:VERSION" or "tfds:NAME/CONFIG" is a prepared tfds data set.
+        "folder:PATH" is a folder with train/ and val/ (or validation/, or test/), each with a
+        folder of images for every class; or a folder that holds the class folders itself.
+        "digits" is scikit-learn's digits.
+      split: "train", or "test" for the images held out. For a tfds data set, "test" is its
+        validation split, or its test split if it has no validation split.
+      data_dir: folder of the tfds data sets; empty: $TFDS_DATA_DIR, else ~/tensorflow_datasets.
+      sampling_ratio: share of the training images of each class to keep, the first by file name.
+        The test split is always whole.
+      cache_dir: folder for the indices of large data sets; None keeps no indices.
+      val_fraction: share of each class held out for "test" if PATH has no train/ and val/.
 
     Raises:
-      ValueError, FileNotFoundError: if the data are not there or not what they should be.
+      ValueError, FileNotFoundError: if the data are missing or not as expected.
     """
     if split not in SPLITS:
         raise ValueError(f"split: expected 'train' or 'test', got {split!r}")

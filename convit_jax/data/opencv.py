@@ -6,7 +6,7 @@ from types import ModuleType
 
 @functools.cache
 def opencv() -> ModuleType:
-    """cv2 without threads of its own: the loader's worker processes are the parallelism."""
+    """Returns cv2 with its threads turned off: the worker processes already use every core."""
     import cv2
 
     cv2.setNumThreads(0)

@@ -1,12 +1,12 @@
 """RandAugment (Cubuk et al. 2020, arXiv:1909.13719) as DeiT uses it: "rand-m9-mstd0.5-inc1".
 
-Two operations out of fifteen, with replacement, each applied with probability 0.5 at a magnitude
-drawn from N(9, 0.5^2) and clipped to [0, 10]; "inc1" is the form in which a larger magnitude
-always means a stronger change. The numbers are timm's.
+Two of fifteen operations are drawn with replacement. Each is applied with probability 0.5, at a
+magnitude drawn from N(9, 0.5^2) and clipped to [0, 10]. "inc1" means that a larger magnitude always
+is a stronger change. The numbers are timm's.
 
-What to do is drawn first, as (name, argument) pairs, and then applied by Pillow (`apply_exact`:
-timm's pixels to the bit) or by OpenCV and tables (`apply_fast`: the same tables, the same
-geometry, pixels within a grey level on average).
+The operations are first drawn, as (name, argument) pairs, and then applied. `apply_exact` applies
+them by Pillow and gives timm's pixels to the bit. `apply_fast` applies them by OpenCV and tables,
+with the same tables and geometry; its pixels differ by less than a grey level on average.
 """
 
 import functools
@@ -20,59 +20,66 @@ from convit_jax.data.opencv import opencv
 if TYPE_CHECKING:
     from PIL import Image
 
-Op = tuple[str, float | None]  # name and argument; None where there is none
+Op = tuple[str, float | None]  # name and argument; None for an operation without argument
 
-# By timm's names; the order is that of timm's list, so that an index means the same operation.
+# timm's names in the order of timm's list, so that an index means the same operation.
 NAMES = (
     "AutoContrast", "Equalize", "Invert", "Rotate", "Posterize", "Solarize", "SolarizeAdd",
     "Color", "Contrast", "Brightness", "Sharpness",
     "ShearX", "ShearY", "TranslateXRel", "TranslateYRel",
 )  # fmt: skip
 MAX_MAGNITUDE = 10.0
-FILL = (124, 116, 104)  # ImageNet's mean colour, for what comes from outside the image
-_PROBABILITY = 0.5  # of an operation that was chosen to be applied
+FILL = (124, 116, 104)  # ImageNet's mean colour, for pixels that come from outside the image
+_PROBABILITY = 0.5  # probability that a chosen operation is applied
 _RANGE = {  # argument at the largest magnitude; its sign is drawn
     "Rotate": 30.0,  # degrees, counterclockwise
-    "ShearX": 0.3,  # pixels a pixel
+    "ShearX": 0.3,  # slope: pixels moved per pixel
     "ShearY": 0.3,
-    "TranslateXRel": 0.45,  # of the width
-    "TranslateYRel": 0.45,  # of the height
+    "TranslateXRel": 0.45,  # share of the width
+    "TranslateYRel": 0.45,  # share of the height
 }
-# Pillow cuts a result to an integer where OpenCV rounds it; a little less than a half, so that
-# what is an integer already stays.
+# Added to results because Pillow truncates them to integers and OpenCV rounds them. It is a little
+# less than a half, so that results that are integers already do not change.
 _CUT = -0.49
-_PHASES = 256  # of a pixel, to which the shears round a distance
+_PHASES = 256  # the shears round a distance to 1 / _PHASES of a pixel
 _LEVELS = np.arange(256, dtype=np.float32)
 _GREY = (19595 / 65536, 38470 / 65536, 7471 / 65536)  # ITU-R 601-2, Pillow's numbers
 _BLENDS = ("Color", "Contrast", "Brightness", "Sharpness")
 
 
 def draw(rng: np.random.Generator, count: int, magnitude: float, std: float) -> list[Op]:
-    """Draws what is to be applied, in order.
+    """Draws the operations to apply, in order.
 
     Args:
       rng: the only source of randomness.
-      count: operations to choose; about half of them are applied.
-      magnitude: 0 to 10, the mean.
+      count: number of operations to choose; about half of them are applied.
+      magnitude: mean of the magnitude, 0 to 10.
       std: standard deviation of the magnitude before it is clipped.
     """
     ops = []
     for _ in range(count):
-        name = NAMES[int(rng.random() * len(NAMES))]  # a tenth of the time of rng.integers
+        name = NAMES[int(rng.random() * len(NAMES))]  # 10 times faster than rng.integers
         if rng.random() > _PROBABILITY:
             continue
         level = min(max(magnitude + std * rng.standard_normal(), 0.0), MAX_MAGNITUDE)
-        negate = rng.random() > 0.5  # drawn for every operation: one order of draws for all
+        negate = rng.random() > 0.5  # always drawn, so that every operation uses as many draws
         ops.append((name, argument(name, level, negate)))
     return ops
 
 
 def argument(name: str, magnitude: float, negate: bool) -> float | None:
-    """What an operation is called with at a magnitude of 0 to 10, in the increasing form.
+    """Returns the argument of an operation at a magnitude of 0 to 10, in the increasing form.
 
-    Degrees for Rotate; slope for the shears; a share of the side for the translations; the factor
-    of the blend for Color, Contrast, Brightness and Sharpness; the bits kept for Posterize; the
-    threshold for Solarize; what is added for SolarizeAdd; None for the rest.
+    The argument is the angle in degrees for Rotate, the slope for the shears, a share of the side
+    for the translations, the blending factor for Color, Contrast, Brightness and Sharpness, the
+    number of bits kept for Posterize, the threshold for Solarize, the grey levels added for
+    SolarizeAdd, and None for the others.
+
+    Args:
+      name: one of `NAMES`.
+      magnitude: 0 to 10.
+      negate: whether to negate the argument, or to blend the other way; ignored by the operations
+        that have no opposite.
     """
     share = magnitude / MAX_MAGNITUDE
     if name in _RANGE:
@@ -89,7 +96,7 @@ def argument(name: str, magnitude: float, negate: bool) -> float | None:
 
 
 def apply_exact(image: "Image.Image", op: Op) -> "Image.Image":
-    """Applies an operation by Pillow, as timm does: the same pixels. `image` is RGB."""
+    """Applies an operation to an RGB image by Pillow, with timm's pixels to the bit."""
     from PIL import Image, ImageEnhance, ImageOps
 
     name, value = op
@@ -107,7 +114,7 @@ def apply_exact(image: "Image.Image", op: Op) -> "Image.Image":
 
 
 def apply_fast(image: np.ndarray, op: Op) -> np.ndarray:
-    """Applies an operation by OpenCV. `image` is (height, width, 3) uint8 and stays as it is."""
+    """Applies an operation to (height, width, 3) uint8 by OpenCV; `image` itself is not changed."""
     name, value = op
     if name == "Rotate":
         return _rotate(image, value)
@@ -129,18 +136,18 @@ def apply_fast(image: np.ndarray, op: Op) -> np.ndarray:
     if name in ("AutoContrast", "Equalize"):
         table = _autocontrast_table if name == "AutoContrast" else _equalize_table
         return cv2.merge([cv2.LUT(plane, table(plane)) for plane in cv2.split(image)])
-    # The tables of the rest have a simple form that costs a fraction of a look-up.
+    # The other tables have a simple form, which takes a fraction of the time of a look-up.
     if name == "Posterize":
         return image & np.uint8(-(2 ** (8 - value)) % 256)
     if name == "Solarize":
         bright = cv2.threshold(image, value - 1, 255, cv2.THRESH_BINARY)[1]
         return cv2.bitwise_xor(image, bright)
     dark = cv2.threshold(image, 127, value, cv2.THRESH_BINARY_INV)[1]
-    return cv2.add(image, dark)  # SolarizeAdd; saturates
+    return cv2.add(image, dark)  # SolarizeAdd; cv2.add clips at 255
 
 
 def _affine(name: str, value: float, height: int, width: int) -> tuple[float, ...]:
-    """(a, b, c, d, e, f): output (x, y) shows the input at (a x + b y + c, d x + e y + f).
+    """Returns (a, b, c, d, e, f): output (x, y) is the input at (a x + b y + c, d x + e y + f).
 
     Points are measured from the corner of the image: the centre of the first pixel is (0.5, 0.5).
     """
@@ -152,7 +159,7 @@ def _affine(name: str, value: float, height: int, width: int) -> tuple[float, ..
         return (1, 0, value * width, 0, 1, 0)
     if name == "TranslateYRel":
         return (1, 0, 0, 0, 1, value * height)
-    # About the centre, in the steps of Pillow's Image.rotate: the last bits of c and f matter.
+    # Rotate about the centre, in the steps of Pillow's Image.rotate: the last bits of c, f matter.
     angle = -math.radians(value % 360.0)
     cos, sin = round(math.cos(angle), 15), round(math.sin(angle), 15)
     minus_sin = round(-math.sin(angle), 15)
@@ -163,10 +170,10 @@ def _affine(name: str, value: float, height: int, width: int) -> tuple[float, ..
 
 
 def _table(name: str, value: float) -> np.ndarray:
-    """(256,) uint8, the operation on every grey level."""
+    """Returns (256,) uint8, the result of the operation for every grey level."""
     levels = np.arange(256)
     if name == "Posterize":
-        levels = levels & ~(2 ** (8 - value) - 1)  # 0 bits: black
+        levels = levels & ~(2 ** (8 - value) - 1)  # with 0 bits kept, all black
     elif name == "Solarize":
         levels = np.where(levels < value, levels, 255 - levels)
     else:
@@ -175,14 +182,17 @@ def _table(name: str, value: float) -> np.ndarray:
 
 
 def _blend_table(factor: float, grey: int) -> np.ndarray:
-    """(256,) uint8: from a constant grey (factor 0) through the level (1) to beyond it."""
+    """Returns (256,) uint8, every level blended with a grey level.
+
+    A factor of 0 is the grey level, 1 is the level itself, and a factor above 1 lies beyond it.
+    """
     blend = np.float32(grey) + np.float32(factor) * (_LEVELS - np.float32(grey))
-    # Cut, not rounded, as Pillow does.
+    # Truncated, not rounded, as in Pillow.
     return np.minimum(np.maximum(blend, 0), 255).astype(np.uint8)
 
 
 def _autocontrast_table(plane: np.ndarray) -> np.ndarray:
-    """(256,) uint8: a channel stretched to 0 ... 255."""
+    """Returns (256,) uint8, the table that stretches a channel to 0 ... 255."""
     low, high = int(plane.min()), int(plane.max())
     levels = np.arange(256, dtype=np.float64)
     if high > low:
@@ -192,7 +202,7 @@ def _autocontrast_table(plane: np.ndarray) -> np.ndarray:
 
 
 def _equalize_table(plane: np.ndarray) -> np.ndarray:
-    """(256,) uint8: a channel's histogram made flat."""
+    """Returns (256,) uint8, the table that flattens the histogram of a channel."""
     histogram = opencv().calcHist([plane], [0], None, [256], [0, 256])
     counts = histogram.ravel().astype(np.int64)
     filled = counts[counts > 0]
@@ -204,7 +214,7 @@ def _equalize_table(plane: np.ndarray) -> np.ndarray:
 
 
 def _color(image: np.ndarray, factor: float) -> np.ndarray:
-    """Blends with the grey image, by one 3 x 3 matrix."""
+    """Blends the image with its grey version, by one 3 x 3 matrix."""
     red, green, blue = (weight * (1 - factor) for weight in _GREY)
     matrix = [
         [red + factor, green, blue, _CUT],
@@ -215,9 +225,9 @@ def _color(image: np.ndarray, factor: float) -> np.ndarray:
 
 
 def _sharpness(image: np.ndarray, factor: float) -> np.ndarray:
-    """Blends with the smoothed image: weight 5 for the pixel and 1 for each of 8 neighbours, / 13.
+    """Blends the image with its smoothed version; the outermost pixels do not change.
 
-    The outermost pixels stay.
+    The smoothing kernel is 5 / 13 for the pixel and 1 / 13 for each of its 8 neighbours.
     """
     cv2 = opencv()
     box = cv2.blur(image, (3, 3))  # smooth = 9/13 box + 4/13 pixel
@@ -231,33 +241,33 @@ def _sharpness(image: np.ndarray, factor: float) -> np.ndarray:
 
 
 def _taps(d: np.ndarray | float) -> list[np.ndarray | float]:
-    """Pillow's bicubic kernel (a = -1) for a point d after a pixel: weights of pixels -1 to 2."""
+    """Returns Pillow's bicubic kernel (a = -1) at d after pixel 0: weights of pixels -1 to 2."""
     return [-d * (1 - d) ** 2, 1 - 2 * d**2 + d**3, d * (1 + d - d**2), -(d**2) * (1 - d)]
 
 
 @functools.cache
 def _weights() -> np.ndarray:
-    """(4, _PHASES) int16: the taps for each fraction of a pixel, in units of 1/64; sum 64."""
+    """Returns (4, _PHASES) int16, the taps for each fraction of a pixel; each four sum to 64."""
     weights = np.rint(64 * np.array(_taps(np.arange(_PHASES) / _PHASES))).astype(np.int16)
     weights[1] += 64 - weights.sum(axis=0, dtype=np.int16)
     return weights
 
 
 def _translate(image: np.ndarray, share: float, axis: int) -> np.ndarray:
-    """Moves the image along an axis by a share of it: one filter of four taps."""
+    """Moves the image along an axis by a share of its side, with one filter of four taps."""
     cv2 = opencv()
     if axis == 0:
         return cv2.transpose(_translate(cv2.transpose(image), share, axis=1))
     height, width = image.shape[:2]
     shift = share * width
     whole = math.floor(shift)
-    # A column before the first: half a pixel outside still shows the edge.
+    # One more column in front, since half a pixel outside the image still shows the edge.
     padded = cv2.copyMakeBorder(image, 0, 0, 1, 0, cv2.BORDER_REPLICATE)
     filtered = cv2.filter2D(
         padded, -1, np.float64([_taps(shift - whole)]), anchor=(1, 0), delta=_CUT,
         borderType=cv2.BORDER_REPLICATE,
     )  # fmt: skip
-    # Column x shows the input at x + shift, which has to be in [-0.5, width - 0.5).
+    # Column x shows the input at x + shift, which must be in [-0.5, width - 0.5).
     first = max(0, math.ceil(-0.5 - shift))
     last = min(width, math.ceil(width - 0.5 - shift))
     out = _filled(height, width).copy()
@@ -266,9 +276,10 @@ def _translate(image: np.ndarray, share: float, axis: int) -> np.ndarray:
 
 
 def _shear(image: np.ndarray, slope: float, axis: int) -> np.ndarray:
-    """Moves every row (axis 1) or column by its own distance, four taps in 16 bits.
+    """Moves every row (axis 1) or column (axis 0) by its own distance, with four taps in 16 bits.
 
-    Twice as fast as OpenCV's warp and nearer to Pillow: weights of 1/64, 0.1 grey levels off.
+    It is twice as fast as OpenCV's warp and nearer to Pillow: the weights are multiples of 1/64,
+    and the result is 0.1 grey levels off.
     """
     cv2 = opencv()
     if axis == 0:
@@ -276,11 +287,11 @@ def _shear(image: np.ndarray, slope: float, axis: int) -> np.ndarray:
     height, width = image.shape[:2]
     shift = np.rint(slope * _PHASES * _centres(height)).astype(int)
     weights = _weights()[:, shift % _PHASES, None]
-    # Row y as it will lie, from the pixel before its first to the second after its last, is a
-    # piece of the whole image read as one line. Beyond the borders it runs into the rows around,
-    # but only where the output is filled.
+    # The pixels that row y shows once it has moved, with one more in front and two behind, are
+    # consecutive in the image read as one line. Beyond the borders they belong to other rows, but
+    # there the output is filled.
     moved = _pieces(image, shift // _PHASES, width + 3).astype(np.int16)
-    # At most 1.5 * 64 * 255, which 16 bits hold.
+    # Sums are at most 1.5 * 64 * 255, which fits 16 bits.
     total = moved[:, : width * 3] * weights[0]
     term = np.empty_like(total)
     for tap in range(1, 4):
@@ -294,13 +305,13 @@ def _shear(image: np.ndarray, slope: float, axis: int) -> np.ndarray:
 
 
 def _pieces(image: np.ndarray, starts: np.ndarray, length: int) -> np.ndarray:
-    """(height, 3 * length): of every row `length` pixels from the one before `starts` on.
+    """Returns (height, 3 * length): `length` pixels of each row, from one before its `starts` on.
 
-    The edges are there three times; what lies further out is arbitrary.
+    Edge pixels are repeated three times beyond the borders. Pixels further out are arbitrary.
     """
     edge = 3
     stride = image.shape[1] + 2 * edge
-    extra = math.ceil((int(np.abs(starts).max()) + length) / stride)  # rows, so as not to run out
+    extra = math.ceil((int(np.abs(starts).max()) + length) / stride)  # rows to add on each side
     padded = opencv().copyMakeBorder(
         image, extra, extra, edge, edge, opencv().BORDER_REPLICATE
     )  # fmt: skip
@@ -310,7 +321,7 @@ def _pieces(image: np.ndarray, starts: np.ndarray, length: int) -> np.ndarray:
 
 
 def _rotate(image: np.ndarray, degrees: float) -> np.ndarray:
-    """OpenCV's bicubic inside, `FILL` where Pillow puts it."""
+    """Rotates by OpenCV's bicubic warp, with `FILL` where Pillow puts it."""
     cv2 = opencv()
     height, width = image.shape[:2]
     a, b, c, d, e, f = _affine("Rotate", degrees, height, width)
@@ -328,7 +339,7 @@ def _rotate(image: np.ndarray, degrees: float) -> np.ndarray:
 def _inside(
     a: float, b: float, c: float, shape: tuple[int, int], size: int
 ) -> tuple[np.ndarray, np.ndarray]:
-    """Of every row y the columns [first, last) whose pixels have a x + b y + c in [0, size)."""
+    """Returns, for every row y, the columns [first, last) where a x + b y + c is in [0, size)."""
     height, width = shape
     x = a * _centres(width)
     start = -b * _centres(height) - c
@@ -339,7 +350,7 @@ def _inside(
 
 
 def _fill(image: np.ndarray, first: np.ndarray, last: np.ndarray) -> np.ndarray:
-    """The image with `FILL` outside the columns [first, last) of every row."""
+    """Puts `FILL` outside the columns [first, last) of every row."""
     height, width = image.shape[:2]
     column = np.arange(width, dtype=np.int32)
     first, last = first.astype(np.int32)[:, None], last.astype(np.int32)[:, None]
@@ -349,11 +360,11 @@ def _fill(image: np.ndarray, first: np.ndarray, last: np.ndarray) -> np.ndarray:
 
 @functools.lru_cache(maxsize=16)
 def _centres(length: int) -> np.ndarray:
-    """(length,) the centres of the pixels: 0.5, 1.5, ...; shared, so not to be changed."""
+    """Returns (length,) centres of the pixels: 0.5, 1.5, ...; cached, so do not change it."""
     return np.arange(length) + 0.5
 
 
 @functools.lru_cache(maxsize=8)
 def _filled(height: int, width: int) -> np.ndarray:
-    """(height, width, 3) of `FILL`; shared, so to be copied from only."""
+    """Returns (height, width, 3) of the colour `FILL`; cached, so do not change it."""
     return np.full((height, width, 3), FILL, np.uint8)

@@ -1,8 +1,8 @@
-"""Records of a prepared tfds data set, read at random and without TensorFlow.
+"""Random access to the records of a prepared tfds data set, without TensorFlow.
 
-A TFRecord shard is a row of records, each [length: uint64][checksum of the length: uint32]
-[payload][checksum of the payload: uint32], little-endian; a walk over the lengths, once, makes
-it a random-access file. ArrayRecord shards carry an index of their own.
+A TFRecord shard is a sequence of records, each [length: uint64][checksum of the length: uint32]
+[payload][checksum of the payload: uint32], little-endian. It has no index, so one is built by
+following the lengths through the file once. ArrayRecord shards contain an index.
 """
 
 import bisect
@@ -23,9 +23,9 @@ from convit_jax.data.threads import in_threads
 
 log = logging.getLogger(__name__)
 
-HEADER = 12  # bytes before a TFRecord's payload
-FOOTER = 4  # and after it
-MAX_OPEN_FILES = 65536  # asked of the system where every shard of a large set is held open
+HEADER = 12  # bytes before the payload of a TFRecord
+FOOTER = 4  # bytes after the payload of a TFRecord
+MAX_OPEN_FILES = 65536  # limit to ask the system for, since all ArrayRecord shards are held open
 
 Arrays = dict[str, np.ndarray]
 
@@ -40,7 +40,7 @@ class Records(Protocol):
     def __getitem__(self, index: int) -> bytes: ...
 
     def where(self, index: int) -> str:
-        """The shard and the number in it of a record, for messages."""
+        """Returns the shard of a record and its number there, for messages."""
         ...
 
 
@@ -48,13 +48,18 @@ class Records(Protocol):
 class TFRecords:
     """Records of TFRecord shards.
 
-    Every read opens its shard anew, for some microseconds: an ImageNet has more shards than a
-    process may hold open by default, and what is not open need not survive pickling.
+    Every read opens its shard again, which takes some microseconds. ImageNet has more shards than a
+    process may hold open by default, and closed files need no care when the object is pickled.
+
+    Attributes:
+      paths: the shards.
+      ends: number of records up to the end of each shard.
+      spans: (n, 2) int64, offset and length in bytes of each payload.
     """
 
     paths: tuple[str, ...]
-    ends: tuple[int, ...]  # cumulative number of records
-    spans: np.ndarray = dataclasses.field(repr=False)  # (n, 2) int64: offset, length of payloads
+    ends: tuple[int, ...]
+    spans: np.ndarray = dataclasses.field(repr=False)
 
     def __len__(self) -> int:
         return len(self.spans)
@@ -79,7 +84,12 @@ class TFRecords:
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class ArrayRecords:
-    """Records of ArrayRecord shards; each process opens them as it first reads them."""
+    """Records of ArrayRecord shards; each process opens a shard when it first reads from it.
+
+    Attributes:
+      paths: the shards.
+      ends: number of records up to the end of each shard.
+    """
 
     paths: tuple[str, ...]
     ends: tuple[int, ...]
@@ -98,11 +108,11 @@ class ArrayRecords:
 
     @functools.cached_property
     def _reader(self):
-        from array_record.python import array_record_data_source  # with its absl flags
+        from array_record.python import array_record_data_source  # late: it defines absl flags
 
         _allow_open_files()
         lengths = np.diff(self.ends, prepend=0)
-        # A name with its count is a shard that need not be opened before it is read.
+        # A path with the number of records lets the reader open the shard at the first read.
         spans = [f"{path}[0:{n}]" for path, n in zip(self.paths, lengths, strict=True)]
         return array_record_data_source.ArrayRecordDataSource(spans)
 
@@ -117,10 +127,10 @@ def _where(records: TFRecords | ArrayRecords, index: int) -> str:
 
 
 def _allow_open_files() -> None:
-    """Raises this process's limit of open files as far as it may: ImageNet has 1,024 shards."""
+    """Raises this process's limit of open files as far as allowed: ImageNet has 1,024 shards."""
     try:
         import resource
-    except ImportError:  # not Unix
+    except ImportError:  # exists on Unix only
         return
     soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
     wanted = MAX_OPEN_FILES if hard == resource.RLIM_INFINITY else min(hard, MAX_OPEN_FILES)
@@ -135,8 +145,8 @@ def open_tfrecords(
 
     Args:
       paths: the shards.
-      lengths: how many records each one must have.
-      cache: an .npz file that keeps the index for as long as the shards stay as they are.
+      lengths: expected number of records of each shard.
+      cache: .npz file that stores the index; it is used until a shard changes. None stores nothing.
 
     Raises:
       ValueError: if a shard is truncated, corrupt or has another number of records.
@@ -151,7 +161,11 @@ def open_tfrecords(
 
 
 def open_array_records(paths: Collection[str], lengths: Collection[int]) -> ArrayRecords:
-    """Opens ArrayRecord shards, each once to check its number of records.
+    """Opens ArrayRecord shards and checks the number of records of each.
+
+    Args:
+      paths: the shards.
+      lengths: expected number of records of each shard.
 
     Raises:
       ValueError: if a shard cannot be read or has another number of records than expected.
@@ -178,16 +192,16 @@ def _check_array_record(path: str, expected: int) -> None:
 
 
 def index_shard(path: str, expected: int) -> np.ndarray:
-    """Offset and length of every payload of a TFRecord shard: (n, 2) int64.
+    """Returns the offset and length in bytes of every payload of a TFRecord shard: (n, 2) int64.
 
     Raises:
-      ValueError: if a length fails its checksum, the file ends within a record, or there are
-        not `expected` records.
+      ValueError: if a length fails its checksum, if the file ends within a record, or if the number
+        of records is not `expected`.
     """
     heads, offset = [], 0
     size = os.path.getsize(path)
     with open(path, "rb", buffering=0) as file:
-        # One more than expected is enough to know that there are too many.
+        # One record more than expected is enough to know that there are too many.
         while offset < size and len(heads) <= expected:
             heads.append(os.pread(file.fileno(), HEADER, offset))
             offset += HEADER + int.from_bytes(heads[-1][:8], "little") + FOOTER
@@ -229,7 +243,7 @@ def _crc_table() -> np.ndarray:
 
 
 def masked_crc32c(data: np.ndarray) -> np.ndarray:
-    """The checksum TFRecord uses, of each row of (n, k) uint8: (n,) uint32."""
+    """Returns TFRecord's checksum of each row: (n, k) uint8 -> (n,) uint32."""
     crc = np.full(len(data), 0xFFFFFFFF, np.uint32)
     for column in data.T:
         crc = (crc >> 8) ^ _crc_table()[(crc ^ column) & 0xFF]
@@ -238,7 +252,7 @@ def masked_crc32c(data: np.ndarray) -> np.ndarray:
 
 
 def fingerprint(paths: Collection[str]) -> str:
-    """Changes when a file's name, size or time of modification does."""
+    """Returns a hash that changes when the path, size or modification time of a file changes."""
     digest = hashlib.sha256()
     for path in paths:
         stat = os.stat(path)
@@ -247,27 +261,34 @@ def fingerprint(paths: Collection[str]) -> str:
 
 
 def cache_file(folder: str | None, name: str) -> str | None:
+    """Returns the path of an .npz file in a cache folder; None if there is no cache folder."""
     return None if folder is None else os.path.join(os.path.expanduser(folder), f"{name}.npz")
 
 
 def cached(path: str | None, key: str, build: Callable[[], Arrays]) -> Arrays:
-    """What build() returns, kept in the .npz file `path` for as long as `key` is the same."""
+    """Returns build(), or its stored result from `path` if that was stored under the same key.
+
+    Args:
+      path: .npz file that stores the result; None stores nothing.
+      key: a hash of everything that the result depends on.
+      build: makes the arrays.
+    """
     if path is None:
         return build()
     try:
-        # Opened here, for numpy leaves a file open that turns out to be damaged.
+        # Opened here, because numpy does not close a file that turns out to be damaged.
         with open(path, "rb") as file, np.load(file, allow_pickle=False) as arrays:
             if str(arrays["key"]) == key:
                 return {name: arrays[name] for name in arrays.files if name != "key"}
     except FileNotFoundError:
         pass
     except (OSError, ValueError, KeyError, EOFError, zipfile.BadZipFile) as error:
-        log.warning("%s: not readable, so it is made anew: %s", path, error)
+        log.warning("%s: not readable, so it is built again: %s", path, error)
     arrays = build()
     try:
         os.makedirs(os.path.dirname(path), exist_ok=True)
         with storage.whole_file(path) as unfinished, unfinished.open("wb") as file:
             np.savez(file, key=np.array(key), **arrays)
     except OSError as error:
-        log.warning("%s: not written, so the next start indexes again: %s", path, error)
+        log.warning("%s: not written, so the next start builds it again: %s", path, error)
     return arrays

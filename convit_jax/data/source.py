@@ -1,7 +1,7 @@
-"""What a source of images is, and what can be done with any of them.
+"""The interface of an image source, and functions that work with any source.
 
-Every source is a random-access sequence of examples, pickles into worker processes and reads
-without TensorFlow. Images stay encoded: workers decode them.
+A source is a random-access sequence of labelled images. It can be pickled, so that worker processes
+can read from it, and it needs no TensorFlow. Its images are encoded, and the workers decode them.
 """
 
 import dataclasses
@@ -17,14 +17,18 @@ Example = dict[str, Any]
 
 
 class Source(Protocol):
-    """Labelled images.
+    """A random-access sequence of labelled images.
 
-    An example is {"image": encoded bytes, or (h, w, c) uint8 where the source has no files,
-    "label": int, "name": the file's name, for messages}.
+    An example is a dictionary: "image" is the bytes of an encoded image, or (h, w, c) uint8 if the
+    source holds arrays; "label" is an int; "name" is the name of the image, for messages.
+
+    Attributes:
+      class_names: names of the classes, in the order of the labels.
+      description: what the source reads and from where, in one line.
     """
 
     class_names: tuple[str, ...]
-    description: str  # what is read where, in a line
+    description: str
 
     @property
     def num_classes(self) -> int: ...
@@ -34,23 +38,30 @@ class Source(Protocol):
     def __getitem__(self, index: int) -> Example: ...
 
     def names_and_labels(self, cache_dir: str | None = None) -> tuple[np.ndarray, np.ndarray]:
-        """Of all images, (n,) bytes and (n,) int32; kept in cache_dir where that is slow."""
+        """Returns the names, (n,) bytes, and the labels, (n,) int32, of all images.
+
+        If finding them takes long, they are stored in the folder `cache_dir`; None stores nothing.
+        """
         ...
 
 
 def describe(source: Source) -> str:
-    """What is read where, and how much of it there is, in a line."""
+    """Returns one line about a source: what it reads, and how many images and classes."""
     return f"{source.description}: {len(source):,} images of {source.num_classes:,} classes"
 
 
 def check_images(source: Source, count: int = 32) -> float:
-    """Reads and decodes images spread evenly over the source.
+    """Reads and decodes images that are spread evenly over a source.
+
+    Args:
+      source: the images.
+      count: number of images to decode, at most all.
 
     Returns:
-      Images a second, of one thread.
+      The speed of one thread, in images per second.
 
     Raises:
-      ValueError: if one of them cannot be decoded; it is named.
+      ValueError: if an image cannot be decoded; the message names the image.
     """
     start = time.perf_counter()
     indices = np.unique(np.linspace(0, len(source) - 1, count).astype(int))
@@ -66,14 +77,20 @@ def check_images(source: Source, count: int = 32) -> float:
             continue
         try:
             Image.open(io.BytesIO(image)).convert("RGB")
-        except (OSError, SyntaxError, ValueError, EOFError) as error:  # Pillow's
+        except (OSError, SyntaxError, ValueError, EOFError) as error:  # Pillow raises all of these
             raise ValueError(f"{example['name']}: not an image that decodes: {error}") from error
     return len(indices) / (time.perf_counter() - start)
 
 
 @dataclasses.dataclass(frozen=True, eq=False, repr=False)
 class Subset:
-    """Some of the images of a source, in its order."""
+    """Some of the images of a source, in the order of the source.
+
+    Attributes:
+      source: all images.
+      indices: (n,) indices of the chosen images, rising.
+      description: what is read and from where, in one line.
+    """
 
     source: Source
     indices: np.ndarray
@@ -99,7 +116,7 @@ class Subset:
 
 
 def check_index(index: int, size: int) -> int:
-    """The index as an int, counted from the front."""
+    """Returns the index as an int; raises IndexError unless 0 <= index < size."""
     index = operator.index(index)
     if not 0 <= index < size:
         raise IndexError(f"expected an index of 0 to {size - 1:,}, got {index:,}")
@@ -107,11 +124,22 @@ def check_index(index: int, size: int) -> int:
 
 
 def subset(source: Source, ratio: float, cache_dir: str | None) -> Subset:
-    """The first int(n * ratio) file names of each class of n images, as upstream takes them."""
+    """Returns the first int(n * ratio) images, by file name, of each class of n images.
+
+    The original ConViT code chooses the same images.
+
+    Args:
+      source: the images.
+      ratio: share of each class to keep, in (0, 1].
+      cache_dir: folder that stores the names and labels; None stores nothing.
+
+    Raises:
+      ValueError: if no image of some class would be left.
+    """
     names, labels = source.names_and_labels(cache_dir)
     order = np.lexsort((names, labels))
     counts = np.bincount(labels, minlength=source.num_classes)
-    kept = [int(count * ratio) for count in counts]  # the float product cut, as upstream does
+    kept = [int(count * ratio) for count in counts]  # truncated, as in the original code
     for name, count, keep in zip(source.class_names, counts, kept, strict=True):
         if count and not keep:
             raise ValueError(

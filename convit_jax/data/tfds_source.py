@@ -1,7 +1,7 @@
-"""Prepared tfds data sets, of ArrayRecord or TFRecord files, read without TensorFlow.
+"""Reads prepared tfds data sets, of ArrayRecord or TFRecord files, without TensorFlow.
 
-tensorflow_datasets itself is asked for the metadata alone, when a set is opened: worker
-processes, which only read records, never import it.
+tensorflow_datasets is imported only to read the metadata when a data set is opened. Worker
+processes only read records and never import it.
 """
 
 import dataclasses
@@ -15,13 +15,23 @@ from convit_jax.data import records, threads
 from convit_jax.data.source import check_index
 from convit_jax.data.tf_example import parse_example
 
-FORMATS = {"array_record": "ArrayRecord", "tfrecord": "TFRecord"}  # tfds' names and ours
-NAME_FEATURES = ("file_name", "filename", "image/filename", "id")  # what tfds sets call it
+FORMATS = {"array_record": "ArrayRecord", "tfrecord": "TFRecord"}  # tfds' name -> name in messages
+NAME_FEATURES = ("file_name", "filename", "image/filename", "id")  # may hold the image's name
 
 
 @dataclasses.dataclass(frozen=True, eq=False, repr=False)
 class RecordSource:
-    """A split of a prepared tfds data set."""
+    """A split of a prepared tfds data set.
+
+    Attributes:
+      shards: the records.
+      image_key: name of the image feature.
+      label_key: name of the label feature.
+      name_key: name of the feature that holds the file name; None if the data set has none.
+      class_names: names of the classes, in the order of the labels.
+      description: what is read and from where, in one line.
+      cache_name: start of the names of this split's files in the cache folder.
+    """
 
     shards: records.Records
     image_key: str
@@ -29,7 +39,7 @@ class RecordSource:
     name_key: str | None
     class_names: tuple[str, ...]
     description: str
-    cache_name: str  # of the files that keep what took long to find out
+    cache_name: str
 
     @property
     def num_classes(self) -> int:
@@ -61,7 +71,14 @@ class RecordSource:
         return {"image": image, "label": label, "name": name}
 
     def names_and_labels(self, cache_dir: str | None = None) -> tuple[np.ndarray, np.ndarray]:
-        """Of all images; it reads every record, once: a data set's size in bytes."""
+        """Returns the names, (n,) bytes, and the labels, (n,) int32, of all images.
+
+        This reads every byte of the split once. The result is stored in the folder `cache_dir`;
+        None stores nothing.
+
+        Raises:
+          ValueError: if the data set has no file names.
+        """
 
         def read(start: int) -> list[tuple[bytes, int]]:
             examples = (self[i] for i in range(start, min(start + 256, len(self))))
@@ -85,7 +102,20 @@ class RecordSource:
 
 
 def open_tfds(spec: str, split: str, data_dir: str, cache_dir: str | None) -> RecordSource:
-    """The split of a prepared data set; see `sources.open_source`."""
+    """Opens a split of a prepared data set.
+
+    Args:
+      spec: NAME, NAME:VERSION or NAME/CONFIG.
+      split: "train", or "test" for the validation split or, if there is none, the test split.
+      data_dir: folder of the tfds data sets; empty: $TFDS_DATA_DIR, else ~/tensorflow_datasets.
+      cache_dir: folder for the indices of large data sets; None stores none.
+
+    Raises:
+      FileNotFoundError: if the data set or one of its shards is missing.
+      ValueError: if the data set has another format, has no such split, is damaged, or is not for
+        image classification.
+      ImportError: if tensorflow-datasets is not installed.
+    """
     root = _find_root(data_dir)
     folder = _find_version(spec, root)
     info = _tfds_info(folder)
@@ -131,7 +161,7 @@ def _find_root(data_dir: str) -> pathlib.Path:
 
 
 def _find_version(spec: str, root: pathlib.Path) -> pathlib.Path:
-    """The folder of a prepared version: ROOT/NAME[/CONFIG]/VERSION, the highest there is."""
+    """Returns the folder ROOT/NAME[/CONFIG]/VERSION, by default of the highest prepared version."""
     name, _, version = spec.partition(":")
     folder = root / name
     versions = _versions(folder)
@@ -167,7 +197,10 @@ def _folders(path: pathlib.Path) -> list[pathlib.Path]:
 
 
 def _versions(path: pathlib.Path) -> list[str]:
-    """Prepared versions in a folder, in rising order; unfinished ones have no dataset_info.json."""
+    """Returns the prepared versions in a folder, in rising order.
+
+    A version that is not fully prepared has no dataset_info.json and is left out.
+    """
     names = [
         child.name
         for child in _folders(path)
@@ -186,7 +219,7 @@ def _prepare_command(name: str, data_dir: pathlib.Path) -> str:
 
 
 def _tfds_info(folder: pathlib.Path) -> Any:
-    """tfds' DatasetInfo of a prepared folder."""
+    """Returns tfds' DatasetInfo of a prepared folder."""
     try:
         import tensorflow_datasets as tfds
     except ImportError as error:
@@ -194,9 +227,9 @@ def _tfds_info(folder: pathlib.Path) -> Any:
             f"data.source: tfds:... needs pip install tensorflow-datasets ({error})"
         ) from error
     try:
-        # Not tfds.data_source, which starts to prepare what it does not find.
+        # Not tfds.data_source, which starts to prepare a data set that it does not find.
         return tfds.builder_from_directory(os.fspath(folder)).info
-    except Exception as error:  # of many kinds, depending on what is wrong in there
+    except Exception as error:  # of many kinds, depending on what is wrong in the folder
         raise ValueError(
             f"{folder}: tfds cannot read dataset_info.json and features.json: {error}; copy or "
             f"prepare the data set again"
@@ -204,7 +237,10 @@ def _tfds_info(folder: pathlib.Path) -> Any:
 
 
 def _tfds_keys(info: Any) -> tuple[str, str, str | None, tuple[str, ...]]:
-    """Names of the features image, label and file name (or None), and of the classes."""
+    """Returns the names of the image, label and file name features, and the class names.
+
+    The name of the file name feature is None if the data set has no such feature.
+    """
     import tensorflow_datasets as tfds
 
     def only(kind: type, place: int) -> str:

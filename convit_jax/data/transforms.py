@@ -1,8 +1,8 @@
 """Image transforms on the host: an encoded image and a generator in, uint8 pixels out.
 
-Two backends make the same random choices, from the same draws: "fast" resizes by OpenCV, and
-"exact" by Pillow, which gives timm's pixels to the bit. Evaluation is Pillow's in any case.
-Normalising, erasing and mixing are done in batches on the device (`convit_jax.mixup`).
+Two backends make the same random choices from the same random numbers. "fast" uses OpenCV. "exact"
+uses Pillow and gives timm's pixels to the bit. Evaluation always uses Pillow. Normalising, erasing
+and mixing are done in batches on the device, by `convit_jax.train.augmentation`.
 """
 
 import dataclasses
@@ -21,13 +21,14 @@ if TYPE_CHECKING:
 
 CROPS = ("random_resized", "pad", "none")
 BACKENDS = ("fast", "exact")
-_JITTER = ("Brightness", "Contrast", "Color")  # torchvision calls the last one saturation
+_JITTER = ("Brightness", "Contrast", "Color")  # "Color" is saturation in torchvision
 
 
 def pad_and_crop(image: np.ndarray, rng: np.random.Generator, padding: int) -> np.ndarray:
-    """Shifts an image at random: black borders on all sides, then a crop of the old size.
+    """Pads an image with black borders and crops it to its old size at a random place.
 
-    The augmentation of CIFAR (He et al. 2016, arXiv:1512.03385, section 4.2), without the flip.
+    This is the CIFAR augmentation of He et al. 2016 (arXiv:1512.03385, section 4.2) without the
+    flip.
 
     Args:
       image: (height, width, channels).
@@ -49,16 +50,18 @@ def random_box(
 ) -> tuple[int, int, int, int]:
     """Draws a crop (top, left, height, width) in pixels, as torchvision's RandomResizedCrop.
 
+    If ten drawn boxes do not fit into the image, the crop is the largest centred box whose ratio is
+    in the range.
+
     Args:
-      height, width: of the image.
+      height, width: size of the image in pixels.
       rng: draws area, ratio and place.
-      scale: range of the crop's share of the area, uniform.
-      ratio: range of its width over its height, log-uniform. After ten boxes that do not fit, the
-        largest centred one whose ratio is in the range.
+      scale: range of the crop's share of the image's area, drawn uniformly.
+      ratio: range of the crop's width over its height, drawn log-uniformly.
     """
     low, high = math.log(ratio[0]), math.log(ratio[1])
     for _ in range(10):
-        # rng.random() takes a fifth of the time of rng.uniform and rng.integers.
+        # rng.random() is five times faster than rng.uniform and rng.integers.
         area = height * width * (scale[0] + (scale[1] - scale[0]) * rng.random())
         aspect = math.exp(low + (high - low) * rng.random())
         w, h = round(math.sqrt(area * aspect)), round(math.sqrt(area / aspect))
@@ -77,25 +80,26 @@ def random_box(
 class TrainTransform:
     """Crop, flip, and RandAugment or colour jitter; by default DeiT's recipe.
 
-    Called with (image, rng): the image is the bytes of a file or (height, width, 1 or 3) uint8,
-    the generator the only source of randomness. Gives (*size, 3) uint8; of an array, as many
-    channels as it has. A call raises ValueError for an image that cannot be read, that does not
-    have the size that crop "pad" needs, or that has one channel where colours are to be changed.
+    A call takes (image, rng). The image is the bytes of a file or (height, width, 1 or 3) uint8.
+    The generator `rng` is the only source of randomness. The call returns (*size, channels) uint8,
+    with as many channels as the array has, or 3 for the bytes of a file. It raises ValueError if
+    the image cannot be read, if crop "pad" needs another size, or if the image has one channel and
+    its colours are to be changed.
 
     Attributes:
-      size: of the output in pixels: the side of a square or (height, width).
-      crop: "random_resized", "pad" (`pad_and_crop`; images are of `size` already) or "none" (as
-        `EvalTransform`).
-      scale, ratio: of "random_resized", see `random_box`.
+      size: size of the output in pixels, the side of a square or (height, width).
+      crop: "random_resized" (see `random_box`), "pad" (see `pad_and_crop`; the images must already
+        have `size`) or "none" (see `EvalTransform`).
+      scale, ratio: arguments of `random_box`, with crop "random_resized".
       flip: probability of a horizontal flip.
-      randaugment_ops: operations an image, see `randaugment.draw`; 0 is off.
-      randaugment_magnitude: 0 to 10.
-      randaugment_std: of the magnitude.
-      color_jitter: brightness, contrast and saturation by factors of 1 - c to 1 + c in a random
-        order; only where RandAugment is off.
-      pad_crop: borders of "pad" in pixels.
+      randaugment_ops: number of operations to choose, see `randaugment.draw`; 0 is off.
+      randaugment_magnitude: mean magnitude, 0 to 10.
+      randaugment_std: standard deviation of the magnitude.
+      color_jitter: strength c of the colour jitter, used if RandAugment is off. Brightness,
+        contrast and saturation change by factors from 1 - c to 1 + c, in a random order.
+      pad_crop: width of the borders in pixels, with crop "pad".
       backend: "fast" or "exact".
-      crop_pct: of "none".
+      crop_pct: argument of `EvalTransform`, with crop "none".
     """
 
     size: int | tuple[int, int]
@@ -166,13 +170,14 @@ class TrainTransform:
 
 @dataclasses.dataclass(frozen=True)
 class EvalTransform:
-    """The shorter side to floor(size / crop_pct) by antialiased bicubic, then the centre.
+    """Resizes the shorter side to floor(size / crop_pct), antialiased bicubic, and cuts the centre.
 
-    Called with an image, as `TrainTransform`; the pixels are those of timm's evaluation transform.
+    A call takes an image and returns pixels, both as for `TrainTransform`. The pixels are those of
+    timm's evaluation transform.
 
     Attributes:
-      size: of the output in pixels: the side of a square or (height, width).
-      crop_pct: side of the output over the side of what it is cut from.
+      size: size of the output in pixels, the side of a square or (height, width).
+      crop_pct: side of the output over the side of the resized image.
     """
 
     size: int | tuple[int, int]
@@ -191,12 +196,12 @@ class EvalTransform:
         columns = _Span.of(width, resized_w, left, w)
         pixels = read(rows.last)[rows.first : rows.last, columns.first : columns.last]
         picture = _to_picture(pixels)
-        # Column by column and then row by row, as Pillow itself.
+        # First along the width and then along the height, in Pillow's own order.
         picture = columns.resize(picture, axis=0)
         return _to_array(rows.resize(picture, axis=1))
 
     def _resized(self, height: int, width: int) -> tuple[int, int]:
-        """Size of the whole image after resizing, by the rules of timm and torchvision."""
+        """Returns (height, width) of the resized image, by the rules of timm and torchvision."""
         h, w = (math.floor(side / self.crop_pct) for side in pair(self.size))
         if h == w:
             longer = int(h * max(height, width) / min(height, width))
@@ -207,35 +212,43 @@ class EvalTransform:
 
 @dataclasses.dataclass(frozen=True)
 class _Span:
-    """One axis of "resize, then crop": which inputs are read and what Pillow is asked for.
+    """One axis of "resize, then crop": the input pixels to read, and the arguments for Pillow.
 
-    Pillow can make the crop alone, from a box with fractional ends, but holds the ends in float32.
-    Where they are exact there, as for 256 pixels of any shorter side, so are its pixels; elsewhere
-    the whole axis is made and cut.
+    Pillow can compute the crop alone, from a box with fractional ends, but it stores the ends in
+    float32. If they are exact in float32, as with 256 pixels for any shorter side, then the pixels
+    of the crop are exact too. Otherwise the whole axis is resized and then cropped.
+
+    Attributes:
+      first, last: the input pixels [first, last) are read.
+      start, stop: ends of the box to resize, in pixels from `first`.
+      length: number of pixels that the box is resized to.
+      skip: number of resized pixels in front of the crop.
+      keep: number of pixels of the crop.
     """
 
-    first: int  # inputs [first, last) are needed
+    first: int
     last: int
-    start: float  # these, counted from `first`, become
+    start: float
     stop: float
-    length: int  # so many outputs,
-    skip: int  # of which these many are dropped in front
-    keep: int  # and these many are the crop
+    length: int
+    skip: int
+    keep: int
 
     @classmethod
     def of(cls, size: int, resized: int, skip: int, keep: int) -> "_Span":
+        """Makes the span of an axis: resize `size` pixels to `resized`, skip some, keep `keep`."""
         scale = size / resized
         start, stop = skip * scale, (skip + keep) * scale
         held = (scale, start, stop, stop - start)
-        # scale * resized is exact if scale has 24 bits
+        # scale * resized is exact if scale fits into 24 bits.
         if scale * resized != size or any(float(np.float32(x)) != x for x in held):
             return cls(0, size, 0, size, resized, skip, keep)
-        reach = math.ceil(2 * max(scale, 1)) + 1  # of the bicubic kernel
+        reach = math.ceil(2 * max(scale, 1)) + 1  # reach of the bicubic kernel
         first, last = max(0, int(start) - reach), min(size, math.ceil(stop) + reach)
         return cls(first, last, start - first, stop - first, keep, 0, keep)
 
     def resize(self, picture: "Image.Image", axis: int) -> "Image.Image":
-        """Resizes and crops along an axis: 0 is the width."""
+        """Resizes and crops a picture along one axis; axis 0 is the width."""
         from PIL import Image
 
         size, box, crop = list(picture.size), [0, 0, *picture.size], [0, 0, *picture.size]
@@ -248,7 +261,7 @@ class _Span:
 def _finish_fast(
     pixels: np.ndarray, size: tuple[int, int], flip: bool, ops: list[randaugment.Op]
 ) -> np.ndarray:
-    """Resizes, flips and applies the operations, by OpenCV."""
+    """Resizes, flips and applies the operations with OpenCV."""
     shape = *size, pixels.shape[2]
     if pixels.shape[:2] != size:
         pixels = _resize_fast(pixels, size)
@@ -263,7 +276,7 @@ def _finish_fast(
 def _finish_exact(
     pixels: np.ndarray, size: tuple[int, int], flip: bool, ops: list[randaugment.Op]
 ) -> np.ndarray:
-    """Resizes, flips and applies the operations, by Pillow."""
+    """Resizes, flips and applies the operations with Pillow."""
     from PIL import Image
 
     picture = _to_picture(pixels)
@@ -277,18 +290,18 @@ def _finish_exact(
 
 
 def _resize_fast(pixels: np.ndarray, size: tuple[int, int]) -> np.ndarray:
-    """Bicubic, after a blur along the axes that shrink, by how much they do.
+    """Resizes by bicubic interpolation, after a blur along each axis that shrinks.
 
     A standard deviation of a third of an output pixel comes nearest to Pillow's antialiased
-    bicubic: 0.3 to 1.5 grey levels off on photos. OpenCV's INTER_AREA is 0.4 to 1.5 off and takes
-    twice the time; bicubic without the blur is up to 8 off.
+    bicubic: it is 0.3 to 1.5 grey levels off on photos. OpenCV's INTER_AREA is 0.4 to 1.5 off and
+    takes twice the time. Bicubic without the blur is up to 8 off.
     """
     cv2 = opencv()
     shrink = pixels.shape[1] / size[1], pixels.shape[0] / size[0]
-    if min(shrink) > 3:  # a wide blur costs more
+    if min(shrink) > 3:  # a blur that wide would take longer than INTER_AREA
         return cv2.resize(pixels, size[::-1], interpolation=cv2.INTER_AREA)
     if max(shrink) > 1:
-        # One tap is no blur; beyond three, up to a shrink of 2, the next would be under 0.01.
+        # One tap is no blur. Up to a shrink of 2, three are enough: the next would be below 0.01.
         taps = [2 * math.ceil(s) - 1 if s > 1 else 1 for s in shrink]
         sigmas = [s / 3 for s in shrink]
         pixels = cv2.GaussianBlur(pixels, taps, *sigmas, borderType=cv2.BORDER_REPLICATE)

@@ -14,7 +14,7 @@ from convit_jax.data.chunks import Batch, EvalChunks, TrainChunks
 from convit_jax.data.source import Source
 from convit_jax.parallel import signals
 
-_SHARED = 2**16  # bytes from which an array goes through shared memory; a pipe is cheaper below
+_SHARED = 2**16  # bytes; larger arrays are sent through shared memory, smaller ones by pipe
 
 
 def iterate(
@@ -23,17 +23,18 @@ def iterate(
     stop_step: int | None = None,
     workers: int = 0,
 ) -> Iterator[Batch]:
-    """Batches of chunks, from a step on and up to another.
+    """Makes batches of chunks, from one step to another.
 
     Args:
-      chunks: of training (endless) or evaluation.
-      start_step: the number of batches that were already seen.
-      stop_step: the number of batches at the end; None is the end of the chunks. (Workers
-        that are stopped before it leave what they had made ahead to the operating system.)
-      workers: processes that make chunks; 0 makes them here, when they are asked for.
+      chunks: the chunks of training (endless) or of an evaluation.
+      start_step: number of batches that were already seen, which are left out.
+      stop_step: number of batches at the end, those left out included; None is the end of the
+        chunks. If the workers are stopped earlier, the operating system frees the chunks that they
+        had made ahead.
+      workers: number of processes that make chunks; 0 makes them in this process, on demand.
 
     Yields:
-      Batches of the share's size; close the generator to end the workers.
+      Batches of `chunks.share.size` images. Close the generator to end the workers.
     """
     per_batch = chunks.share.chunks
     stop = len(chunks) if stop_step is None else stop_step * per_batch
@@ -46,7 +47,7 @@ def iterate(
         dataset = dataset.mp_prefetch(options, signals.end_with_parent)
     iterator = iter(dataset)
     try:
-        # The first batch starts the workers.
+        # Asking for the first batch starts the workers.
         with signals.shielded_children() if workers else contextlib.nullcontext():
             parts = list(itertools.islice(iterator, per_batch))
         while parts:
@@ -56,18 +57,18 @@ def iterate(
         if hasattr(iterator, "close"):
             iterator.close()
         if workers:
-            # grain's iterators lie in a reference cycle and hold the last chunk of each worker,
-            # and with it shared memory, which nothing would give back at the end of the process.
+            # grain's iterators are part of a reference cycle. They hold the last chunk of each
+            # worker in shared memory, which would not be freed at the end of the process.
             del iterator, dataset
             gc.collect()
 
 
 def num_workers(wanted: int | None, source: Source) -> int:
-    """Processes that make batches: as many as wanted; by default one a core, none for arrays."""
+    """Returns the number of worker processes: `wanted`, or if None one a core, none for arrays."""
     if wanted is not None:
         return wanted
     return 0 if isinstance(source, ArraySource) else os.cpu_count() or 1
 
 
 def _join(parts: list[np.ndarray]) -> np.ndarray:
-    return np.concatenate(parts)  # a copy even of one part: it lies in a worker's shared memory
+    return np.concatenate(parts)  # copies even a single part, which is in worker shared memory

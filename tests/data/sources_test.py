@@ -240,7 +240,7 @@ def test_the_index_is_kept_until_the_shards_change(broken, tmp_path, monkeypatch
     (file,) = cache.iterdir()
     file.write_bytes(file.read_bytes()[:-100])
     assert opened() == (first, 2)
-    assert "not readable, so it is made anew" in caplog.text
+    assert "not readable, so it is built again" in caplog.text
     assert opened() == (first, 0)
     shutil.rmtree(cache)
     cache.write_text("a file, so no folder can be made")
