@@ -1,4 +1,4 @@
-"""Whether this machine has a GPU or TPU that JAX does not use."""
+"""Finds out whether this machine has a GPU or TPU that JAX does not use."""
 
 import os
 import pathlib
@@ -9,7 +9,7 @@ import jax
 def unused(dev: pathlib.Path = pathlib.Path("/dev")) -> str | None:
     """Returns a warning if JAX runs on the CPU of a machine with an accelerator, else None.
 
-    With JAX_PLATFORMS set, the CPU is what the user asked for.
+    There is no warning if JAX_PLATFORMS is set, because then the user has asked for the CPU.
 
     Args:
       dev: folder of the machine's device files.

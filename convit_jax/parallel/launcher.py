@@ -1,4 +1,4 @@
-"""How the processes of a run were started: by hand, Slurm, Open MPI, or on the hosts of a TPU."""
+"""Finds out how the processes of a run were started: by hand, Slurm, Open MPI, or on a TPU pod."""
 
 from collections.abc import Mapping
 import dataclasses
@@ -10,15 +10,15 @@ _METADATA = "http://{}/computeMetadata/v1/instance/attributes/{}"
 
 @dataclasses.dataclass(frozen=True)
 class Launch:
-    """One process of several.
+    """How this process was started, as one of several processes of a run.
 
     Attributes:
-      by: "flags", "slurm", "ompi" or "tpu".
-      num_processes: of the run; None: JAX asks the TPU.
-      process_id: of this one; None: the same.
-      coordinator: HOST:PORT of process 0; None: JAX knows it from what is in `by`.
-      owns_devices: whether this process is to use all the devices that it sees, rather than the
-        one that JAX picks by its number on the host.
+      by: what started it: "flags", "slurm", "ompi" or "tpu".
+      num_processes: number of processes of the run; None if JAX asks the TPU for it.
+      process_id: number of this process, from 0; None if JAX asks the TPU for it.
+      coordinator: HOST:PORT of process 0; None if JAX finds it through the launcher in `by`.
+      owns_devices: whether this process uses all devices that it sees. If not, it uses the one that
+        JAX chooses by the number of the process on its host.
     """
 
     by: str
@@ -34,16 +34,17 @@ def detect(
     num_processes: int | None = None,
     process_id: int | None = None,
 ) -> Launch | None:
-    """Finds out how this process was started; None if it is alone.
+    """Finds out how this process was started; returns None if it is the only one of its run.
 
     Args:
       env: the environment variables.
-      coordinator: HOST:PORT of process 0; with Slurm and Open MPI it may be given alone.
-      num_processes: of the run.
-      process_id: of this one, from 0.
+      coordinator: HOST:PORT of process 0. With Slurm and Open MPI it may be given without the
+        other two.
+      num_processes: number of processes of the run.
+      process_id: number of this process, from 0.
 
     Raises:
-      ValueError: if one of these is missing or makes no sense.
+      ValueError: if an argument is missing or not valid.
     """
     if coordinator is not None and not re.fullmatch(r".+:\d+", coordinator):
         raise ValueError(f"--coordinator: expected HOST:PORT, got {coordinator!r}")
@@ -92,7 +93,8 @@ def _open_mpi(env: Mapping[str, str], coordinator: str | None) -> Launch | None:
 
 
 def _slurm(env: Mapping[str, str], coordinator: str | None) -> Launch | None:
-    # The step's variables: a script that srun has not started sees those of the job.
+    # Read the variables of the step, not those of the job: a script that srun has not started sees
+    # the job's too.
     if int(env.get("SLURM_STEP_NUM_TASKS", 1)) < 2:
         return None
     alone_on_host = env.get("SLURM_STEP_NUM_NODES") == env["SLURM_STEP_NUM_TASKS"]
@@ -111,12 +113,12 @@ def _has_one_gpu(env: Mapping[str, str]) -> bool:
 
 
 def _is_tpu_pod(env: Mapping[str, str]) -> bool:
-    """Whether this is one of several hosts of a Cloud TPU."""
+    """Whether this machine is one of several hosts of a Cloud TPU."""
     if "tpu" not in env.get("JAX_PLATFORMS", "tpu"):
         return False
     slices = env.get("MEGASCALE_NUM_SLICES")
     hosts = env.get("TPU_PROCESS_ADDRESSES") or env.get("TPU_WORKER_HOSTNAMES")  # GKE, notebooks
-    if not hosts and "TPU_SKIP_MDS_QUERY" not in env:  # JAX sets that where there is no TPU
+    if not hosts and "TPU_SKIP_MDS_QUERY" not in env:  # JAX sets it if there is no TPU
         hosts = _metadata(env, "worker-network-endpoints")
         found = re.search(r"MEGASCALE_NUM_SLICES: *'?(\d+)", _metadata(env, "tpu-env"))
         slices = found.group(1) if found else slices
@@ -124,12 +126,12 @@ def _is_tpu_pod(env: Mapping[str, str]) -> bool:
 
 
 def _metadata(env: Mapping[str, str], attribute: str) -> str:
-    """What Google Cloud tells a virtual machine about itself; empty if nothing."""
+    """Asks Google Cloud for an attribute of this virtual machine; empty if there is no answer."""
     host = env.get("GCE_METADATA_IP", "metadata.google.internal")
     request = urllib.request.Request(
         _METADATA.format(host, attribute), headers={"Metadata-Flavor": "Google"}
     )
-    opener = urllib.request.build_opener(urllib.request.ProxyHandler({}))  # not through a proxy
+    opener = urllib.request.build_opener(urllib.request.ProxyHandler({}))  # without a proxy
     try:
         with opener.open(request, timeout=5) as response:
             return response.read().decode()

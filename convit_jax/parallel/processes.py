@@ -1,4 +1,4 @@
-"""Several processes as one run: they find each other, agree, and end together."""
+"""Runs several processes as one: they find each other, compare their devices, and end together."""
 
 import collections
 from collections.abc import Iterator
@@ -21,8 +21,8 @@ from convit_jax.parallel import launcher
 
 log = logging.getLogger(__name__)
 
-_LINGER = 3.0  # seconds
-_PATIENCE = 10.0  # seconds until a network file system shows a new file
+_LINGER = 3.0  # seconds that a failing process 0 waits, so that the others can report first
+_PATIENCE = 10.0  # seconds to wait until a network file system shows a new file
 
 _launch: launcher.Launch | None = None  # how this process was started, if it is one of several
 
@@ -34,24 +34,32 @@ def initialize(
     timeout: int = 300,
     heartbeat_timeout: int = 60,
 ) -> None:
-    """Connects the processes of a run, if it has several; to call before JAX sees a device.
+    """Connects the processes of a run, if it has several. Call it before JAX uses a device.
 
-    They are told by the arguments, or found where Slurm, Open MPI or the hosts of a Cloud TPU
-    started them. With none of these, or one process, nothing is done.
+    The first three arguments describe the processes. Without them the processes are found through
+    Slurm, Open MPI or the metadata of a Cloud TPU. If there is none of these, or only one process,
+    nothing is done.
 
-    If not all processes come within `timeout` seconds, this one ends with a message and exit
-    status 1. If one of them dies later, the others end too: at once if it was process 0, else
-    within `heartbeat_timeout` seconds, by JAX, which says who died and aborts.
+    If a process dies later, JAX ends the others and says which one died: at once if it was process
+    0, else within `heartbeat_timeout` seconds.
+
+    Args:
+      coordinator: HOST:PORT of process 0.
+      num_processes: number of processes of the run.
+      process_id: number of this process, from 0.
+      timeout: seconds to wait for all processes. After that, this process ends with a message and
+        exit status 1.
+      heartbeat_timeout: seconds after which a silent process counts as dead.
 
     Raises:
-      ValueError: if one of the arguments is missing or makes no sense.
+      ValueError: if an argument is missing or not valid.
       OSError: if process 0 cannot listen at the coordinator's port.
     """
     global _launch
     _launch = launch = launcher.detect(os.environ, coordinator, num_processes, process_id)
     if launch is None:
         return
-    # Given by hand, nothing else that JAX finds around here counts.
+    # With flags, JAX must not look for a cluster by itself.
     method = {"flags": "deactivate", "tpu": None}.get(launch.by, launch.by)
     with _deadline(timeout):
         try:
@@ -60,14 +68,14 @@ def initialize(
                 launch.num_processes,
                 launch.process_id,
                 cluster_detection_method=method,
-                initialization_timeout=timeout + 60,  # JAX aborts and tells no reason: be first
+                initialization_timeout=timeout + 60,  # later than ours: JAX gives no reason
                 heartbeat_timeout_seconds=heartbeat_timeout,
             )
         except jax.errors.JaxRuntimeError as error:
             at = launch.coordinator or "the port that JAX chose"
             raise OSError(f"{_me()} cannot use {at}: {error}. Is the port taken?") from error
     if launch.owns_devices and "JAX_LOCAL_DEVICE_IDS" not in os.environ:
-        # Under Slurm and Open MPI, JAX has restricted the process to one device.
+        # Under Slurm and Open MPI, JAX has restricted the process to one device: undo that.
         jax.config.update("jax_cuda_visible_devices", "all")
         jax.config.update("jax_rocm_visible_devices", "all")
 
@@ -78,10 +86,10 @@ def is_main() -> bool:
 
 
 def check_devices() -> None:
-    """Logs the devices, a line from each process; silent if there is one.
+    """Checks that all processes have the same devices; each logs its own if there are several.
 
     Raises:
-      RuntimeError: on every process, unless all have as many devices of the same kind.
+      RuntimeError: on every process, unless all have equally many devices of the same kind.
     """
     counts = collections.Counter((d.process_index, d.device_kind) for d in jax.devices())
     parts: dict[int, list[str]] = {process: [] for process in range(jax.process_count())}
@@ -100,17 +108,17 @@ def check_devices() -> None:
 
 
 def check_shared_folder(path: str | os.PathLike[str], name: str = "--workdir") -> None:
-    """Makes a folder if it is missing, and checks that every process sees the same one.
+    """Makes a folder if it is missing, and checks that all processes see the same folder.
 
-    After `check_devices`, by every process.
+    Every process must call it, after `check_devices`.
 
     Args:
       path: the folder.
-      name: of the option that named it.
+      name: name of the option that sets the folder, for messages.
 
     Raises:
-      OSError: on every process, if process 0 cannot write there, or another one does not see what
-        it wrote.
+      OSError: on every process, if process 0 cannot write into the folder, or if another process
+        does not see the file that process 0 wrote.
     """
     folder, token, failure = pathlib.Path(path), secrets.randbits(31), None
     try:
@@ -118,8 +126,8 @@ def check_shared_folder(path: str | os.PathLike[str], name: str = "--workdir") -
             folder.mkdir(parents=True, exist_ok=True)
             _token_file(folder, token).touch()
     except OSError as error:
-        failure = error  # raised further down: the others must not be left waiting
-    # The first number is of process 0; the others look for it. -1: there is none to look for.
+        failure = error  # raised below, after the other processes have heard of it
+    # All processes look for the file with the token of process 0. -1 means that it wrote none.
     token = int(_gather(-1 if failure else token)[0])
     sees = _gather(token >= 0 and _appears(_token_file(folder, token))).astype(bool)
     if is_main() and token >= 0:
@@ -135,7 +143,7 @@ def check_shared_folder(path: str | os.PathLike[str], name: str = "--workdir") -
 
 
 def log_from_main() -> None:
-    """Leaves the ordinary lines of the log to process 0; the warnings of others say whose."""
+    """Makes processes other than 0 log only warnings, with the number of the process in front."""
     if is_main():
         return
     logging.getLogger("convit_jax").setLevel(logging.WARNING)
@@ -145,10 +153,10 @@ def log_from_main() -> None:
 
 @contextlib.contextmanager
 def failing_together() -> Iterator[None]:
-    """Ends this process at once when an error leaves the block, and so, soon, the others.
+    """Ends this process at once if an error leaves the block, so that the others end soon too.
 
-    Python's own end would wait for the others for minutes, and they for this process. One process
-    alone fails as ever.
+    A normal exit of Python would wait minutes for the other processes, and they for this one. In a
+    run of one process the error is raised as usual.
     """
     try:
         yield
@@ -157,18 +165,18 @@ def failing_together() -> Iterator[None]:
             raise
         status = _report(error)
         if _launch.process_id in (0, None):
-            time.sleep(_LINGER)  # the others abort as soon as process 0 is gone: let them report
+            time.sleep(_LINGER)  # the others abort once process 0 is gone: let them report first
         os._exit(status)
 
 
 def _report(error: BaseException) -> int:
-    """Prints what Python would, and a hint; returns the exit status."""
+    """Prints the traceback, as Python would, and a hint; returns the exit status."""
     if isinstance(error, SystemExit):
         text = f"{error.code} ({_me()})\n" if isinstance(error.code, str) else ""
     else:
         text = "".join(traceback.format_exception(error)) + (
-            f"error: {_me()} stopped. If another one stopped before, its log says why. Start all "
-            "of them again with the same command.\n"
+            f"error: {_me()} stopped. If another process stopped before, its log says why. Start "
+            "all of them again with the same command.\n"
         )
     sys.stdout.flush()
     sys.stderr.write(text)
@@ -181,14 +189,14 @@ def _number() -> str:
 
 
 def _me() -> str:
-    """As `_number`, where the devices may not answer."""
+    """Returns the text of `_number` without asking JAX, which may not be connected."""
     if _launch is None or _launch.num_processes is None:
         return "this process"
     return f"process {_launch.process_id} of {_launch.num_processes}"
 
 
 def _gather(value: int) -> np.ndarray:
-    """The numbers of all processes."""
+    """Returns (processes,) int32, the values of all processes."""
     return multihost_utils.process_allgather(np.asarray(value, np.int32))
 
 
@@ -197,8 +205,9 @@ def _deadline(seconds: float) -> Iterator[None]:
     """Ends the process with a message if the block takes longer."""
 
     def end() -> None:
-        at = f" at {_launch.coordinator}" if _launch.coordinator else ""
-        others = "the others" if _launch.process_id == 0 else f"process 0{at} and the others"
+        at = f" at {_launch.coordinator}" if _launch and _launch.coordinator else ""
+        is_first = _launch is not None and _launch.process_id == 0
+        others = "the others" if is_first else f"process 0{at} and the others"
         sys.stderr.write(
             f"error: {_me()} waited {seconds:g} s for {others}. Check that all of them were "
             "started, each with its own number, that the port is free on the first host, and that "
@@ -210,7 +219,7 @@ def _deadline(seconds: float) -> Iterator[None]:
     timer = threading.Timer(seconds, end)
     timer.daemon = True
     timer.start()
-    # JAX waits in C++, where Python's own handler of Ctrl-C is not run.
+    # JAX waits in C++, where Python's handler of Ctrl-C would not run.
     handler = signal.signal(signal.SIGINT, signal.SIG_DFL)
     try:
         yield
@@ -224,6 +233,7 @@ def _token_file(folder: pathlib.Path, token: int) -> pathlib.Path:
 
 
 def _appears(path: pathlib.Path) -> bool:
+    """Waits for a file; returns whether it has appeared."""
     end = time.monotonic() + _PATIENCE
     while not os.path.exists(path):
         if time.monotonic() > end:

@@ -1,7 +1,8 @@
-"""The mesh of devices, and how the state and a batch lie on it.
+"""The mesh of devices, and how the training state and a batch are sharded over it.
 
-Two axes. Over both a batch is split. Over "fsdp" the state is split too, by shape alone, so the
-model knows of none of it; with one device on that axis every device holds the whole state.
+The mesh has two axes, "data" and "fsdp". A batch is split over both. The state is split over "fsdp"
+by shape alone, so the model need not know of the mesh. If "fsdp" has one device, every device holds
+the whole state.
 """
 
 from typing import Any
@@ -13,23 +14,23 @@ import numpy as np
 _AXES = ("data", "fsdp")
 _SMALLEST = (
     2**14
-)  # elements of an array that is split: below, the messages cost more than they save
+)  # elements; splitting a smaller array costs more messages than the memory it saves
 
 
 def make_mesh(fsdp: int = 1, devices: list[jax.Device] | None = None) -> Mesh:
-    """A mesh with the axes "data" and "fsdp" over these devices, by default all.
+    """Returns a mesh of the devices with the axes "data" and "fsdp".
 
-    A process's devices are neighbours in it, in the order of the processes: so the share of a
-    batch that a process reads is contiguous, and the global batch the same for any number of
-    processes. jax.make_mesh may order the hosts of a pod otherwise. For a reduction over all
-    devices the order is of no account; a "fsdp" axis lies within a host where it fits.
+    The devices are ordered by process. So the share of a batch that a process reads is contiguous,
+    and the global batch is the same for any number of processes. jax.make_mesh may order the hosts
+    of a pod differently. The order does not matter for a reduction over all devices, and the "fsdp"
+    axis stays within a host if it fits there.
 
     Args:
-      fsdp: devices over which the state is split.
-      devices: of all processes.
+      fsdp: number of devices over which the state is split.
+      devices: the devices of all processes; None is all devices that JAX has.
 
     Raises:
-      ValueError: if `fsdp` does not divide their number.
+      ValueError: if `fsdp` does not divide the number of devices.
     """
     devices = sorted(devices or jax.devices(), key=lambda d: (d.process_index, d.id))
     if fsdp < 1 or len(devices) % fsdp:
@@ -38,24 +39,25 @@ def make_mesh(fsdp: int = 1, devices: list[jax.Device] | None = None) -> Mesh:
 
 
 def replicated(mesh: Mesh) -> NamedSharding:
-    """The whole array on every device."""
+    """Returns the sharding that puts a whole array on every device."""
     return NamedSharding(mesh, PartitionSpec())
 
 
 def over_batch(mesh: Mesh) -> NamedSharding:
-    """The leading axis split over the devices."""
+    """Returns the sharding that splits the leading axis of an array over all devices."""
     return NamedSharding(mesh, PartitionSpec(_AXES))
 
 
 def by_shape(tree: Any, mesh: Mesh) -> Any:
-    """Shardings of a state: each array split over "fsdp" along one axis, small ones whole.
+    """Returns the shardings of a state: each array is split over "fsdp" along one axis.
 
-    The axis is the longest that the devices divide, the last of equals; with layers stacked in
-    front, none of a layer's arrays moves as a whole to one device.
+    The axis is the longest one that the devices divide, and the last one if several are as long.
+    Small arrays, and arrays without such an axis, are not split. Since layers are stacked along the
+    first axis, arrays are split within each layer: no array of a layer is on one device as a whole.
 
     Args:
-      tree: of arrays, or of anything with a shape.
-      mesh: of `make_mesh`.
+      tree: tree of arrays, or of anything with a shape and a size.
+      mesh: the mesh, from `make_mesh`.
     """
     parts = mesh.shape["fsdp"]
 
@@ -70,7 +72,7 @@ def by_shape(tree: Any, mesh: Mesh) -> Any:
 
 
 def bytes_per_device(tree: Any) -> int:
-    """Bytes of a tree of arrays on the fullest of this process's devices."""
+    """Returns the bytes of a tree of arrays on the fullest device of this process."""
     held: dict[jax.Device, int] = {}
     for x in jax.tree.leaves(tree):
         for shard in x.addressable_shards:
@@ -79,7 +81,7 @@ def bytes_per_device(tree: Any) -> int:
 
 
 def check_batch_size(batch_size: int, accum_steps: int, mesh: Mesh) -> None:
-    """Raises ValueError unless every device gets as many images of each part of a batch."""
+    """Raises ValueError unless all devices get equally many images of each part of a batch."""
     unit = mesh.size * accum_steps
     if batch_size < 1 or batch_size % unit:
         below = batch_size // unit * unit
@@ -92,6 +94,6 @@ def check_batch_size(batch_size: int, accum_steps: int, mesh: Mesh) -> None:
 
 
 def put_batch(batch: dict[str, np.ndarray], mesh: Mesh) -> dict[str, Any]:
-    """Puts this process's share of a batch on its devices: one global array for each key."""
+    """Puts this process's share of a batch on its devices; returns a global array for each key."""
     sharding = over_batch(mesh)
     return {k: jax.make_array_from_process_local_data(sharding, v) for k, v in batch.items()}

@@ -1,7 +1,7 @@
-"""SIGTERM and SIGINT (Ctrl-C) as a wish: stop after this step, on every process after the same one.
+"""Handles SIGTERM and SIGINT (Ctrl-C): all processes of a run stop after the same step.
 
-And what becomes of the processes that make batches: the signals, which a terminal and Slurm send
-to them too, must not end them before their parent has stopped, and the parent's end must.
+Worker processes that make batches are shielded from these signals, which a terminal and Slurm send
+to them too. They must not end before their parent has stopped, and they must end with it.
 """
 
 from collections.abc import Iterator
@@ -21,21 +21,22 @@ from jax.experimental import multihost_utils
 log = logging.getLogger(__name__)
 
 _SIGNALS = (signal.SIGTERM, signal.SIGINT)
-_SAME_WISH = 1.0  # seconds: `timeout` and some launchers send a signal twice
+_SAME_WISH = 1.0  # seconds; a repeat within them is ignored: some launchers send signals twice
 
 
 class Interruption:
-    """Turns SIGTERM and SIGINT into an answer of `requested` while its block runs.
+    """Context manager in which SIGTERM and SIGINT make `requested` return True.
 
-    The first signal says that the process will stop. A second one, a second or more later, acts
-    as it would without this block: SIGINT raises KeyboardInterrupt, SIGTERM ends the process.
+    The first signal is logged. A second one, at least a second later, acts as it would outside the
+    block: SIGINT raises KeyboardInterrupt and SIGTERM ends the process.
 
-    With several processes a signal to one of them stops all, by JAX's preemption service. SIGTERM
-    is then that service's, and stays so however often it comes (schedulers repeat it); SIGINT is
-    passed on to it. Enter it on the main thread, as Python demands of signal handlers.
+    With several processes, a signal to one of them stops all, through JAX's preemption service. The
+    service then handles SIGTERM, also if it comes again, as schedulers repeat it. SIGINT is passed
+    on to the service as SIGTERM. Enter the block on the main thread: Python sets signal handlers
+    only there.
     """
 
-    # Of the whole process, not of a block: the service knows one sequence of calls.
+    # Shared by all blocks of the process, because the service expects one sequence of calls.
     _calls = itertools.count()
 
     def __init__(self) -> None:
@@ -45,7 +46,7 @@ class Interruption:
         self._old: dict[int, Any] = {}
 
     def __enter__(self) -> "Interruption":
-        # Python cannot put back the service's handler of SIGTERM, which is C++: leave it in place.
+        # Keep the service's handler of SIGTERM: it is written in C++, so Python cannot restore it.
         for number in (signal.SIGINT,) if self._several else _SIGNALS:
             self._old[number] = signal.signal(number, self._handle)
         return self
@@ -54,10 +55,11 @@ class Interruption:
         self._restore()
 
     def requested(self) -> bool:
-        """Whether to stop now.
+        """Returns whether to stop now.
 
-        Every process must call it equally often, once a step, and gets the same answer at the
-        same call; once True it stays so. It takes microseconds and does not wait for the devices.
+        Every process must call it equally often, once a step. All processes get the same answer at
+        the same call. Once True, the answer stays True. A call takes microseconds and does not wait
+        for the devices.
         """
         if self._several and not self._requested:
             self._requested = multihost_utils.reached_preemption_sync_point(next(self._calls))
@@ -70,7 +72,7 @@ class Interruption:
         if self._first is None:
             self._first = now
             name = signal.Signals(number).name
-            log.warning("%s: stopping after this step; once more to stop at once", name)
+            log.warning("%s: stopping after this step; send it again to stop at once", name)
             if self._several:
                 signal.raise_signal(signal.SIGTERM)
             else:
@@ -81,19 +83,20 @@ class Interruption:
 
     def _restore(self) -> None:
         for number, handler in self._old.items():
-            # None: it was not installed from Python, which cannot put it back.
+            # None stands for a handler that was not set from Python, which cannot put it back.
             signal.signal(number, signal.SIG_DFL if handler is None else handler)
         self._old = {}
 
 
 @contextlib.contextmanager
 def shielded_children() -> Iterator[None]:
-    """Processes that are started in here, or by threads started in here, get no SIGINT or SIGTERM.
+    """Context manager: processes started inside, also by new threads, get no SIGINT or SIGTERM.
 
-    They inherit the mask of signals, from their first moment on. End them with SIGKILL or by other
-    means. This process still gets its signals: on another thread, or at the end of the block.
+    The new processes inherit the mask of blocked signals when they start. They can be ended by
+    SIGKILL, or by means other than signals. This process still gets its signals, on another thread
+    or at the end of the block.
     """
-    # Starts the resource tracker of multiprocessing, which would unblock the signals on its way.
+    # Start multiprocessing's resource tracker first, because starting it unblocks the signals.
     multiprocessing.get_context("spawn").Lock()
     before = signal.pthread_sigmask(signal.SIG_BLOCK, _SIGNALS)
     try:
@@ -103,9 +106,10 @@ def shielded_children() -> Iterator[None]:
 
 
 def end_with_parent(worker: int, count: int) -> None:
-    """To run first in a worker process: it ends when its parent does, even by SIGKILL.
+    """Makes a worker process end when its parent ends, even if by SIGKILL. Call it first there.
 
-    (Those of grain live on otherwise, and hold memory.) The arguments are grain's; it uses none.
+    Without it, grain's workers outlive their parent and keep their memory. grain passes the
+    arguments, which are not used.
     """
     threading.Thread(target=_wait_for_parent, daemon=True).start()
 

@@ -1,12 +1,12 @@
-"""What happens to a batch on the device, inside the jitted step, before the model sees it.
+"""Augmentation of a batch on the device, inside the jitted step, before the model sees it.
 
-In the order of DeiT's recipe: normalise, erase, smooth the labels, mix. Everything is float32 and a
-function of the batch and the key. The number of devices changes no draw, and no bit while each
-device holds a multiple of 8 images: then no device needs another's images. (Otherwise partners are
-sent between devices, and XLA may contract the other product of a x + b y into a fused multiply-add:
-1 ulp.)
+The order is that of DeiT's recipe: normalise, erase, smooth the labels, mix. Everything is float32
+and a function of the batch and the key. The random numbers do not depend on the number of devices.
+The results do not either, to the bit, as long as each device holds a multiple of 8 images: then no
+device needs images of another. Otherwise partners are sent between devices, and XLA may fuse the
+other product of a x + b y into a multiply-add, which changes results by 1 ulp.
 
-Shapes: B images, G groups of images that share one way of mixing.
+Shapes: B images, G groups; the images of a group are mixed with the same random numbers.
 """
 
 import dataclasses
@@ -23,25 +23,31 @@ Array = jax.Array
 
 ERASE_MODES = ("pixel", "const", "rand")
 
-# Random erasing as timm has it, which is Zhong et al. 2020 (arXiv:1708.04896, section 3) but for
-# the largest area (0.4 there) and the distribution of the aspect ratio (uniform there).
+# timm's random erasing. It differs from Zhong et al. 2020 (arXiv:1708.04896, section 3) in two
+# points: the paper's largest area is 0.4, and its aspect ratio is drawn uniformly.
 _ERASE_AREA = (0.02, 1 / 3)  # share of the image
 _ERASE_ASPECT = (0.3, 1 / 0.3)  # height over width, log-uniform
 _ERASE_TRIES = 10
 
-# Images exchange their partners within units of 8: 4 images apart, beyond the 3 draws in a row
-# of repeated augmentation, and never across devices that hold a multiple of 8.
+# Partners are 4 images apart within units of 8 images. So the 3 copies that repeated augmentation
+# puts in a row are never partners, and partners are on one device if it holds a multiple of 8.
 _UNIT = 8
 
 
 def soft_labels(labels: Array, num_classes: int, smoothing: float) -> Array:
-    """(B,) integers -> (B, num_classes): 1 - smoothing on the label, and smoothing spread evenly
-    over all the classes (Szegedy et al. 2016, arXiv:1512.00567, section 7)."""
+    """Returns smoothed label distributions: (B,) integers -> (B, num_classes).
+
+    The label gets 1 - smoothing, and `smoothing` is spread evenly over all classes, the label's
+    included (Szegedy et al. 2016, arXiv:1512.00567, section 7).
+    """
     return optax.smooth_labels(jax.nn.one_hot(labels, num_classes), smoothing)
 
 
 class Box(NamedTuple):
-    """Rectangles of pixels, one each, int32: rows top <= y < bottom, columns left <= x < right."""
+    """One rectangle of pixels for each image: rows top <= y < bottom, columns left <= x < right.
+
+    All four arrays are (B,) int32.
+    """
 
     top: Array
     bottom: Array
@@ -49,11 +55,11 @@ class Box(NamedTuple):
     right: Array
 
     def area(self) -> Array:
-        """In pixels, int32."""
+        """Returns the areas in pixels, (B,) int32."""
         return (self.bottom - self.top) * (self.right - self.left)
 
     def mask(self, height: int, width: int) -> Array:
-        """(B,) boxes -> (B, height, width, 1) bool, true inside."""
+        """Returns (B, height, width, 1) bool, true inside the boxes."""
         top, bottom, left, right = (edge[:, None] for edge in self)
         y, x = jnp.arange(height), jnp.arange(width)
         rows, columns = (top <= y) & (y < bottom), (left <= x) & (x < right)
@@ -61,14 +67,17 @@ class Box(NamedTuple):
 
 
 def random_erase(images: Array, key: Array, *, prob: float, mode: str) -> Array:
-    """Random erasing: noise over one rectangle of an image, drawn for every image on its own.
+    """Random erasing: replaces one rectangle of an image, drawn separately for every image.
 
     Args:
       images: (B, height, width, channels) float32, normalised.
-      key: of this batch.
-      prob: share of images to erase from; 0 is off.
-      mode: what is put there. "pixel": N(0, 1) for every value; "rand": one colour from N(0, 1)
-        for a box; "const": 0, the mean of the data.
+      key: random key of this batch.
+      prob: probability that an image is erased from; 0 is off.
+      mode: what replaces the rectangle. "pixel": N(0, 1) for every value; "rand": one colour from
+        N(0, 1) for the rectangle; "const": 0, the mean of the data.
+
+    Returns:
+      The images, with their shape and type.
     """
     if prob == 0:
         return images
@@ -76,7 +85,7 @@ def random_erase(images: Array, key: Array, *, prob: float, mode: str) -> Array:
     box_key, noise_key = jax.random.split(key)
     inside = _erase_box(box_key, batch, height, width, prob).mask(height, width)
     if mode == "const":
-        noise = 0.0
+        noise: Array | float = 0.0
     else:
         shape = images.shape if mode == "pixel" else (batch, 1, 1, channels)
         noise = jax.random.normal(noise_key, shape)
@@ -84,12 +93,14 @@ def random_erase(images: Array, key: Array, *, prob: float, mode: str) -> Array:
 
 
 def _erase_box(key: Array, batch: int, height: int, width: int, prob: float) -> Box:
-    """(B,) boxes, empty for the share 1 - prob of images and where no try fits."""
-    # One call for all the draws of an image: every call costs time to compile.
+    """Draws (B,) boxes; a box is empty with probability 1 - prob, and if no try fits."""
+    # One call draws all numbers, because every call takes time to compile.
     draws = jax.random.uniform(key, (batch, 3 + 2 * _ERASE_TRIES))
     apply, y, x, tries = draws[:, 0] < prob, draws[:, 1], draws[:, 2], draws[:, 3:]
     area = _between(*_ERASE_AREA, tries[:, :_ERASE_TRIES])
-    log_aspect = _between(*map(math.log, _ERASE_ASPECT), tries[:, _ERASE_TRIES:])
+    log_aspect = _between(
+        math.log(_ERASE_ASPECT[0]), math.log(_ERASE_ASPECT[1]), tries[:, _ERASE_TRIES:]
+    )
     box_height, box_width = erase_size(area, log_aspect, height, width)
     box_height = jnp.where(apply, box_height, 0)
     top, left = _integer(y, height - box_height + 1), _integer(x, width - box_width + 1)
@@ -101,20 +112,24 @@ def _between(low: float, high: float, uniform: Array) -> Array:
 
 
 def _integer(uniform: Array, count: Array | int) -> Array:
-    """From [0, 1) to 0, 1, ..., count - 1. Never count: a float32 draw is at most 1 - 2^-23, and
-    its product with an integer rounds to less than that."""
+    """Maps [0, 1) to the integers 0, 1, ..., count - 1.
+
+    The result is never `count`: a float32 draw is at most 1 - 2^-23, and its product with an
+    integer rounds to less than that integer.
+    """
     return (uniform * count).astype(jnp.int32)
 
 
 def erase_size(area: Array, log_aspect: Array, height: int, width: int) -> tuple[Array, Array]:
-    """The first of several tries that is smaller than the image both ways.
+    """Returns the first of several tries whose height and width are smaller than the image's.
 
     Args:
-      area, log_aspect: (B, tries), shares of the image's area and log(height / width).
-      height, width: of the image, pixels.
+      area: (B, tries), share of the image's area.
+      log_aspect: (B, tries), log(height / width) of the box.
+      height, width: size of the image in pixels.
 
     Returns:
-      Height and width of the box, (B,) int32 pixels; 0 and 0 where no try fits.
+      Height and width of the box in pixels, each (B,) int32; both are 0 if no try fits.
     """
     pixels, aspect = area * (height * width), jnp.exp(log_aspect)
     heights = jnp.round(jnp.sqrt(pixels * aspect)).astype(jnp.int32)
@@ -138,25 +153,28 @@ def mix(
     """Mixup (Zhang et al. 2018, arXiv:1710.09412) or CutMix (Yun et al. 2019, arXiv:1905.04899).
 
     The batch is divided into groups of about `group_size` images: with G groups, image i belongs to
-    group i mod G. Every group draws whether it is mixed, by which of the two, one lambda and one
-    box. So the copies of an image that repeated augmentation puts in a row get different draws, as
-    in DeiT, whose sampler sends them to different GPUs, with one draw for each GPU's batch.
+    group i mod G. Every group draws whether it is mixed, whether by mixup or by CutMix, one lambda
+    and one box. So the copies of an image that repeated augmentation puts in a row are mixed with
+    different random numbers. This is as in DeiT: its sampler sends the copies to different GPUs,
+    and every GPU draws once for its batch.
 
-    An image's partner is half a unit of 8 images away (half the batch, where 8 does not divide
-    it), and is mixed with it in turn (but in odd batches).
+    Images are mixed in pairs, see `partner`.
 
     Args:
       images: (B, height, width, channels) float32.
       labels: (B, num_classes) float32, distributions.
-      key: of this batch.
-      mixup: alpha of lambda ~ Beta(alpha, alpha), the image's own share; 0 is off.
-      cutmix: likewise, where lambda is the share left of the image before its box is clipped.
-      prob: that a group is mixed at all.
-      switch_prob: that it is CutMix, where both are on.
+      key: random key of this batch.
+      mixup: alpha of lambda ~ Beta(alpha, alpha), where lambda is the weight of the image itself;
+        0 is off.
+      cutmix: alpha of lambda ~ Beta(alpha, alpha), where lambda is the share of the image that
+        stays, before the box is clipped; 0 is off.
+      prob: probability that a group is mixed at all.
+      switch_prob: probability that a group is mixed by CutMix, if both are on.
       group_size: images of a group; there are B / group_size groups, rounded up.
 
     Returns:
-      Images and labels as they came in, mixed; with CutMix, labels by the pixels in the box.
+      The mixed images and labels, with their shapes and types. CutMix weights the labels by the
+      pixels inside and outside the clipped box.
     """
     if prob == 0 or mixup == cutmix == 0:
         return images, labels
@@ -170,8 +188,8 @@ def mix(
     lam = jnp.where(apply < prob, jax.random.beta(lam_key, alpha, alpha), 1.0)
     y, x = _integer(y, height), _integer(x, width)
 
-    # Few numbers, drawn whole on every device and looked up: a sharded draw by rejection would
-    # ask all devices after every round whether one is left.
+    # Every device draws the few numbers of all groups and looks up its own. Beta is drawn by
+    # rejection, so sharded draws would make all devices communicate after every round.
     group = jnp.arange(batch) % groups
     lam, switched, y, x = (draw[group] for draw in (lam, switched, y, x))
     label_share, image_share = lam[:, None], lam[:, None, None, None]
@@ -185,8 +203,15 @@ def mix(
 
 
 def cutmix_box(lam: Array, y: Array, x: Array, height: int, width: int) -> Box:
-    """The box around the pixel (y, x), of the image's shape and 1 - lambda of its area, clipped
-    to the image: timm's rand_bbox. `lam` (B,) float32, `y` and `x` (B,) int32."""
+    """Returns CutMix boxes around the pixels (y, x), clipped to the image: timm's rand_bbox.
+
+    Before clipping, a box has the image's aspect ratio and 1 - lambda of its area.
+
+    Args:
+      lam: (B,) float32, lambda.
+      y, x: (B,) int32, centres of the boxes in pixels.
+      height, width: size of the image in pixels.
+    """
     side = jnp.sqrt(1 - lam)
     cut_height, cut_width = (height * side).astype(jnp.int32), (width * side).astype(jnp.int32)
     return Box(
@@ -198,15 +223,16 @@ def cutmix_box(lam: Array, y: Array, x: Array, height: int, width: int) -> Box:
 
 
 def _blend(x: Array, share: Array) -> Array:
-    """`share` of every row of x and the rest of its partner; shares of 0 and 1 are exact."""
+    """Returns share * x + (1 - share) * partner(x), row by row; exact for shares of 0 and 1."""
     return x * share + partner(x) * (1 - share)
 
 
 def partner(x: Array) -> Array:
-    """(B, ...) -> (B, ...): in row i what row i is mixed with.
+    """Returns the rows that the rows of x are mixed with: (B, ...) -> (B, ...).
 
-    That is row 8 (i // 8) + (i + 4) % 8, which is near and therefore on the same device, or
-    (i + B // 2) % B where 8 does not divide B.
+    The partner of row i is row 8 (i // 8) + (i + 4) % 8, which is near and so on the same device.
+    If 8 does not divide B, it is row (i + B // 2) % B. Two rows are each other's partners, except
+    if B is odd.
     """
     batch = x.shape[0]
     if batch % _UNIT:
@@ -217,21 +243,22 @@ def partner(x: Array) -> Array:
 
 @dataclasses.dataclass(frozen=True)
 class BatchAugmentation:
-    """Turns a batch as the host sends it into what the model is trained on.
+    """Augments a batch from the host for training: normalises, erases, smooths labels and mixes.
 
-    Called with the whole global batch, whose groups and partners are counted from its first image:
-    images (B, height, width, channels) uint8, labels (B,) integers, and a key that is used up. It
-    returns images of the same shape and labels (B, num_classes), both float32.
+    A call takes the whole global batch, because groups and partners are counted from its first
+    image: images (B, height, width, channels) uint8, labels (B,) integers, and a random key that
+    must not be used again. It returns images of the same shape and labels (B, num_classes), both
+    float32.
 
     Attributes:
-      num_classes: of the labels.
-      mean, std: of each channel, see `normalise`.
+      num_classes: number of classes.
+      mean, std: mean and standard deviation of each channel, see `normalise`.
       smoothing: see `soft_labels`.
       erase_prob, erase_mode: `prob` and `mode` of `random_erase`.
       mixup, cutmix, prob, switch_prob, group_size: see `mix`.
 
     Raises:
-      ValueError: names the configuration key of a value that has no meaning.
+      ValueError: if a value is out of its range; the message names the configuration key.
     """
 
     num_classes: int

@@ -1,4 +1,4 @@
-"""An evaluation: its results at each image size, as a table and in files."""
+"""Runs an evaluation and writes its results at each image size, as a table and into files."""
 
 from collections.abc import Iterable, Iterator
 import contextlib
@@ -37,12 +37,15 @@ _SECONDS_A_LINE = 10.0
 def run(prepared: EvalRun) -> dict[str, Any] | None:
     """Evaluates at every size, prints a table, and writes the results into the working directory.
 
+    Args:
+      prepared: the evaluation, from `eval_setup.prepare`.
+
     Returns:
-      What is written there; None if it was interrupted, and nothing was written.
+      The contents of `eval.json`; None if the evaluation was interrupted and nothing was written.
 
     Raises:
-      OSError: if the result cannot be written.
-      data.CorruptImageError: at an image that cannot be decoded.
+      OSError: if the results cannot be written.
+      convit_jax.data.chunks.CorruptImageError: if an image cannot be decoded.
     """
     log.info("data: %s", describe(prepared.source))
     results, lines = [], []
@@ -50,7 +53,7 @@ def run(prepared: EvalRun) -> dict[str, Any] | None:
         for model in prepared.models:
             result = _evaluate(prepared, model, interruption)
             if result is None:
-                log.info("stopped: nothing was written")
+                log.info("stopped: no results were written")
                 return None
             labels, best = result.pop("label", None), result.pop("predictions", None)
             results.append(result)
@@ -72,7 +75,7 @@ def run(prepared: EvalRun) -> dict[str, Any] | None:
 
 
 def table(results: list[dict[str, Any]]) -> str:
-    """Results as lines of text, one a size."""
+    """Returns the results as a text table with one line for each size."""
     rows = [
         (
             "{} x {}".format(*result["image_size"]),
@@ -95,7 +98,7 @@ def table(results: list[dict[str, Any]]) -> str:
 def _evaluate(
     prepared: EvalRun, model: ConViT, interruption: Interruption
 ) -> dict[str, Any] | None:
-    """The result at one size."""
+    """Evaluates a model at its image size; None if the evaluation was interrupted."""
     config, mesh, size = prepared.config, prepared.mesh, model.image_shape[:2]
     params = adapt.fit_params(
         prepared.loaded.params,
@@ -137,7 +140,7 @@ def _abstract_batch(batch_size: int, model: ConViT, mesh: Mesh) -> dict[str, jax
 
 
 def _watch(batches: Iterable[Batch], total: int, size: int) -> Iterator[Batch]:
-    """The same batches, with a bar on a terminal or a line now and then elsewhere."""
+    """Yields the batches and shows progress: a bar on a terminal, else a log line now and then."""
     start = said = time.perf_counter()
     bar = tqdm.tqdm(
         total=total,
@@ -157,7 +160,7 @@ def _watch(batches: Iterable[Batch], total: int, size: int) -> Iterator[Batch]:
 
 
 def _report(prepared: EvalRun, results: list[dict[str, Any]]) -> dict[str, Any]:
-    """What `eval.json` holds; no NaN, which JSON has no word for."""
+    """Returns the contents of `eval.json`; numbers that are not finite become None, JSON's null."""
     config, loaded = prepared.config, prepared.loaded
     return {
         "weights": loaded.source,

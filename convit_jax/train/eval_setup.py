@@ -1,8 +1,12 @@
-"""What an evaluation works on: which weights, on which images, checked before any compilation."""
+"""Prepares an evaluation: reads the weights, opens the images, and checks that they fit.
+
+Everything is checked before anything is compiled.
+"""
 
 import dataclasses
 import logging
 import math
+from typing import Any
 
 import jax
 from jax.sharding import Mesh
@@ -26,7 +30,7 @@ from convit_jax.workdir.folder import Workdir
 
 log = logging.getLogger(__name__)
 
-_BATCH_A_DEVICE = 128  # images at most: more are no faster, and need memory
+_BATCH_A_DEVICE = 128  # most images a device; more are no faster and need memory
 
 
 @dataclasses.dataclass(frozen=True)
@@ -34,10 +38,10 @@ class Choices:
     """What the user chose for an evaluation.
 
     Attributes:
-      checkpoint: which one of a run: "best" by top-1, "newest", or a step.
+      checkpoint: which checkpoint of a run to evaluate: "best" by top-1, "newest", or a step.
       ema: whether to evaluate the averaged weights.
-      sizes: (height, width) of the images, in turn; () is the model's own.
-      predictions: whether to write those of every image.
+      sizes: (height, width) in pixels of every evaluation; () is the model's own size.
+      predictions: whether to write the predictions for every image.
     """
 
     checkpoint: str = "best"
@@ -48,18 +52,18 @@ class Choices:
 
 @dataclasses.dataclass(frozen=True)
 class EvalRun:
-    """What an evaluation works on.
+    """An evaluation that is ready to run.
 
     Attributes:
-      config: see `convit_jax.recipe`.
-      workdir: folder for the result; None: there is none.
-      choices: the user's.
-      mesh: all devices.
+      config: the configuration, see `convit_jax.recipe`.
+      workdir: folder for the results; None writes no results.
+      choices: what the user chose.
+      mesh: mesh of all devices.
       loaded: the weights.
-      models: one for each image size, the same otherwise.
+      models: one model for each image size; they are the same otherwise.
       source: the images.
-      share: the part of each batch that this process reads.
-      workers: processes that make batches.
+      share: the part of every global batch that this process reads.
+      workers: number of processes that make batches.
     """
 
     config: ml_collections.ConfigDict
@@ -78,17 +82,17 @@ def prepare(
 ) -> EvalRun:
     """Reads the weights and opens the data; compiles nothing.
 
-    If the working directory holds a run, that is evaluated, by its own configuration where none is
-    given. Otherwise `config.init_from` is evaluated.
+    If the working directory holds a run, that run is evaluated. Otherwise the weights
+    `config.init_from` are evaluated.
 
     Args:
-      config: see `convit_jax.recipe`; None: the run's.
-      workdir: the working directory, for the result; None: there is none.
-      choices: the user's.
+      config: the configuration, see `convit_jax.recipe`; None is the configuration of the run.
+      workdir: working directory, for the results; None writes no results.
+      choices: what the user chose.
 
     Raises:
       ValueError: if there is nothing to evaluate, or weights, configuration and data do not fit.
-      OSError: if the weights or the data are not there, or the directory cannot be written.
+      OSError: if weights or data are missing, or the working directory cannot be written.
     """
     if choices.predictions and workdir is None:
         raise ValueError("--predictions: expected --workdir, the folder to write them into")
@@ -129,7 +133,7 @@ def _weights(
 ) -> tuple[ml_collections.ConfigDict, Loaded]:
     """Returns the configuration, and the weights of the run or of `init_from`."""
     saved = config_of_run(workdir) if workdir else None
-    if saved is not None:
+    if workdir is not None and saved is not None:
         if config is not None and config.init_from and config.init_from != saved.init_from:
             raise ValueError(
                 f"init_from: {workdir} holds a run, which would be evaluated, not "
@@ -142,17 +146,17 @@ def _weights(
             f"{workdir} holds no run (config.json)" if workdir else "no --workdir of a run is given"
         )
         raise ValueError(
-            f"nothing to evaluate: {there}, nor weights: --config=FILE --config.init_from=WEIGHTS"
+            f"nothing to evaluate: {there}, and no weights are (--config.init_from=WEIGHTS)"
         )
-    # No shape tells the heads of a DeiT: the configuration says what is expected.
+    # The tensor shapes of a DeiT do not tell its number of heads, so the configuration does.
     model = setup.make_model(config)
-    heads = {} if model.local_up_to_layer else {"num_heads": model.num_heads}
+    heads: dict[str, Any] = {} if model.local_up_to_layer else {"num_heads": model.num_heads}
     ema = choices.ema or config.init_ema
     return config, read_weights(config.init_from, ema=ema, **heads)
 
 
 def _check_model(model: ConViT, loaded: Loaded, any_size: bool) -> None:
-    """Raises ValueError naming every key of the model that is not as the weights have it."""
+    """Raises ValueError if model and weights differ; it names every key that differs."""
     found = loaded.model
     problems = []
     for key in options_of_kind("structure", "changeable", "function"):
@@ -178,7 +182,7 @@ def _check_model(model: ConViT, loaded: Loaded, any_size: bool) -> None:
 def _check_classes(
     config: ml_collections.ConfigDict, model: ConViT, loaded: Loaded, source: Source
 ) -> None:
-    """Raises ValueError unless the data have the weights' classes, in the same order."""
+    """Raises ValueError unless data and weights have the same classes in the same order."""
     name = config.data.source
     if source.num_classes != model.num_classes:
         raise ValueError(
@@ -200,7 +204,7 @@ def _check_classes(
 
 
 def _warn_of_other_preprocessing(config: ml_collections.ConfigDict, loaded: Loaded) -> None:
-    """Says where the configuration prepares images otherwise than the weights were said to want."""
+    """Warns if the configuration normalises or crops images differently than the weights expect."""
     chosen = {
         "mean": ("data.mean", tuple(config.data.mean)),
         "std": ("data.std", tuple(config.data.std)),
@@ -208,13 +212,16 @@ def _warn_of_other_preprocessing(config: ml_collections.ConfigDict, loaded: Load
     }
     for field in dataclasses.fields(loaded):
         known = getattr(loaded, field.name)
-        # The default stands for "not said" too.
+        # Weights that do not say how images were prepared have the default, so it is ignored.
         if field.name in chosen and known not in (field.default, chosen[field.name][1]):
             key, value = chosen[field.name]
             log.warning("%s is %s; %s says %s", key, value, loaded.source, known)
 
 
 def _batch_size(wanted: int, num_images: int, devices: int) -> int:
-    """A multiple of the devices: no result depends on it (but for the order of sums)."""
+    """Returns a batch size that is a multiple of the number of devices.
+
+    The results do not depend on it, except for the order of sums.
+    """
     wanted = min(wanted, _BATCH_A_DEVICE * devices, num_images)
     return max(1, math.ceil(wanted / devices)) * devices

@@ -17,7 +17,7 @@ from convit_jax.parallel import sharding
 EvalStep = Callable[[Any, dict[str, jax.Array]], dict[str, jax.Array]]
 
 
-_AHEAD = 2  # batches that are on their way to the devices at a time
+_AHEAD = 2  # batches that may be in flight on the devices while the next one is read
 
 
 def make_eval_step(
@@ -27,17 +27,25 @@ def make_eval_step(
     mesh: Mesh,
     predictions: bool = False,
 ) -> EvalStep:
-    """A jitted (params, batch) -> sums over the batch's images: loss, top1, top5, images.
+    """Returns a jitted (params, batch) -> results over a global batch of B images.
 
-    With `predictions` also, for each image of the global batch, "label" (B,) and "predictions"
-    (B, 5): the classes with the largest logits, the largest first (all, where there are fewer).
+    The results are sums over the images, without padding: "loss", "top1", "top5" and "images". With
+    `predictions` there are also "label" (B,) and "predictions" (B, 5), the five classes with the
+    largest logits, the largest first (all classes if there are fewer than five).
+
+    Args:
+      model: the model to evaluate.
+      mean, std: mean and standard deviation of each channel, see `normalise`.
+      mesh: mesh of all devices.
+      predictions: whether to return the label and the predictions of every image.
     """
 
     def eval_step(params: Any, batch: dict[str, jax.Array]) -> dict[str, jax.Array]:
         logits = model.apply({"params": params}, normalise(batch["image"], mean, std))
         labels, mask = batch["label"], batch["mask"]
         loss = optax.softmax_cross_entropy_with_integer_labels(logits, labels)
-        # 1 is first. Ties lose, so that equal logits get nothing right; NaN has rank 0 and loses.
+        # The rank of the label's logit; 1 is the largest. Ties count as wrong, so that constant
+        # logits are never right. NaN has rank 0 and counts as wrong too.
         rank = (logits >= jnp.take_along_axis(logits, labels[:, None], axis=-1)).sum(axis=-1)
         top5 = (rank >= 1) & (rank <= 5)
         per_image = {"loss": loss, "top1": rank == 1, "top5": top5, "images": mask}
@@ -58,26 +66,29 @@ def evaluate(
     num_images: int,
     interrupted: Callable[[], bool] = lambda: False,
 ) -> dict[str, Any] | None:
-    """Means over all images of padded batches (`data.EvalChunks`), on any number of processes.
+    """Evaluates weights on all images of a split, on any number of processes.
 
     Args:
-      eval_step: of `make_eval_step`.
-      weights: parameters of the model by a prefix for their results: "" for none.
-      batches: this process's share of them.
-      mesh: of all devices.
-      num_images: in the split; the number that was counted must be this.
-      interrupted: asked before every batch whether to give up.
+      eval_step: the step, from `make_eval_step`.
+      weights: {prefix: parameters of the model}; the prefix is put before the names of the results.
+      batches: this process's share of the padded batches of `convit_jax.data.chunks.EvalChunks`.
+      mesh: mesh of all devices.
+      num_images: number of images of the split.
+      interrupted: called before every batch; the evaluation stops if it returns True.
 
     Returns:
-      "top1" and "top5" as shares in [0, 1], "loss" in nats, and "images", their number, for each
-      of the weights; and "label" (images,) and "predictions" (images, 5) in the order of the data,
-      if the step gives them. None if it was interrupted.
+      For each of the weights the means "top1" and "top5", in [0, 1], and "loss", in nats, and the
+      number "images". If the step returns them, also "label" (images,) and "predictions"
+      (images, 5) in the order of the data. None if the evaluation was interrupted.
+
+    Raises:
+      RuntimeError: if the number of evaluated images is not `num_images`.
     """
     done: dict[str, list[dict[str, np.ndarray]]] = {prefix: [] for prefix in weights}
     running: collections.deque[dict[str, Any]] = collections.deque()
 
     def fetch(ahead: int) -> None:
-        """Waits for the batches before the last `ahead`: else their images would pile up."""
+        """Fetches all results but the last `ahead`, so that no images pile up on the devices."""
         while len(running) > ahead:
             for prefix, outputs in jax.device_get(running.popleft()).items():
                 done[prefix].append(outputs)
@@ -97,7 +108,7 @@ def evaluate(
 
 
 def _means(parts: list[dict[str, np.ndarray]], num_images: int) -> dict[str, Any]:
-    """What the batches gave, over all images."""
+    """Combines the results of all batches."""
     images = float(sum(part["images"] for part in parts))
     if images != num_images:
         raise RuntimeError(f"evaluated {images:.0f} images: expected {num_images}")

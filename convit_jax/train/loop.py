@@ -1,4 +1,4 @@
-"""The training loop: steps, evaluations, checkpoints, and what is reported of them."""
+"""The training loop: runs the steps, evaluates, saves checkpoints and reports metrics."""
 
 import contextlib
 import functools
@@ -30,19 +30,22 @@ log = logging.getLogger(__name__)
 
 
 def train(run: Run) -> dict[str, float] | None:
-    """Trains, evaluates and reports; continues where an earlier start of the run ended.
+    """Trains, evaluates and reports; continues from the newest checkpoint of the run, if any.
 
-    Writes checkpoints, metrics and, at the end, `weights.safetensors` into the working directory:
-    the averaged weights if the run has any.
+    Checkpoints and metrics are written into the working directory. At the end the weights are
+    written to `weights.safetensors` there: the averaged weights if the run has any.
+
+    Args:
+      run: the run, from `setup.prepare`.
 
     Returns:
-      The last evaluation, see `evaluation.evaluate`, with that of the averaged weights under
-      "ema_...". None if the run was interrupted: it can be started again.
+      The results of the last evaluation, see `evaluation.evaluate`. Names of results of the
+      averaged weights begin with "ema_". None if the run was interrupted and can be continued.
 
     Raises:
-      FloatingPointError: at the first step whose loss is not finite.
+      FloatingPointError: if a loss or the weights are not finite.
       OSError: if a checkpoint or a metric cannot be written.
-      CorruptImageError: at an image that cannot be decoded.
+      CorruptImageError: if an image cannot be decoded.
     """
     start = time.perf_counter()
     config, total = run.config, run.total_steps
@@ -62,7 +65,7 @@ def train(run: Run) -> dict[str, float] | None:
             batches = stack.enter_context(contextlib.closing(TrainBatches(run, step)))
             batch = batches.next()
             train_step = _compiled_step(run, state, batch)
-            batches.seconds_waited()  # the workers' start belongs to no window
+            batches.seconds_waited()  # resets: the workers' start is not part of any window
         metrics = stack.enter_context(_metrics(run, step, evaluated=result is not None))
         traced = run.profile and processes.is_main()
         profile = stack.enter_context(Profile(run.workdir.profile, step, total, traced))
@@ -81,7 +84,7 @@ def train(run: Run) -> dict[str, float] | None:
                 break
             step, result = step + 1, None
             state, step_metrics = profile.step(step, train_step, state, batch)
-            windows.report()  # of earlier steps: the devices are busy with this one
+            windows.report()  # earlier steps, while the devices are busy with this one
             windows.add(step_metrics)
             if step < total:
                 batch = batches.next()
@@ -106,7 +109,7 @@ def train(run: Run) -> dict[str, float] | None:
 
 
 class TrainBatches:
-    """The batches of training on the devices, with the time spent waiting for them."""
+    """Puts the batches of training on the devices and measures the time spent waiting for them."""
 
     def __init__(self, run: Run, start_step: int = 0):
         self._mesh = run.program.mesh
@@ -114,24 +117,26 @@ class TrainBatches:
         self._waited = 0.0
 
     def next(self) -> dict[str, jax.Array]:
+        """Returns the next global batch."""
         start = time.perf_counter()
         batch = next(self._batches)
         self._waited += time.perf_counter() - start
         return sharding.put_batch(batch, self._mesh)
 
     def seconds_waited(self) -> float:
-        """Since the last call."""
+        """Returns the seconds spent waiting for batches since the last call."""
         waited, self._waited = self._waited, 0.0
         return waited
 
     def close(self) -> None:
+        """Ends the worker processes."""
         self._batches.close()
 
 
 def _begin(
     run: Run, checkpoints: Checkpoints
 ) -> tuple[TrainState, list[dict[str, Any]], dict[str, float] | None]:
-    """Returns the state to start from, its window of metrics, and its evaluation if it had one."""
+    """Returns the state to start from, the metrics it carries, and its evaluation, if any."""
     program = run.program
     restored = checkpoints.restore(program.abstract_state)
     if restored is not None:
@@ -154,9 +159,10 @@ def _begin(
 
 
 def _progress(windows: Windows, state: TrainState) -> dict[str, Any]:
-    """What a checkpoint carries beside the state: metrics that were not reported yet.
+    """Returns what a checkpoint stores beside the state: the metrics that are not reported yet.
 
-    Raises FloatingPointError rather than have a good checkpoint followed by a bad one.
+    Raises:
+      FloatingPointError: if the state is not finite, so that it is not saved over good checkpoints.
     """
     carried = {"window": windows.carried()}
     if not _all_finite(state):
@@ -178,7 +184,8 @@ def _metrics(run: Run, step: int, evaluated: bool) -> Metrics:
     peak = flops.peak_flops(device, run.program.model.dtype)
     if peak is None and device.platform != "cpu":
         log.info(
-            "no MFU: the peak of a %s is not known (convit_jax/model/flops.py)", device.device_kind
+            "no MFU: the peak FLOP/s of a %s is not in convit_jax/model/flops.py",
+            device.device_kind,
         )
     return Metrics(
         run.workdir,
@@ -193,7 +200,7 @@ def _metrics(run: Run, step: int, evaluated: bool) -> Metrics:
 
 
 def _compiled_step(run: Run, state: TrainState, batch: Batch) -> TrainStep:
-    """Compiles the step, once for the whole run: another shape would be an error."""
+    """Compiles the step, once for the whole run; a batch of another shape would be an error."""
     start = time.perf_counter()
     log.info("compiling the training step ...")
     compiled = run.program.jitted_step().lower(state, batch).compile()
@@ -208,9 +215,10 @@ def _evaluate(
     metrics: Metrics,
     interruption: Interruption,
 ) -> dict[str, float] | None:
-    """Evaluates the weights, and the averaged weights if there are any under "ema_...".
+    """Evaluates the weights and, if there are any, the averaged weights.
 
-    None if it was interrupted.
+    Names of results of the averaged weights begin with "ema_". Returns None if the evaluation was
+    interrupted.
     """
 
     chunks = run.test_chunks
@@ -263,7 +271,7 @@ def _describe(run: Run, state: TrainState) -> None:
         run.program.model.remat,
     )
     log.info(
-        "state: %.1f MB a device of %.1f MB",
+        "state: %.1f MB on each device, %.1f MB in all",
         sharding.bytes_per_device(state) / 1e6,
         sum(x.nbytes for x in jax.tree.leaves(state)) / 1e6,
     )

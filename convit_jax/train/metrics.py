@@ -1,4 +1,4 @@
-"""What a run shows and leaves behind: progress on the terminal, metrics in files."""
+"""Shows the progress of a run on the terminal and writes its metrics into files."""
 
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 import contextlib
@@ -20,10 +20,10 @@ Item = TypeVar("Item")
 
 
 class Metrics:
-    """Writes the metrics of a run and shows its progress: a bar on a terminal, lines elsewhere.
+    """Writes the metrics of a run and shows its progress: a bar on a terminal, else log lines.
 
-    A line of `metrics.jsonl` has "kind" ("train" or "eval"), "step", the number of finished steps,
-    "time", seconds since the epoch, and the metrics given; null is a number that is not finite.
+    A line of `metrics.jsonl` has "kind" ("train" or "eval"), "step" (the number of finished steps),
+    "time" (seconds since 1970) and the metrics. A number that is not finite is written as null.
     """
 
     def __init__(
@@ -39,18 +39,20 @@ class Metrics:
     ):
         """
         Args:
-          workdir: its folder exists. Where an earlier run was killed, what it wrote there of
-            steps after `start_step` is removed: they are trained again.
-          total_steps: at which the run ends.
-          batch_size: images of a step, on all processes together.
-          start_step: at which the run (re)starts.
-          evaluated: whether the state of that step was; if not, what was written of it goes too.
-          flops_per_step: that the model needs for a step, see `flops.training_flops`.
-          peak_flops: that all devices together can do in a second.
-          main: whether this process is the one that writes and shows; the others do neither.
+          workdir: working directory, whose folder must exist. Metrics of steps after `start_step`
+            are removed from its files: an earlier start wrote them, and the steps are trained
+            again.
+          total_steps: step at which the run ends.
+          batch_size: number of images of a step, over all processes.
+          start_step: step at which the run starts or continues.
+          evaluated: whether the state of `start_step` is already evaluated. If not, the metrics of
+            its evaluation are removed too.
+          flops_per_step: FLOPs that the model needs for a step, see `flops.training_flops`.
+          peak_flops: peak FLOPs per second of all devices together.
+          main: whether this process writes and shows the metrics; the others do neither.
 
         Raises:
-          OSError: if a file cannot be written, here or later; it names the file.
+          OSError: if a file cannot be written, here or in other methods; it names the file.
         """
         self._total, self._start, self._batch_size = total_steps, start_step, batch_size
         self._flops_per_step, self._peak_flops = flops_per_step, peak_flops
@@ -68,12 +70,12 @@ class Metrics:
                 unit="step",
                 miniters=1,
                 disable=not (main and sys.stderr.isatty()),
-                # Without tqdm's own estimate, which counts the time of evaluations as training.
+                # Without tqdm's estimate of the time left, which counts evaluations as training.
                 bar_format="{l_bar}{bar}| {n_fmt}/{total_fmt} [{elapsed}{postfix}]",
             )
             stack.callback(self._bar.close)
             if not self._bar.disable:
-                stack.enter_context(logging_redirect_tqdm())  # messages go above the bar
+                stack.enter_context(logging_redirect_tqdm())  # prints log lines above the bar
             self._open = stack.pop_all()
         self._step, self._mark = start_step, time.perf_counter()
         self._training_seconds = self._paused = 0.0
@@ -90,16 +92,17 @@ class Metrics:
         self._open.close()
 
     def train(self, step: int, metrics: Mapping[str, float], gates: Sequence[float] = ()) -> None:
-        """Metrics of training up to `step`, which is past that of the last call.
+        """Writes and shows the metrics of training for the steps since the last call.
 
-        Adds, for the time since then without evaluations, "images_per_second"; "mfu", the share
-        of the devices' peak, if both FLOPs are known; and "data_wait", the share of the time that
-        was "data_seconds", if that is among the metrics.
+        Three metrics are added, all for the time since the last call without evaluations:
+        "images_per_second"; "mfu", the share of the devices' peak FLOPs per second, if both FLOPs
+        are known; and "data_wait", the share of the time that `metrics["data_seconds"]` is, if
+        given.
 
         Args:
-          step: the number of finished steps.
+          step: number of finished steps, more than at the last call.
           metrics: "loss" and others.
-          gates: mean over the heads of the gates of each GPSA layer, after the sigmoid.
+          gates: for each GPSA layer, the mean over the heads of sigmoid(gate).
         """
         now = time.perf_counter()
         seconds = now - self._mark - self._paused
@@ -115,9 +118,9 @@ class Metrics:
             added["mfu"] = rate * self._flops_per_step / self._peak_flops
         if len(gates):
             added["gates"] = [float(gate) for gate in gates]
-        metrics = {**metrics, **added}
-        self.write("train", step, metrics)
-        self._show(step, metrics)
+        shown: Values = {**metrics, **added}
+        self.write("train", step, shown)
+        self._show(step, shown)
 
     def _show(self, step: int, metrics: Values) -> None:
         left = (self._total - step) * self._training_seconds / (step - self._start)
@@ -137,16 +140,16 @@ class Metrics:
 
     @contextlib.contextmanager
     def evaluating(self, batches: int) -> Iterator[Callable[[Iterable[Item]], Iterator[Item]]]:
-        """Shows the progress of an evaluation, whose time counts in no rate.
+        """Shows the progress of an evaluation, and leaves its time out of the training rates.
 
             with metrics.evaluating(len(batches)) as watch:
                 result = evaluate(..., watch(batches))
 
         Args:
-          batches: how many there will be, of all the iterables watched.
+          batches: number of batches of the evaluation.
 
         Yields:
-          A function from an iterable to an iterator over the same, which moves the bar.
+          A function that wraps an iterable of batches and moves the bar with each batch.
         """
         start = time.perf_counter()
         bar = tqdm.tqdm(
@@ -165,7 +168,12 @@ class Metrics:
             self._paused += time.perf_counter() - start
 
     def evaluation(self, step: int, metrics: Mapping[str, float]) -> None:
-        """Metrics of an evaluation after `step`: "top1", "loss", "ema_top1" and others."""
+        """Writes and shows the metrics of an evaluation after `step`.
+
+        Args:
+          step: number of finished steps.
+          metrics: "top1", "loss", "ema_top1" (if there are averaged weights) and others.
+        """
         self.write("eval", step, metrics)
         shown = f"test top-1 {metrics['top1']:.2%}  loss {metrics['loss']:.4f}"
         if "ema_top1" in metrics:
@@ -174,7 +182,7 @@ class Metrics:
             log.info("step %d/%d  %s", step, self._total, shown)
 
     def write(self, kind: str, step: int, metrics: Values) -> None:
-        """Appends metrics to the files; "gates" is a list, every other one a number."""
+        """Appends metrics to the files; "gates" is a list, all others are numbers."""
         now = time.time()
         for writer in self._writers:
             writer.write(kind, step, now, metrics)

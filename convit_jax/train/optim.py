@@ -1,4 +1,4 @@
-"""The optimiser of the recipe: learning rate, decay, AdamW, averaged weights, accumulation."""
+"""The recipe's optimiser: learning rate, AdamW, averaged weights and gradient accumulation."""
 
 from collections.abc import Callable
 from typing import Any
@@ -14,16 +14,16 @@ LossFn = Callable[[Any, Any, jax.Array], jax.Array]
 def learning_rate(
     config: ml_collections.ConfigDict, batch_size: int, steps_per_epoch: float, total_steps: int
 ) -> optax.Schedule:
-    """Linear warm-up, then cosine, by step.
+    """Returns the learning rate by step: linear warm-up, then cosine.
 
-    The end points are DeiT's (timm's CosineLRScheduler): the cosine counts from step 0, not from
-    the end of the warm-up, so it begins a little below the peak.
+    The cosine counts from step 0, not from the end of the warm-up, so it begins a little below the
+    peak. This is as in DeiT (timm's CosineLRScheduler).
 
     Args:
-      config: `config.optim`.
-      batch_size: global; scales the peak by batch_size / 512 (DeiT, section 6).
-      steps_per_epoch: steps in an epoch.
-      total_steps: the step at which the rate is `min_lr`.
+      config: the section `optim` of the configuration.
+      batch_size: global batch size; scales the peak by batch_size / 512 (DeiT, section 6).
+      steps_per_epoch: number of steps in an epoch.
+      total_steps: step at which the rate is `min_lr`.
     """
     peak = config.lr * batch_size / 512
     warmup_steps = config.warmup_epochs * steps_per_epoch
@@ -38,10 +38,11 @@ def learning_rate(
 
 
 def decay_mask(params: Any) -> Any:
-    """True for what weight decay acts on: matrices, by name.
+    """Returns a tree of booleans: True for parameters with weight decay, the matrices.
 
-    Biases, scales of norms, gates, the class token and the position embedding have none. Not by
-    rank, as in PyTorch: stacked layers give a bias two axes.
+    Biases, scales of norms, gates, the class token and the position embedding have no decay.
+    Matrices are recognised by name. The rank, used in PyTorch, does not tell them: biases of
+    stacked layers have two axes.
     """
     return jax.tree_util.tree_map_with_path(lambda path, _: path[-1].key == "kernel", params)
 
@@ -49,9 +50,14 @@ def decay_mask(params: Any) -> Any:
 def make_optimizer(
     config: ml_collections.ConfigDict, schedule: optax.Schedule
 ) -> optax.GradientTransformation:
-    """AdamW as `config.optim` says, behind clipping by the norm of all gradients if it is on.
+    """Returns AdamW with the settings of `config.optim`, after gradient clipping if that is on.
 
-    Clipping scales the gradients by min(1, clip_norm / norm), before they enter the moments.
+    Clipping multiplies the gradients by min(1, clip_norm / norm), where norm is the norm of all
+    gradients together. AdamW's moments are computed from the clipped gradients.
+
+    Args:
+      config: the section `optim` of the configuration.
+      schedule: learning rate by step.
     """
     adamw = optax.adamw(
         schedule,
@@ -67,10 +73,10 @@ def make_optimizer(
 
 
 def update_ema(ema: Any, params: Any, decay: float) -> Any:
-    """decay * ema + (1 - decay) * params, after each update of the parameters.
+    """Returns decay * ema + (1 - decay) * params, the averaged weights after an update of `params`.
 
-    The average begins as a copy of the initial parameters, as in timm's ModelEmaV2; nothing
-    corrects for that. None, for no average, stays None.
+    The average begins as a copy of the initial parameters, as in timm's ModelEmaV2, and has no
+    bias correction. If `ema` is None, there is no average, and None is returned.
     """
     return None if ema is None else optax.incremental_update(params, ema, 1 - decay)
 
@@ -78,18 +84,21 @@ def update_ema(ema: Any, params: Any, decay: float) -> Any:
 def mean_gradients(
     loss_fn: LossFn, params: Any, batch: Any, key: jax.Array, accum_steps: int
 ) -> tuple[jax.Array, Any]:
-    """The loss of a batch and its gradients, of `accum_steps` parts of the batch one at a time.
+    """Returns the loss of a batch and its gradients, computed in parts one after another.
 
-    Memory for activations is that of one part; the gradients are summed in float32. With a
-    mean over images as the loss, the result is that of the whole batch but for rounding. On
-    several devices the gradients are summed over them once for each part.
+    Memory for activations is that of one part. The gradients are summed in float32. Since the loss
+    is a mean over images, the result is that of the whole batch except for rounding. Several
+    devices sum their gradients once for each part.
 
     Args:
-      loss_fn: (params, batch, key) -> the mean loss over the batch's images.
-      params: of the model.
-      batch: a tree of arrays with the leading axis B.
-      key: of the randomness; every part gets a key of its own.
-      accum_steps: 1 is the whole batch at once.
+      loss_fn: (params, batch, key) -> mean loss over the images of the batch.
+      params: parameters of the model.
+      batch: tree of arrays with the leading axis B.
+      key: random key; every part gets its own.
+      accum_steps: number of parts; 1 computes the whole batch at once.
+
+    Raises:
+      ValueError: if B is not a multiple of `accum_steps`.
     """
     if accum_steps == 1:
         return jax.value_and_grad(loss_fn)(params, batch, key)
@@ -105,10 +114,10 @@ def mean_gradients(
 
 
 def split_batch(batch: Any, parts: int) -> Any:
-    """Arrays (B, ...) -> (parts, B / parts, ...): image i goes to part i % parts.
+    """Splits a batch into parts: arrays (B, ...) -> (parts, B / parts, ...).
 
-    Each part so has an equal share of every device's images, if the number of those is a multiple
-    of `parts`; otherwise, and with contiguous parts, images would move between devices.
+    Image i goes to part i % parts. So each part has an equal share of every device's images, if
+    their number is a multiple of `parts`. With contiguous parts, images would move between devices.
 
     Raises:
       ValueError: if B is not a multiple of `parts`.

@@ -1,4 +1,4 @@
-"""A trace of a few training steps, for TensorBoard's profiler or Perfetto."""
+"""Traces a few training steps for TensorBoard's profiler or Perfetto."""
 
 from collections.abc import Callable
 import logging
@@ -10,8 +10,8 @@ import jax
 
 log = logging.getLogger(__name__)
 
-SKIPPED = 10  # steps before the trace: caches and the queue of batches have filled by then
-TRACED = 5
+SKIPPED = 10  # steps before the trace, in which caches and the queue of batches fill
+TRACED = 5  # steps in the trace
 
 
 class Profile:
@@ -21,8 +21,8 @@ class Profile:
             for step in ...:
                 state, metrics = profile.step(step, train_step, state, batch)
 
-    The trace is of what the host does from the first of these steps to the last, the loading of
-    batches between them included, and of what the devices do for them.
+    The trace shows the work of the devices for the traced steps, and the work of the host from the
+    first of them to the last, the loading of batches in between included.
     """
 
     def __init__(
@@ -30,10 +30,10 @@ class Profile:
     ):
         """
         Args:
-          folder: for the trace; made if missing.
-          start_step: steps that were finished before.
-          total_steps: the number of the last step.
-          enabled: False traces nothing. Of several processes, one should.
+          folder: folder for the trace; made if missing.
+          start_step: number of steps that were finished before.
+          total_steps: number of the last step.
+          enabled: whether to trace. Of several processes, only one should.
         """
         self._folder, self._enabled = folder, enabled
         self._last = min(start_step + SKIPPED + TRACED, total_steps)
@@ -41,7 +41,12 @@ class Profile:
         self._tracing, self._done = False, start_step
 
     def step(self, step: int, function: Callable[..., Any], *args: Any) -> Any:
-        """function(*args), which is the step of this number, counted from 1.
+        """Returns function(*args), and traces it if it is one of the steps to trace.
+
+        Args:
+          step: number of this step, from 1.
+          function: the training step.
+          *args: arguments of the training step.
 
         Raises:
           OSError: if the trace cannot be written.
@@ -61,10 +66,11 @@ class Profile:
         return result
 
     def _stop(self) -> None:
+        """Ends the trace and writes it."""
         self._tracing = False
         try:
             jax.profiler.stop_trace()
-        except (OSError, RuntimeError) as error:  # the latter from XLA
+        except (OSError, RuntimeError) as error:  # XLA raises RuntimeError
             raise OSError(f"the trace could not be written to {self._folder}: {error}") from error
         log.info(
             "wrote a trace of steps %d to %d: look at it with `xprof %s` (pip install xprof), or "
@@ -83,7 +89,7 @@ class Profile:
         error: BaseException | None,
         trace: TracebackType | None,
     ) -> None:
-        if self._tracing:  # the run ends early: a trace of what was done
+        if self._tracing:  # the run ends early: write the trace up to here
             try:
                 self._stop()
             except OSError:

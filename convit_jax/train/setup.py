@@ -1,4 +1,4 @@
-"""A run made ready: everything that can be checked before the first compilation is checked here."""
+"""Prepares a run: everything that can be checked before the first compilation is checked here."""
 
 import dataclasses
 import logging
@@ -32,18 +32,18 @@ log = logging.getLogger(__name__)
 
 @dataclasses.dataclass(frozen=True)
 class Run:
-    """What a run works on.
+    """A run that is ready to train.
 
     Attributes:
-      workdir: its folder.
-      program: what it computes.
+      workdir: the working directory.
+      program: the training step and what it is made of.
       train_chunks: the images to train on.
       test_chunks: the images to evaluate on.
-      workers: processes that make batches.
-      total_steps: the step after which it ends.
-      steps_per_epoch: steps in an epoch.
-      init_params: parameters to start from; None: random ones, or a checkpoint's.
-      profile: whether to record a few steps.
+      workers: number of processes that make batches.
+      total_steps: number of steps of the whole run.
+      steps_per_epoch: number of steps in an epoch, which may be a fraction.
+      init_params: parameters to start from; None starts from random ones or from a checkpoint.
+      profile: whether to trace a few steps.
     """
 
     workdir: Workdir
@@ -66,18 +66,20 @@ def make_model(
     num_classes: int | None = None,
     backend: str | None = None,
 ) -> ConViT:
-    """Makes the model of `config.model`, in the precision of `config.train`, with no "auto" left.
+    """Makes the model of `config.model`, in the precision of `config.train`.
+
+    Every option that is "auto" is replaced by the choice for the backend.
 
     Args:
-      config: see `convit_jax.recipe`.
-      num_classes: number of classes of the data, for a configuration that leaves it open.
-      backend: "cpu", "gpu" or "tpu", on which the model is to run; None is JAX's default.
+      config: the configuration, see `convit_jax.recipe`.
+      num_classes: number of classes of the data, used if the configuration does not say.
+      backend: "cpu", "gpu" or "tpu", where the model will run; None is JAX's default.
     """
     backend = backend or jax.default_backend()
     dtype = config.train.dtype
     if dtype == "auto":
         dtype = "float32" if backend == "cpu" else "bfloat16"
-    options = {} if num_classes is None else {"num_classes": num_classes}
+    options: dict[str, Any] = {} if num_classes is None else {"num_classes": num_classes}
     options |= {name: value for name, value in config.model.items() if value is not None}
     options["image_size"] = image_size.parse(config.model.image_size, "model.image_size")
     model = create_model(**options, dtype=jnp.dtype(dtype), remat=config.train.remat)
@@ -88,17 +90,17 @@ def make_model(
 
 
 def prepare(config: ml_collections.ConfigDict, workdir: Workdir, profile: bool = False) -> Run:
-    """Checks a configuration and opens what it names; compiles nothing.
+    """Checks a configuration, opens the data and reads the weights to start from; compiles nothing.
 
     Args:
-      config: see `convit_jax.recipe`.
+      config: the configuration, see `convit_jax.recipe`.
       workdir: the working directory; made if missing.
-      profile: whether to record a few steps.
+      profile: whether to trace a few steps.
 
     Raises:
-      ValueError: if the configuration has no meaning, does not fit the data, or is not that of the
+      ValueError: if the configuration is not valid, does not fit the data, or is not that of the
         run in the working directory.
-      FileNotFoundError: if the data are not where they were looked for.
+      FileNotFoundError: if the data or the weights are not found.
       OSError: if the working directory cannot be written.
     """
     recipe.check(config)
@@ -117,7 +119,7 @@ def prepare(config: ml_collections.ConfigDict, workdir: Workdir, profile: bool =
     steps_per_epoch = draws / config.train.batch_size
     total_steps = _total_steps(config, steps_per_epoch, workdir)
     program = Program.make(config, model, mesh, steps_per_epoch, total_steps)
-    program.augmentation  # noqa: B018  # made here for the sake of its errors
+    program.augmentation  # noqa: B018  # made now, so that it raises its errors now
     init_params = None
     if config.init_from and newest_step(workdir.checkpoints) is None:
         init_params = _init_params(config, model)
@@ -146,10 +148,10 @@ def prepare(config: ml_collections.ConfigDict, workdir: Workdir, profile: bool =
 
 
 def _check_same_run(workdir: Workdir, config: ml_collections.ConfigDict) -> list[str]:
-    """Returns what differs from the run that is in the folder, if one is, in ways that may differ.
+    """Returns the permitted differences from the run in the working directory, if there is a run.
 
     Raises:
-      ValueError: if there is a run with another model or recipe; names the keys.
+      ValueError: if the run there has another model or recipe; names the keys that differ.
     """
     saved = identity.read_config(workdir)
     if saved is None:
@@ -168,6 +170,7 @@ def _check_same_run(workdir: Workdir, config: ml_collections.ConfigDict) -> list
 def _total_steps(
     config: ml_collections.ConfigDict, steps_per_epoch: float, workdir: Workdir
 ) -> int:
+    """Returns the number of steps; raises ValueError if the run has finished more than that."""
     epochs = config.train.epochs * config.data.epochs_scale
     total = max(1, int(epochs * steps_per_epoch))
     newest = newest_step(workdir.checkpoints)
@@ -180,13 +183,13 @@ def _total_steps(
 
 
 def _init_params(config: ml_collections.ConfigDict, model: ConViT) -> dict[str, Any]:
-    """Reads the weights of `config.init_from` and fits them as the configuration allows."""
-    # No shape tells the heads of a DeiT: the model to be trained says what is expected.
+    """Reads the weights of `config.init_from` and adapts them as the configuration allows."""
+    # The tensor shapes of a DeiT do not tell its number of heads, so the model to train does.
     loaded = read_weights(config.init_from, ema=config.init_ema, num_heads=model.num_heads)
     for key in ("mean", "std"):
         if getattr(loaded, key) != tuple(config.data[key]):
             log.warning(
-                "data.%s=%s is not what %s were made with, as far as is known: %s",
+                "data.%s=%s, but %s were probably trained with %s",
                 key, config.data[key], config.init_from, getattr(loaded, key),
             )  # fmt: skip
     return adapt.fit_params(
@@ -201,18 +204,18 @@ def _init_params(config: ml_collections.ConfigDict, model: ConViT) -> dict[str, 
 
 
 def use_compilation_cache(config: ml_collections.ConfigDict, workdir: Workdir | None) -> None:
-    """Keeps compiled programs where `config.compilation_cache` says, for later starts."""
+    """Stores compiled programs in the folder `config.compilation_cache`, for later starts."""
     folder = config.compilation_cache
     if folder == "workdir":
         folder = str(workdir.compilation_cache.resolve()) if workdir else ""
-    if folder and not jax.config.jax_compilation_cache_dir:  # $JAX_COMPILATION_CACHE_DIR first
+    if folder and not jax.config.read("jax_compilation_cache_dir"):  # $JAX_COMPILATION_CACHE_DIR wins
         jax.config.update("jax_compilation_cache_dir", folder)
 
 
 def make_transforms(
     config: ml_collections.ConfigDict, model: ConViT
 ) -> tuple[transforms.TrainTransform, transforms.EvalTransform]:
-    """Makes what the host does to an image, in training and in evaluation."""
+    """Makes the transforms that the host applies to images, in training and in evaluation."""
     size, options = model.image_shape[:2], config.augment.to_dict()
     crop_pct = options.pop("eval_crop")
     train_transform = transforms.TrainTransform(size, crop_pct=crop_pct, **options)
@@ -220,7 +223,7 @@ def make_transforms(
 
 
 def open_split(config: ml_collections.ConfigDict, split: str, workdir: Workdir | None) -> Source:
-    """Opens the images of a split, "train" or "test"; keeps indices in the working directory."""
+    """Opens the images of a split, "train" or "test"; stores indices in the working directory."""
     return open_source(
         config.data.source,
         split,

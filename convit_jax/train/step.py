@@ -20,12 +20,19 @@ from convit_jax.train.augmentation import BatchAugmentation
 
 @flax.struct.dataclass
 class TrainState:
-    """All that training carries from step to step; the number of finished steps is in it."""
+    """Everything that training carries from step to step.
+
+    Attributes:
+      step: number of finished steps.
+      params: parameters of the model.
+      opt_state: state of the optimiser.
+      ema: averaged weights; None if the run has none.
+    """
 
     step: jax.Array
     params: Any
     opt_state: optax.OptState
-    ema: Any = None  # the averaged weights, if there are any
+    ema: Any = None
 
 
 Batch = dict[str, jax.Array]
@@ -34,14 +41,14 @@ TrainStep = Callable[[TrainState, Batch], tuple[TrainState, dict[str, jax.Array]
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class Program:
-    """What the jitted step of a run is made of.
+    """The training step of a run, and the parts that it is made of.
 
     Attributes:
-      config: see `convit_jax.recipe`.
+      config: the configuration, see `convit_jax.recipe`.
       model: the model to train.
-      optimizer: makes updates of gradients.
+      optimizer: turns gradients into updates of the parameters.
       schedule: learning rate by step, for the metrics.
-      mesh: all devices.
+      mesh: mesh of all devices.
     """
 
     config: ml_collections.ConfigDict
@@ -59,7 +66,7 @@ class Program:
         steps_per_epoch: float,
         total_steps: int,
     ) -> "Program":
-        """Adds the recipe's optimiser and schedule to a model."""
+        """Makes a program from a model, with the recipe's optimiser and schedule."""
         schedule = optim.learning_rate(
             config.optim, config.train.batch_size, steps_per_epoch, total_steps
         )
@@ -67,10 +74,10 @@ class Program:
 
     @functools.cached_property
     def augmentation(self) -> BatchAugmentation:
-        """What happens to a batch on the devices.
+        """The augmentation of a batch on the devices.
 
         Raises:
-          ValueError: if an option of it has no meaning.
+          ValueError: if an option of the augmentation is not valid.
         """
         return BatchAugmentation(
             num_classes=self.model.num_classes,
@@ -92,11 +99,11 @@ class Program:
 
     @property
     def state_shardings(self) -> TrainState:
-        """Where each array of a state lies."""
+        """Sharding of each array of a state."""
         return jax.tree.map(lambda x: x.sharding, self.abstract_state)
 
     def init_state(self) -> TrainState:
-        """Returns the state before the first step, made on the devices where it belongs."""
+        """Returns the state before the first step, made on the devices with its shardings."""
         return jax.jit(self._first_state, out_shardings=self.state_shardings)()
 
     def _first_state(self) -> TrainState:
@@ -106,13 +113,13 @@ class Program:
         return TrainState(jnp.zeros((), jnp.int32), params, self.optimizer.init(params), ema)
 
     def jitted_step(self) -> TrainStep:
-        """Returns a jitted (state, batch) -> (state, metrics), whose old state is donated.
+        """Returns a jitted (state, batch) -> (state, metrics); the old state is donated.
 
-        Its randomness is a function of (seed, step). The batch is "image" (B, height, width,
-        channels) uint8, "label" (B,), and "skipped" (B,), the number of corrupt images that each
-        image stands for. The metrics are "loss", "grad_norm" (the norm of the gradients before
-        clipping), "learning_rate", "skipped_images" and, of a model with GPSA, "gates": (layers,),
-        the mean over the heads of sigmoid(gate) after the step.
+        The randomness of a step is a function of (seed, step). The batch is "image" (B, height,
+        width, channels) uint8, "label" (B,), and "skipped" (B,), the number of corrupt images that
+        each image replaces. The metrics are "loss", "grad_norm" (the norm of the gradients before
+        clipping), "learning_rate" and "skipped_images". A model with GPSA also has "gates":
+        (layers,), the mean over the heads of sigmoid(gate) after the step.
         """
         return jax.jit(
             self._step,
@@ -143,9 +150,9 @@ class Program:
         return TrainState(state.step + 1, params, opt_state, ema), metrics
 
     def _loss(self, params: Any, batch: tuple[jax.Array, jax.Array], key: jax.Array) -> jax.Array:
-        """The mean loss of augmented images and their label distributions."""
+        """Returns the mean loss of augmented images and their label distributions."""
         images, labels = batch
-        # Split parameters are gathered; left to itself, XLA would rather move activations.
+        # Gather split parameters here. Without this, XLA would move activations between devices.
         params = jax.lax.with_sharding_constraint(params, sharding.replicated(self.mesh))
         logits = self.model.apply({"params": params}, images, train=True, rngs={"dropout": key})
         return optax.softmax_cross_entropy(logits, labels).mean()

@@ -1,4 +1,4 @@
-"""Metrics of training steps, reported in windows of several."""
+"""Collects the metrics of training steps and reports them in windows of several steps."""
 
 import logging
 import math
@@ -13,19 +13,19 @@ log = logging.getLogger(__name__)
 
 
 class Windows:
-    """The metrics of the steps, reported in windows of several.
+    """Collects the metrics of training steps and reports them in windows of several steps.
 
-    A window that is closed is fetched and reported at the next call of `report`, when the devices
-    already have another step to do. The window that is open travels in checkpoints: the lines of a
-    run do not depend on where it was interrupted.
+    A closed window is fetched and reported at the next call of `report`, when the devices already
+    work on another step. The open window is stored in checkpoints, so that the reported metrics of
+    a run do not depend on where it was interrupted.
     """
 
     def __init__(self, metrics: Metrics, step: int, values: list[dict[str, Any]]):
         """
         Args:
-          metrics: to report to.
-          step: the number of finished steps.
-          values: of the last of them, which were not reported yet (`carried`).
+          metrics: receives the reports.
+          step: number of finished steps.
+          values: metrics of the last finished steps, if not reported yet; see `carried`.
         """
         self._metrics = metrics
         self._step = step
@@ -33,17 +33,21 @@ class Windows:
         self._closed: list[tuple[int, list[dict[str, Any]], float]] = []
 
     def add(self, step_metrics: dict[str, jax.Array]) -> None:
-        """The metrics of the next step, still on the devices."""
+        """Adds the metrics of the next step, which are still on the devices, to the open window."""
         self._step += 1
         self._window.append(step_metrics)
 
     def close(self, seconds_waited: float) -> None:
-        """Ends a window, with the time spent waiting for data in it."""
+        """Closes the open window; `seconds_waited` is the time spent waiting for data in it."""
         self._closed.append((self._step, self._window, seconds_waited))
         self._window = []
 
     def report(self) -> None:
-        """Reports the windows that were closed; raises if a loss is not finite."""
+        """Reports the closed windows.
+
+        Raises:
+          FloatingPointError: if a loss is not finite.
+        """
         for step, window, seconds_waited in self._closed:
             values = _fetch(window, step)
             means = {k: sum(v[k] for v in values) / len(values) for k in ("loss", "grad_norm")}
@@ -64,14 +68,14 @@ class Windows:
         self._closed = []
 
     def carried(self) -> list[dict[str, Any]]:
-        """Reports what was closed; gives the metrics of the steps since, to go on with."""
+        """Reports the closed windows and returns the metrics of the open one, for a checkpoint."""
         self.report()
         self._window = _fetch(self._window, self._step)
-        return list(self._window)  # a copy: it is written while this one grows
+        return list(self._window)  # a copy, since it is written while the window grows
 
 
 def _fetch(window: list[dict[str, Any]], step: int) -> list[dict[str, Any]]:
-    """The metrics of the steps up to `step` as numbers; raises if a loss is not finite."""
+    """Fetches the metrics of the steps up to `step` as numbers; raises if a loss is not finite."""
     values = [{k: np.asarray(v).tolist() for k, v in m.items()} for m in jax.device_get(window)]
     losses = [value["loss"] for value in values]
     for i, loss in enumerate(losses):

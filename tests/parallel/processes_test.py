@@ -84,7 +84,7 @@ with processes.failing_together():
     for process, text in enumerate(texts):
         assert "got 1 x cpu for process 0, 2 x cpu for process 1." in text
         assert (
-            f"error: process {process} of 2 stopped. If another one stopped before, its log" in text
+            f"error: process {process} of 2 stopped. If another process stopped before, its" in text
         )
         assert "Check failure stack trace" not in text  # of JAX, when its coordinator is gone
 
@@ -129,7 +129,7 @@ with processes.failing_together():
     of_talking, _, of_silent, _ = finish([*talking, *silent], timeout=30)
     assert time.monotonic() - before < 20
     assert talking[0].returncode == 1
-    assert "error: process 0 of 2 stopped. If another one stopped before, its log" in of_talking
+    assert "error: process 0 of 2 stopped. If another process stopped before" in of_talking
     # In JAX's own words:
     assert silent[0].returncode == -signal.SIGABRT
     assert "another task died" in of_silent

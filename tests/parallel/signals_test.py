@@ -58,7 +58,7 @@ def test_signal_to_one_process_stops_all_at_the_same_step():
         assert stops[0][2] == "True"
         assert "stopping after this step: one of the processes got SIGTERM or SIGINT" in texts[0]
         if number == signal.SIGINT:
-            said = "process 1 of 2: SIGINT: stopping after this step; once more to stop at once"
+            said = "process 1 of 2: SIGINT: stopping after this step; send it again to stop at once"
             assert said in texts[1]
         for text in texts:
             assert float(line_with(text, "microseconds")[1]) < 1000
@@ -97,7 +97,7 @@ def test_first_signal_is_a_wish_and_the_second_an_order(number, monkeypatch, cap
         signal.raise_signal(signal.SIGINT)
         assert sum(counts.values()) == 3  # those that were there before are back
     name = signal.Signals(number).name
-    assert caplog.messages == [f"{name}: stopping after this step; once more to stop at once"]
+    assert caplog.messages == [f"{name}: stopping after this step; send it again to stop at once"]
 
 
 def test_old_handlers_are_back_after_an_error():
