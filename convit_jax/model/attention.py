@@ -9,16 +9,18 @@ For head h, query patch i and key patch j (equations 6 and 7 of the paper):
     out  = A v
 
 with s the sigmoid, g_h a learned gate and r_ij = (dx, dy, dx^2 + dy^2), where
-dx and dy count columns and rows from the query to the key. Three things follow
-from these equations; this file is written on them:
+dx and dy count columns and rows from the query to the key. The code relies on
+three consequences of these equations:
 
-1. The second softmax never sees the image: it belongs to the layer.
-2. Its score is a function of dx plus a function of dy, so over a grid of patches
-   it factorises: P = P_y (x) P_x, one row-stochastic matrix for the rows and one
-   for the columns. This holds for every learned w and every rectangular grid, and
-   no (N, N, 3) tensor of positions is ever needed.
-3. Rows of both softmaxes sum to 1, hence so do the rows of A. The division by the
-   row sum in the original code divides by 1 and is left out here.
+1. The second softmax does not depend on the image. A layer computes it once for
+   the whole batch.
+2. The score of the second softmax is a function of dx plus a function of dy. Over
+   a grid of patches that softmax is therefore a Kronecker product P = P_y (x) P_x:
+   one row-stochastic matrix for the rows and one for the columns. This holds for
+   every learned w and every rectangular grid. No (N, N, 3) tensor of positions is
+   needed.
+3. The rows of both softmaxes sum to 1, so the rows of A do too. The original code
+   divides A by its row sums. That is a division by 1, and it is left out here.
 
 Shapes: B batch, N patches (or tokens), H heads, K width of a head, D = H K width,
 R rows and C columns of the patch grid, N = R C.
@@ -48,12 +50,12 @@ POSITIONAL_FORMS = ("blend", "contract")
 
 
 def blended_map(content: Array, positional: Array, share: Array) -> Array:
-    """The map A of equation 7.
+    """Returns the attention map A of equation 7: content and positional maps mixed by the gates.
 
     Args:
-      content: (B, H, N, N).
-      positional: (H, N, N).
-      share: (H,), of the positional part: the sigmoid of the gates.
+      content: (B, H, N, N), softmax of the content scores.
+      positional: (H, N, N), softmax of the positional scores.
+      share: (H,), weight of the positional map in each head: the sigmoid of its gate.
 
     Returns:
       (B, H, N, N), float32; every row sums to 1.
@@ -69,15 +71,23 @@ def choose_forms(
     attn_dropout: float = 0.0,
     backend: str | None = None,
 ) -> tuple[str | AttentionFn, str]:
-    """What "auto" stands for in `GPSA.attention` and `GPSA.positional`.
+    """Replaces "auto" in `GPSA.attention` and `GPSA.positional` by the implementation to use.
 
-    The two go together: a map that is blended has to be written out. Where either will do, the
-    positional part is contracted on a CPU and blended elsewhere: the axes of a 14 x 14 grid leave
-    matrix units of 128 x 128 idle (benchmarks/README.md has what was measured).
+    The two options depend on each other: blending needs the content map written out, so
+    positional="blend" implies attention="xla". Where both forms are possible, the positional part
+    is contracted on a CPU and blended on other backends. The contraction multiplies by matrices
+    of the size of the grid's axes; those of a 14 x 14 grid leave most of a 128 x 128 matrix unit
+    idle. benchmarks/README.md has the measurements.
 
     Args:
+      attention: `GPSA.attention`.
+      positional: `GPSA.positional`.
       tokens: N.
-      backend: "cpu", "gpu" or "tpu"; None is JAX's default.
+      attn_dropout: `GPSA.attn_dropout`.
+      backend: "cpu", "gpu" or "tpu"; None means JAX's default backend.
+
+    Returns:
+      (attention, positional), neither of them "auto".
     """
     attention = sdpa.choose(attention, tokens, attn_dropout) if positional != "blend" else "xla"
     if positional == "auto":
@@ -88,7 +98,7 @@ def choose_forms(
 
 
 def check_forms(attention: str | AttentionFn, positional: str, attn_dropout: float) -> None:
-    """Raises ValueError unless the options of `GPSA` by these names fit together."""
+    """Raises ValueError unless these options of `GPSA` are known and fit together."""
     sdpa.check(attention)
     if positional not in ("auto", *POSITIONAL_FORMS):
         raise ValueError(
@@ -106,9 +116,10 @@ def check_forms(attention: str | AttentionFn, positional: str, attn_dropout: flo
 
 
 def identity_init(key: Array, shape: tuple[int, ...], dtype: Any = jnp.float32) -> Array:
-    """Initialiser of the value projection: the identity (`local_init` of the original code)."""
+    """Initialises the value projection as the identity (`local_init` of the original code)."""
     del key
-    return jnp.eye(*shape, dtype=dtype)
+    rows, columns = shape
+    return jnp.eye(rows, columns, dtype=dtype)
 
 
 def _check_heads(num_heads: int, width: int) -> None:
@@ -122,16 +133,20 @@ class SelfAttention(nn.Module):
     """Multi-head self-attention, as in ViT and DeiT.
 
     Attributes:
-      num_heads: H; must divide the width D of the input.
+      num_heads: H; must divide D, the width of the input.
       qkv_bias: whether the query, key and value projection has a bias.
-      qk_scale: factor of the scores; None is K ** -0.5.
-      attn_dropout: rate of dropout on the attention map; needs attention="xla".
-      dropout: rate of dropout on the output.
+      qk_scale: factor of the scores q k^T; None means K ** -0.5.
+      attn_dropout: dropout rate of the attention map; needs attention="xla" or "auto".
+      dropout: dropout rate of the output.
       attention: how softmax(q k^T) v is computed: "auto", a name of `sdpa.IMPLEMENTATIONS`, or a
         function with the signature of `jax.nn.dot_product_attention`.
-      queries: attention from the first so many tokens only, to all; None is from every token. It
-        is always "xla": a map of few queries is small.
-      dtype: of the matrix products. Softmaxes are always float32.
+      queries: number of tokens that attend, counted from the first; None means all. Keys and
+        values always come from all tokens. With `queries` the implementation is always "xla",
+        because the map of a few queries is small.
+      dtype: dtype of the matrix products. Softmaxes are always float32.
+
+    Raises:
+      ValueError: on construction, if the options do not fit together.
     """
 
     num_heads: int
@@ -143,7 +158,7 @@ class SelfAttention(nn.Module):
     queries: int | None = None
     dtype: Any = jnp.float32
 
-    def __post_init__(self):
+    def __post_init__(self) -> None:
         sdpa.check(self.attention)
         if self.queries is not None and self.queries < 1:
             raise ValueError(f"queries: expected None or 1 or more, got {self.queries}")
@@ -162,17 +177,20 @@ class SelfAttention(nn.Module):
         train: bool = False,
         return_attention: bool = False,
     ) -> Array | tuple[Array, dict[str, Array]]:
-        """Attends from tokens to every token.
+        """Attends from all tokens, or from the first `queries`, to all tokens.
 
         Args:
           x: (B, N, D).
-          grid: not used; here so that both attentions are called alike.
-          train: whether dropout is on; needs the rng stream "dropout" if a rate is not 0.
-          return_attention: whether to return the attention map as well.
+          grid: ignored; it is here so that `SelfAttention` and `GPSA` are called alike.
+          train: whether dropout is on. A rate above 0 then needs the rng stream "dropout".
+          return_attention: whether to return the attention map too.
 
         Returns:
           (B, N, D) in `dtype`; with `return_attention`, also {"content": (B, H, N, N) float32}.
-          With `queries`, (B, queries, D) and (B, H, queries, N).
+          With `queries` the shapes are (B, queries, D) and (B, H, queries, N).
+
+        Raises:
+          ValueError: if num_heads does not divide D.
         """
         batch, size, width = x.shape
         _check_heads(self.num_heads, width)
@@ -196,22 +214,29 @@ class SelfAttention(nn.Module):
 class GPSA(nn.Module):
     """Gated positional self-attention over a grid of patches.
 
+    Source: d'Ascoli et al. 2021, section 3, equations 6 and 7.
+
     Attributes:
-      num_heads: H; must divide the width D of the input.
+      num_heads: H; must divide D, the width of the input.
       qkv_bias: whether the query, key and value projections have biases.
-      qk_scale: factor of the content scores; None is K ** -0.5.
-      attn_dropout: rate of dropout on the blended attention map; needs positional="blend" or
-        "auto".
-      dropout: rate of dropout on the output.
-      locality_strength: the paper's alpha; how sharply heads look at their patch at the start.
-      use_local_init: False starts from random positions and values (the paper's ablation).
-      positional: "blend" mixes P = P_y (x) P_x into the content map and applies the blended map
-        to v; "contract" applies P_y and P_x along rows and columns of v, beside the content part.
-        The same function, other costs: "auto" is `choose_forms`.
+      qk_scale: factor of the content scores q k^T; None means K ** -0.5.
+      attn_dropout: dropout rate of the blended attention map; needs positional="blend" or "auto".
+      dropout: dropout rate of the output.
+      locality_strength: the paper's alpha. A larger alpha focuses each head more sharply on its
+        patch at initialisation.
+      use_local_init: whether positional and value projections get the convolutional
+        initialisation; False initialises both at random (the paper's ablation).
+      positional: how the positional part is computed. "blend" writes out P = P_y (x) P_x, mixes it
+        into the content map and applies the blended map to v. "contract" applies P_y across the rows
+        and P_x across the columns of v and adds the result to the content part. Both compute the same
+        function at different cost. "auto" takes the choice of `choose_forms`.
       attention: how the content part is computed: "auto", a name of `sdpa.IMPLEMENTATIONS`, or a
-        function with the signature of `jax.nn.dot_product_attention`. All but "xla" need
-        positional="contract".
-      dtype: of the matrix products. Positions, softmaxes and gates are always float32.
+        function with the signature of `jax.nn.dot_product_attention`. Every value but "auto" and
+        "xla" needs positional="contract" or "auto".
+      dtype: dtype of the matrix products. Positions, softmaxes and gates are always float32.
+
+    Raises:
+      ValueError: on construction, if the options do not fit together.
     """
 
     num_heads: int
@@ -225,7 +250,7 @@ class GPSA(nn.Module):
     attention: str | AttentionFn = "auto"
     dtype: Any = jnp.float32
 
-    def __post_init__(self):
+    def __post_init__(self) -> None:
         check_forms(self.attention, self.positional, self.attn_dropout)
         super().__post_init__()
 
@@ -238,17 +263,16 @@ class GPSA(nn.Module):
         Args:
           x: (B, N, D), the patches in row-major order.
           grid: (R, C), the static patch grid; R C must be N.
-          train: whether dropout is on; needs the rng stream "dropout" if a rate is not 0.
-          return_attention: whether to return the maps as well; nothing is computed for them
-            otherwise.
+          train: whether dropout is on. A rate above 0 then needs the rng stream "dropout".
+          return_attention: whether to compute and return the attention maps too.
 
         Returns:
-          (B, N, D) in `dtype`; with `return_attention`, also the maps, float32: "content"
-          (B, H, N, N), "positional" (H, N, N), "gate" (H,) after the sigmoid, "blended"
-          (B, H, N, N).
+          (B, N, D) in `dtype`. With `return_attention`, also a dictionary of float32 arrays:
+          "content" (B, H, N, N), "positional" (H, N, N), "gate" (H,) after the sigmoid, and
+          "blended" (B, H, N, N).
 
         Raises:
-          ValueError: if the heads do not divide D, or the grid does not have N patches.
+          ValueError: if num_heads does not divide D, or the grid does not have N patches.
         """
         batch, size, width = x.shape
         _check_heads(self.num_heads, width)
@@ -280,23 +304,24 @@ class GPSA(nn.Module):
             out = sdpa.keep(sdpa.apply_map(drop(blended), v))
         else:
             content_out = sdpa.attention_fn(attention)(q, k, v, scale=scale)
-            # Both parts are kept, for the gates' gradient, and their sum is computed again.
+            # The gradient of the gates reads both parts, so rematerialisation keeps them. Their
+            # sum is cheap and is computed again.
             positional_out = sdpa.keep(contract_positional(p_y, p_x, v))
             out = (1.0 - share[:, None]) * content_out + share[:, None] * positional_out
         out = _project(out, self.dropout, train, self.dtype)
         if not return_attention:
             return out
-        content, positional = sdpa.content_map(q, k, scale), positional_map(p_y, p_x)
+        content, position = sdpa.content_map(q, k, scale), positional_map(p_y, p_x)
         return out, {
             "content": content,
-            "positional": positional,
+            "positional": position,
             "gate": share,
-            "blended": blended_map(content, positional, share),
+            "blended": blended_map(content, position, share),
         }
 
 
 def _project(out: Array, dropout: float, train: bool, dtype: Any) -> Array:
-    """The output projection: (B, N, H, K) -> (B, N, D). Called inside a compact module."""
+    """Applies the output projection: (B, N, H, K) -> (B, N, D). Called in a compact method."""
     batch, size, heads, head = out.shape
     out = out.reshape(batch, size, heads * head).astype(dtype)
     out = Linear(heads * head, dtype=dtype, name="proj")(out)

@@ -1,4 +1,7 @@
-"""A transformer block: attention and MLP on residual branches, with stochastic depth."""
+"""A transformer block: attention and MLP on residual branches, with stochastic depth.
+
+Shapes: B batch, N tokens (or patches), D width.
+"""
 
 from collections.abc import Callable
 import functools
@@ -16,7 +19,13 @@ Array = jax.Array
 
 
 class Mlp(nn.Module):
-    """Two linear layers with an exact (erf) GELU between them: (..., D) -> (..., D)."""
+    """Two linear layers with an exact (erf) GELU between them: (..., D) -> (..., D).
+
+    Attributes:
+      hidden: width between the two layers.
+      dropout: dropout rate after the GELU and after the second layer.
+      dtype: dtype of the matrix products.
+    """
 
     hidden: int
     dropout: float = 0.0
@@ -33,10 +42,12 @@ class Mlp(nn.Module):
 
 
 def gelu(x: Array) -> Array:
-    """x Phi(x), exact, computed in float32 (Hendrycks and Gimpel 2016, arXiv:1606.08415).
+    """Returns the exact GELU, x Phi(x) (Hendrycks and Gimpel 2016, arXiv:1606.08415).
 
-    By erf, as PyTorch does; jax.nn.gelu takes erfc, which costs half as much again, forward and
-    backward. The two differ by rounding only: 1 + erf loses digits where x Phi(x) is all but 0.
+    Computes in float32 and returns the dtype of `x`, which has any shape.
+
+    Uses erf, as PyTorch does. jax.nn.gelu uses erfc, which costs half as much again, forward and
+    backward. The two differ by rounding only: 1 + erf loses digits where x Phi(x) is close to 0.
     """
     wide = x.astype(jnp.float32)
     return (wide * (0.5 + 0.5 * jax.lax.erf(wide * math.sqrt(0.5)))).astype(x.dtype)
@@ -46,11 +57,11 @@ class Block(nn.Module):
     """A pre-norm transformer block: attention and MLP, each on a residual branch.
 
     Attributes:
-      attention: makes the attention module; called with a name.
-      mlp_ratio: hidden width of the MLP over D.
-      dropout: rate inside the MLP.
-      use_drop_path: whether a rate of stochastic depth may be other than 0.
-      dtype: of the matrix products and the residual stream.
+      attention: constructor of the attention module; called with `name`.
+      mlp_ratio: hidden width of the MLP divided by D.
+      dropout: dropout rate in the MLP.
+      use_drop_path: whether stochastic depth is used in training. False ignores the rate.
+      dtype: dtype of the matrix products and the residual stream.
     """
 
     attention: Callable[..., nn.Module]
@@ -63,11 +74,20 @@ class Block(nn.Module):
     def __call__(
         self, x: Array, drop_path: Array, grid: Grid, train: bool, return_attention: bool
     ) -> tuple[Array, dict[str, Array]]:
-        """(B, N, D) -> the same, and the attention's maps or {}. `drop_path`: this layer's rate.
+        """Applies the block.
 
-        Attention from fewer tokens gives those alone.
+        Args:
+          x: (B, N, D).
+          drop_path: scalar, rate of stochastic depth in this layer.
+          grid: (R, C), rows and columns of the patch grid.
+          train: whether dropout and stochastic depth are on.
+          return_attention: whether to return the attention maps too.
+
+        Returns:
+          (B, N, D), and the maps of the attention, {} without `return_attention`. An attention
+          with `queries` set returns fewer tokens, and the block then returns these only.
         """
-        # The two-pass variance: E[x^2] - E[x]^2 cancels where the mean is large.
+        # The fast variance, E[x^2] - E[x]^2, loses digits by cancellation where the mean is large.
         norm = functools.partial(
             nn.LayerNorm, epsilon=1e-6, use_fast_variance=False, dtype=self.dtype
         )
@@ -86,14 +106,15 @@ class Block(nn.Module):
 
 
 def drop_samples(branch: Array, rate: Array, rng: Array) -> Array:
-    """Stochastic depth: zeroes the branch of whole samples, scales the rest by 1 / (1 - rate).
+    """Zeroes the branch of random samples and scales the others by 1 / (1 - rate).
 
-    Huang et al. 2016 (arXiv:1603.09382), per sample as in timm's DropPath.
+    This is stochastic depth (Huang et al. 2016, arXiv:1603.09382), drawn for each sample as in
+    timm's DropPath.
 
     Args:
       branch: (B, ...).
-      rate: scalar in [0, 1), probability of zeroing.
-      rng: a key; every sample is drawn alone.
+      rate: scalar in [0, 1), the probability that a sample is zeroed.
+      rng: random key.
     """
     shape = (branch.shape[0],) + (1,) * (branch.ndim - 1)
     keep = jax.random.bernoulli(rng, 1.0 - rate, shape)

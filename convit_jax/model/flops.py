@@ -1,8 +1,8 @@
-"""How much arithmetic a model needs, and how much of it a device can do.
+"""FLOPs that a model needs, and peak FLOPs per second of a device.
 
-Together with the time of a step they give the share of the device that training uses, MFU: the
-model's FLOPs per second over the peak FLOPs per second (Chowdhery et al. 2022, PaLM,
-arXiv:2204.02311, appendix B).
+With the time of a step they give the model FLOPs utilisation (MFU), the share of the device that
+training uses. MFU is the model's FLOPs per second divided by the peak FLOPs per second (Chowdhery
+et al. 2022, PaLM, arXiv:2204.02311, appendix B).
 
 Shapes: N patches, D width, R and C rows and columns of the patch grid.
 """
@@ -17,12 +17,14 @@ from convit_jax.model.network import ConViT
 
 
 def forward_flops(model: ConViT) -> float:
-    """FLOPs of the forward pass of one image: two for each multiplication of a matrix product.
+    """Returns the FLOPs of the forward pass of one image.
 
-    All matrix products are counted: patch embedding, projections, attention scores and maps, MLPs
-    and head. What is elementwise is not: norms, softmaxes, GELU, and the positional attention of
-    positional="blend", which adds one map to another. That of "contract" is two products more.
-    With global_pool="token" the last block attends from one token and goes on with it.
+    A multiplication in a matrix product counts as two FLOPs, one of them for its addition. All
+    matrix products are counted: patch embedding, projections, attention scores, averages of the
+    values, MLPs and head. Elementwise operations are not counted: norms, softmaxes, GELU, and with
+    positional="blend" the mixing of the two attention maps. positional="contract" adds two matrix
+    products for each GPSA block. With global_pool="token" the last block computes its output for
+    the class token only.
     """
     rows, columns = model.grid
     patches, width = rows * columns, model.embed_dim
@@ -30,7 +32,8 @@ def forward_flops(model: ConViT) -> float:
     mlp = 2 * width * int(width * model.mlp_ratio)
 
     def block(queries: int, keys: int) -> int:
-        # Query, key and value projections; scores and their average of the values; the output's.
+        # Query, key and value projections; scores and averages of the values; output projection
+        # and MLP.
         return 3 * keys * width**2 + 2 * queries * keys * width + queries * (width**2 + mlp)
 
     gpsa_block = block(patches, patches)
@@ -50,27 +53,30 @@ def forward_flops(model: ConViT) -> float:
 
 
 def training_flops(model: ConViT) -> float:
-    """FLOPs of training on one image: the forward pass and, twice as much, the backward pass.
+    """Returns the FLOPs of training on one image: the forward and the backward pass.
 
-    What rematerialisation computes again does not count: it does not train the model.
+    The backward pass counts twice the forward pass. Operations that rematerialisation repeats are
+    not counted: MFU measures the FLOPs that the model needs, not those that the device executes.
     """
     return 3.0 * forward_flops(model)
 
 
-# Dense matrix products per second of one JAX device: with bfloat16 inputs, and with float32
-# inputs at JAX's default precision, which is TF32 on NVIDIA since Ampere and bfloat16 on TPU
-# (docs.jax.dev/en/latest/201/precision.html). NVIDIA's data sheets give twice as much "with
-# sparsity". Cloud TPU's figures are for a chip: a JAX device is half a chip on v2 and v3.
+# Peak FLOPs per second of dense matrix products on one JAX device: a pattern of its kind, the
+# figure for bfloat16 inputs, and the figure for float32 inputs at JAX's default precision. That
+# precision is TF32 on NVIDIA since Ampere and bfloat16 on TPU
+# (docs.jax.dev/en/latest/201/precision.html). Where NVIDIA's data sheets give figures "with
+# sparsity", the dense figures are half of them. Cloud TPU's figures are for a chip; on v2 and v3 a
+# JAX device is half a chip.
 _PEAKS: tuple[tuple[str, float | None, float], ...] = (
-    # V100 data sheet; no bfloat16 units, so float32 alone. SXM2, and PCIe.
+    # V100 data sheet, SXM2 and PCIe. A V100 has no bfloat16 units.
     (r"(Tesla|NVIDIA) V100-SXM2-\d+GB", None, 15.7e12),
     (r"(Tesla|NVIDIA) V100-PCIE-\d+GB", None, 14e12),
-    # A100 data sheet, the same for all.
+    # A100 data sheet: the same figures for all forms.
     (r"(NVIDIA )?A100-(SXM4|PCIE)-\d+GB|NVIDIA A100 80GB PCIe", 312e12, 156e12),
     (r"NVIDIA L4", 121e12, 60e12),  # L4 data sheet, 242 and 120 with sparsity
     (r"NVIDIA H100 PCIe", 756e12, 378e12),  # H100 data sheet, 1,513 and 756 with sparsity
-    (r"NVIDIA H100 80GB HBM3", 989e12, 494e12),  # H100 SXM data sheet, 1,979 and 989 likewise
-    (r"NVIDIA H200", 989e12, 494e12),  # H200 SXM data sheet, the same
+    (r"NVIDIA H100 80GB HBM3", 989e12, 494e12),  # H100 SXM data sheet, sparse 1,979 and 989
+    (r"NVIDIA H200", 989e12, 494e12),  # H200 SXM data sheet, sparse 1,979 and 989
     (r"NVIDIA B200", 2250e12, 1100e12),  # HGX B200 data sheet, 4,500 and 2,200 with sparsity
     (r"TPU v2", 23e12, 23e12),  # Jouppi et al. 2020, doi:10.1145/3360307: 46 a chip
     (r"TPU v3", 61.5e12, 61.5e12),  # cloud.google.com/tpu/docs/v3: 123 a chip
@@ -82,12 +88,15 @@ _PEAKS: tuple[tuple[str, float | None, float], ...] = (
 
 
 def peak_flops(device: jax.Device, dtype: jnp.dtype) -> float | None:
-    """The most FLOPs per second of a device's dense matrix products; None if it is not known.
+    """Returns the peak FLOPs per second of dense matrix products on a device.
+
+    Returns None if the peak is not known.
 
     Args:
-      device: known by its `device_kind`. A slice of a GPU (MIG) is another kind.
-      dtype: of the products' inputs, bfloat16 or float32. The latter at JAX's default precision:
-        with `jax_default_matmul_precision` raised, what can be reached is less.
+      device: recognised by its `device_kind`. A slice of a GPU (MIG) has a kind of its own and is
+        not known.
+      dtype: dtype of the inputs, bfloat16 or float32. The figure for float32 holds at JAX's
+        default precision; raising `jax_default_matmul_precision` lowers the real peak.
     """
     column = {"bfloat16": 0, "float32": 1}.get(jnp.dtype(dtype).name)
     for kind, *peaks in _PEAKS:

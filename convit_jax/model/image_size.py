@@ -1,4 +1,4 @@
-"""Image sizes in pixels: a number for a square, or height and width, written 224x320."""
+"""Image sizes in pixels: one number for a square, or (height, width), written 224x320."""
 
 import re
 
@@ -6,7 +6,7 @@ Size = int | tuple[int, int]
 
 
 def pair(size: Size) -> tuple[int, int]:
-    """Returns (height, width)."""
+    """Returns a size as (height, width)."""
     return (size, size) if isinstance(size, int) else (size[0], size[1])
 
 
@@ -14,11 +14,14 @@ def parse(text: str | int, name: str = "image size") -> Size:
     """Reads "384", 384 or "224x320" (height x width).
 
     Args:
-      text: what the user wrote.
-      name: of the option, for the error.
+      text: the text or number that the user wrote.
+      name: name of the option, for the error message.
+
+    Returns:
+      One number for a square, otherwise (height, width).
 
     Raises:
-      ValueError: if it is anything else, or a side is 0.
+      ValueError: if `text` has another form, or a side is 0.
     """
     match = re.fullmatch(r"(\d+)(?:x(\d+))?", str(text).strip())
     if not match or isinstance(text, bool) or not all(int(side) for side in match.groups("1")):

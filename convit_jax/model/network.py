@@ -1,11 +1,12 @@
 """ConViT and DeiT: patches, transformer blocks and the class token.
 
-The GPSA blocks run under one `nn.scan` and the plain blocks under another, so the parameters
-of a group carry a leading layer axis: `params["gpsa_blocks"]["attn"]["gate"]` is (10, H). The last
-block is on its own, `params["last_block"]`: where only the class token is wanted it computes no
-more, which no other block of a scan can do.
+The GPSA blocks run under one `nn.scan` and the plain blocks under another. So the parameters of
+each group have a leading layer axis: `params["gpsa_blocks"]["attn"]["gate"]` is (10, H). The last
+block is a module of its own, `params["last_block"]`. Where only the class token is classified, the
+last block computes that token alone; a block inside a scan could not.
 
-Shapes: B batch, N patches, D width, L layers of a group, R and C rows and columns of patches.
+Shapes: B batch, N patches, H heads, D width, L layers of a group, R and C rows and columns of
+patches.
 """
 
 from collections.abc import Callable
@@ -29,7 +30,7 @@ Array = jax.Array
 
 GLOBAL_POOLS = ("token", "avg", "none")
 
-# What the backward pass finds stored, with each way to rematerialise blocks.
+# What the forward pass of a block stores for the backward pass, for each value of `remat`.
 _REMAT_POLICIES = {
     "dots": jax.checkpoint_policies.save_from_both_policies(
         jax.checkpoint_policies.dots_with_no_batch_dims_saveable,
@@ -44,12 +45,12 @@ def _option(kind: str, default: Any) -> Any:
     return dataclasses.field(default=default, metadata={"kind": kind})
 
 
-# The kind of an option, said beside its field; `variants.options_of_kind` reads it.
-structure = functools.partial(_option, "structure")  # the parameters' shapes depend on it
-changeable = functools.partial(_option, "changeable")  # so, but `weights.adapt` fits them
-function = functools.partial(_option, "function")  # the same parameters compute something else
-training = functools.partial(_option, "training")  # of initialisation and training alone
-computation = functools.partial(_option, "computation")  # the same function, computed otherwise
+# The kinds of options. Each field of ConViT states its kind; `variants.options_of_kind` reads it.
+structure = functools.partial(_option, "structure")  # decides the parameters and their shapes
+changeable = functools.partial(_option, "changeable")  # does too, but `weights.adapt` can fit them
+function = functools.partial(_option, "function")  # changes the outputs, not the parameters
+training = functools.partial(_option, "training")  # affects initialisation and training only
+computation = functools.partial(_option, "computation")  # affects speed and memory, not results
 
 
 class ConViT(nn.Module):
@@ -59,41 +60,42 @@ class ConViT(nn.Module):
     put in front of the patches, and the remaining blocks are plain self-attention.
 
     Attributes:
-      image_size: pixels, one number for a square or (height, width).
-      patch_size: pixels, likewise; must divide the image.
-      in_channels: of the image.
-      num_classes: 0 leaves out the head: the model returns features.
+      image_size: size of the images in pixels; one number for a square, or (height, width).
+      patch_size: size of the patches in pixels, in the same form; must divide image_size.
+      in_channels: number of channels of the images.
+      num_classes: number of logits. 0 leaves out the head, and the model returns features.
       embed_dim: D, the width.
       depth: number of blocks.
       num_heads: H; must divide D.
-      mlp_ratio: hidden width of the MLPs over D.
+      mlp_ratio: hidden width of the MLPs divided by D.
       qkv_bias: whether query, key and value projections have biases.
-      qk_scale: factor of the content scores; None is (D / H) ** -0.5.
-      dropout: rate after the position embedding, the attention's output and in the MLPs.
-      attn_dropout: rate on the attention maps; needs them written out, see `GPSA`.
-      drop_path: rate of stochastic depth of the last block, growing linearly from 0.
-      local_up_to_layer: number of GPSA blocks; 0 is a plain ViT, and less than depth.
+      qk_scale: factor of the content scores; None means (D / H) ** -0.5.
+      dropout: dropout rate after the position embedding, of the attention outputs and in the MLPs.
+      attn_dropout: dropout rate of the attention maps, which must then be written out, see `GPSA`.
+      drop_path: rate of stochastic depth of the last block; the rates grow linearly from 0 at the
+        first block.
+      local_up_to_layer: number of GPSA blocks; must be less than depth. 0 gives a plain ViT.
       locality_strength: the paper's alpha, see `GPSA`.
-      use_local_init: see `GPSA`.
+      use_local_init: whether GPSA blocks get the convolutional initialisation, see `GPSA`.
       use_pos_embed: whether a learned position embedding is added to the patches. Without it
-        the model takes any image that patch_size divides.
-      cls_pos_embed: whether the class token has a position embedding too (DeiT); needs
-        local_up_to_layer=0.
-      global_pool: "token" classifies from the class token, "avg" from the mean of the patches,
-        "none" every token, the class token first.
+        the model takes images of any size that patch_size divides.
+      cls_pos_embed: whether the class token has a position embedding too, as in DeiT; needs
+        local_up_to_layer=0 and use_pos_embed=True.
+      global_pool: what is classified: "token", the class token; "avg", the mean of the patches;
+        "none", every token on its own, the class token first.
       positional: "auto", "blend" or "contract", see `GPSA`.
       attention: "auto", "xla", "chunked", "cudnn" or a function, see `GPSA` and
-        `convit_jax.sdpa`.
-      unroll: how many layers a scan's iteration holds; True is all of them. Changes speed and
-        memory, not results.
-      remat: what the backward pass computes again instead of storing: "none", "dots" (all but
-        the results of matrix products with weights, and of attention), "block" (all but the input
-        of each block).
-      dtype: of the matrix products and the residual stream. Parameters, softmaxes, gates,
+        `convit_jax.model.sdpa`.
+      unroll: number of layers in one iteration of a scan; True means all layers. Changes speed
+        and memory, not results.
+      remat: what the backward pass computes again instead of reading it from memory: "none",
+        nothing; "dots", everything except the outputs of attention and of matrix products with
+        weights; "block", everything except the inputs of the blocks.
+      dtype: dtype of the matrix products and the residual stream. Parameters, softmaxes, gates,
         statistics of the norms and logits are float32.
 
     Raises:
-      ValueError: on construction, for any combination of options that has no meaning.
+      ValueError: on construction, if an option is out of range or options do not fit together.
     """
 
     image_size: int | tuple[int, int] = changeable(224)
@@ -121,7 +123,7 @@ class ConViT(nn.Module):
     remat: str = computation("dots")
     dtype: Any = computation(jnp.float32)
 
-    def __post_init__(self):
+    def __post_init__(self) -> None:
         self._check_options()
         super().__post_init__()
 
@@ -131,8 +133,8 @@ class ConViT(nn.Module):
                 f"num_heads: expected a divisor of embed_dim={self.embed_dim}, got {self.num_heads}"
             )
         if not 0 <= self.local_up_to_layer < self.depth:
-            # At depth or beyond, the class token would never join: the original code then
-            # classifies from the first patch without a word.
+            # Otherwise the class token would never be added. The original code accepts this and
+            # classifies from the first patch without a warning.
             raise ValueError(
                 f"local_up_to_layer: expected 0 to depth - 1 = {self.depth - 1}, "
                 f"got {self.local_up_to_layer}"
@@ -154,14 +156,14 @@ class ConViT(nn.Module):
         if self.num_classes < 0:
             raise ValueError(f"num_classes: expected 0 or more, got {self.num_classes}")
         self._grid(self.image_shape[:2])
-        # The attention that will be used checks its own options.
+        # The attention module checks its options when it is made.
         (self._gpsa() if self.local_up_to_layer else self._self_attention())(parent=None)
 
     def check_classifies(self, who: str) -> None:
-        """Raises ValueError unless the model returns one vector of logits an image.
+        """Raises ValueError unless the model returns one vector of logits for each image.
 
         Args:
-          who: names the use or the weights in the message.
+          who: the use or the weights; the error message begins with it.
         """
         if not self.num_classes or self.global_pool == "none":
             raise ValueError(
@@ -171,16 +173,16 @@ class ConViT(nn.Module):
 
     @property
     def image_shape(self) -> tuple[int, int, int]:
-        """(height, width, channels) of the images the model is made for."""
+        """Shape (height, width, channels) of the images that the model is made for."""
         return (*pair(self.image_size), self.in_channels)
 
     @property
     def grid(self) -> Grid:
-        """Rows and columns of patches of such an image."""
+        """Rows and columns of the patch grid of an image of `image_size`."""
         return self._grid(self.image_shape[:2])
 
     def _grid(self, image: tuple[int, int]) -> Grid:
-        """Rows and columns of patches of any image (height, width)."""
+        """Returns rows and columns of the patch grid of an image of size (height, width)."""
         patch = pair(self.patch_size)
         if min(patch) < 1 or min(image) < 1 or image[0] % patch[0] or image[1] % patch[1]:
             raise ValueError(
@@ -188,7 +190,7 @@ class ConViT(nn.Module):
             )
         return image[0] // patch[0], image[1] // patch[1]
 
-    def _self_attention(self) -> Callable[..., SelfAttention]:
+    def _self_attention(self) -> functools.partial[SelfAttention]:
         return functools.partial(
             SelfAttention,
             num_heads=self.num_heads,
@@ -200,7 +202,7 @@ class ConViT(nn.Module):
             dtype=self.dtype,
         )
 
-    def _gpsa(self) -> Callable[..., GPSA]:
+    def _gpsa(self) -> functools.partial[GPSA]:
         return functools.partial(
             GPSA,
             **self._self_attention().keywords,
@@ -217,20 +219,21 @@ class ConViT(nn.Module):
 
         Args:
           images: (B, height, width, in_channels), normalised, floating point.
-          train: whether dropout and stochastic depth are on; needs the rng stream "dropout"
-            if one of their rates is not 0.
-          return_attention: whether to return every layer's attention maps as well. They come
-            from the layers' true inputs, and nothing of them is computed otherwise. The last block
-            then computes all tokens: logits differ by rounding, and dropout has other draws.
+          train: whether dropout and stochastic depth are on. A rate above 0 then needs the rng
+            stream "dropout".
+          return_attention: whether to compute and return the attention maps of every layer too.
+            The maps are those of this forward pass: each layer computes them from its own input.
+            The last block then computes all tokens, so the logits differ by rounding and dropout
+            draws other random numbers.
 
         Returns:
-          Logits (B, num_classes) float32, or features (B, D) with num_classes=0; with
-          global_pool="none" (B, 1 + N, ...). With `return_attention`, also
-          {"gpsa_blocks": maps of `GPSA`, "blocks": maps of `SelfAttention`}, each with a
-          leading layer axis.
+          Logits (B, num_classes) float32, or features (B, D) float32 with num_classes=0. With
+          global_pool="none" their shapes are (B, 1 + N, num_classes) and (B, 1 + N, D). With
+          `return_attention`, also {"gpsa_blocks": maps of `GPSA`, "blocks": maps of
+          `SelfAttention`}, each map with a leading layer axis L.
 
         Raises:
-          ValueError: if the images do not have the shape the model was made for.
+          ValueError: if the images do not have the shape that the model was made for.
         """
         grid = self._check_images(images)
         x = self._embed_patches(images)
@@ -269,16 +272,16 @@ class ConViT(nn.Module):
                 f"images: expected {height} x {width} pixels (image_size, which the position "
                 f"embedding was made for), got {shape[1]} x {shape[2]}"
             )
-        return self._grid(shape[1:3])
+        return self._grid((shape[1], shape[2]))
 
     def _embed_patches(self, images: Array) -> Array:
-        """(B, height, width, channels) -> (B, N, D), patches in row-major order.
+        """Embeds patches: (B, height, width, channels) -> (B, N, D), patches in row-major order.
 
-        A convolution whose windows do not overlap, as the matrix product that it is: twice as fast
-        on a CPU. Its kernel has a convolution's shape, (height, width, channels, D).
+        The windows of this convolution do not overlap, so it is computed as a matrix product, twice
+        as fast on a CPU. The kernel keeps a convolution's shape, (height, width, channels, D).
         """
         (height, width), (batch, *_, channels) = pair(self.patch_size), images.shape
-        rows, columns = self._grid(images.shape[1:3])
+        rows, columns = self._grid((images.shape[1], images.shape[2]))
         patches = images.reshape(batch, rows, height, columns, width, channels).swapaxes(2, 3)
         init = _uniform_init(1 / math.sqrt(height * width * channels))
         x = nn.DenseGeneral(
@@ -292,7 +295,7 @@ class ConViT(nn.Module):
         return x.reshape(batch, rows * columns, self.embed_dim)
 
     def _block(self, prevent_cse: bool) -> Callable[..., nn.Module]:
-        """What makes a block of an attention, and rematerialises it."""
+        """Returns the constructor of a block that is rematerialised as `remat` says."""
         block = Block
         if self.remat != "none":
             block = nn.remat(
@@ -306,8 +309,8 @@ class ConViT(nn.Module):
     def _scanned_blocks(
         self, name: str, attention: Callable[..., nn.Module], length: int
     ) -> nn.Module:
-        # The boundary of a loop keeps the compiler from merging the recomputation with the
-        # original; unrolled layers, and a loop of one, have no such boundary.
+        # A loop's boundary keeps the compiler from merging the recomputation with the original
+        # computation. Unrolled layers and a loop of one iteration have no such boundary.
         blocks = nn.scan(
             self._block(prevent_cse=bool(self.unroll) or length == 1),
             variable_axes={"params": 0},
@@ -321,7 +324,11 @@ class ConViT(nn.Module):
     def _plain_blocks(
         self, x: Array, rates: np.ndarray, grid: Grid, train: bool, return_attention: bool
     ) -> tuple[Array, dict[str, Array]]:
-        """(B, 1 + N, D) -> the same, or (B, 1, D) of the class token, and the maps, stacked."""
+        """Applies the plain blocks: (B, 1 + N, D) -> (B, 1 + N, D) and their stacked maps.
+
+        With global_pool="token" and without `return_attention` only the class token is returned,
+        (B, 1, D).
+        """
         static = (grid, train, return_attention)
         attention, maps = self._self_attention(), []
         if len(rates) > 1:
@@ -345,10 +352,10 @@ class ConViT(nn.Module):
         }
 
     def _classify(self, x: Array) -> Array:
-        """(B, 1 + N, D) -> pooled and normalised features, and the head's logits; float32."""
+        """Pools and normalises (B, 1 + N, D) and applies the head; returns float32."""
         norm = nn.LayerNorm(epsilon=1e-6, use_fast_variance=False, name="norm")
         if self.global_pool == "token":
-            x = norm(x[:, 0].astype(jnp.float32))  # the norm is token by token: skip the others
+            x = norm(x[:, 0].astype(jnp.float32))  # no other token is read
         else:
             x = norm(x.astype(jnp.float32))
         if self.global_pool == "avg":
@@ -357,7 +364,10 @@ class ConViT(nn.Module):
 
 
 def _uniform_init(bound: float) -> nn.initializers.Initializer:
-    """U(-bound, bound), symmetric: torch.nn.Conv2d's default, which the reference keeps."""
+    """Returns an initialiser that draws from U(-bound, bound).
+
+    This is the default of torch.nn.Conv2d, which the reference code keeps.
+    """
 
     def init(key: Array, shape: tuple[int, ...], dtype: Any = jnp.float32) -> Array:
         return jax.random.uniform(key, shape, dtype, -bound, bound)

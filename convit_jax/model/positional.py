@@ -1,4 +1,8 @@
-"""The positional half of GPSA, softmax_j(w . r_ij), factorised over rows and columns."""
+"""The positional half of GPSA, softmax_j(w . r_ij), factorised over rows and columns.
+
+Shapes: B batch, N patches, H heads, K width of a head, R rows and C columns of the patch grid,
+N = R C.
+"""
 
 import functools
 import math
@@ -12,14 +16,17 @@ Array = jax.Array
 
 Grid = tuple[int, int]
 
-# The reference code truncates N(0, 0.02^2) at +-2, which is 100 standard deviations:
-# a plain normal. (Initialisers that truncate at 2 sigma give another distribution.)
+# The reference code truncates N(0, 0.02^2) at +-2. That is 100 standard deviations, so a plain
+# normal is the same. (Initialisers that truncate at 2 sigma have another distribution.)
 linear_init = nn.initializers.normal(0.02)
 Linear = functools.partial(nn.Dense, kernel_init=linear_init)
 
 
 def positional_factors(kernel: Array, grid: Grid) -> tuple[Array, Array]:
-    """Row and column factors of the positional attention, P = P_y (x) P_x.
+    """Returns the row and column factors of the positional attention, P = P_y (x) P_x.
+
+    Scores and softmax are float32. bfloat16 does not represent every integer above 256, and
+    dx^2 + dy^2 exceeds 256 on a grid as small as 14 x 14.
 
     Args:
       kernel: (3, H), the weights of dx, dy and dx^2 + dy^2 for every head.
@@ -27,8 +34,7 @@ def positional_factors(kernel: Array, grid: Grid) -> tuple[Array, Array]:
 
     Returns:
       P_y (H, R, R) and P_x (H, C, C), float32, indexed [head, query, key]; every row
-      sums to 1. Scores and softmax are float32: dx^2 + dy^2 passes 256 already on a
-      14 x 14 grid, beyond which bfloat16 no longer holds every integer.
+      sums to 1.
     """
     wx, wy, wd = kernel.astype(jnp.float32)[:, :, None, None]
 
@@ -42,24 +48,23 @@ def positional_factors(kernel: Array, grid: Grid) -> tuple[Array, Array]:
 
 
 def positional_map(p_y: Array, p_x: Array) -> Array:
-    """The positional attention written out: (H, R, R), (H, C, C) -> (H, N, N)."""
+    """Returns the positional attention P written out: (H, R, R), (H, C, C) -> (H, N, N)."""
     heads, rows, _ = p_y.shape
     size = rows * p_x.shape[-1]
-    # Elementwise and not an einsum: an outer product sent to a matrix unit would be
-    # rounded to its input precision.
+    # Elementwise, because a matrix unit would round the inputs of an einsum to its own precision.
     outer = p_y[:, :, None, :, None] * p_x[:, None, :, None, :]
     return outer.reshape(heads, size, size)
 
 
 def contract_positional(p_y: Array, p_x: Array, v: Array) -> Array:
-    """P v without P: along the columns with P_x, then along the rows with P_y.
+    """Returns P v without writing out P: applies P_y across rows, then P_x across columns.
 
-    O(N (R + C)) multiplications a channel instead of O(N^2), and no (N, N) map.
+    Costs O(N (R + C)) multiplications for each channel instead of O(N^2), and needs no (N, N) map.
 
     Args:
-      p_y: (H, R, R) and
+      p_y: (H, R, R), from `positional_factors`.
       p_x: (H, C, C), from `positional_factors`.
-      v: (B, N, H, K).
+      v: (B, N, H, K), the values.
 
     Returns:
       (B, N, H, K) in v's dtype.
@@ -67,8 +72,8 @@ def contract_positional(p_y: Array, p_x: Array, v: Array) -> Array:
     batch, size, heads, width = v.shape
     rows, columns = p_y.shape[-1], p_x.shape[-1]
     p_y, p_x = p_y.astype(v.dtype), p_x.astype(v.dtype)
-    # Heads in front and the factors spread over the batch, so that both products read and write v
-    # as it lies: (R, R) times (R, C K), then for every row (C, C) times (C, K).
+    # With the heads in front and the factors broadcast over the batch, neither product transposes
+    # v: (R, R) times (R, C K), then for every row (C, C) times (C, K).
     grid = jnp.moveaxis(v, 2, 1).reshape(batch, heads, rows, columns * width)
     grid = jnp.matmul(jnp.broadcast_to(p_y, (batch, *p_y.shape)), grid)
     grid = grid.reshape(batch, heads, rows, columns, width)
@@ -78,16 +83,17 @@ def contract_positional(p_y: Array, p_x: Array, v: Array) -> Array:
 
 
 def local_kernel_init(strength: float, use_local_init: bool = True) -> nn.initializers.Initializer:
-    """Initialiser of the (3, H) positional kernel: one head for each cell of a k x k window.
+    """Returns an initialiser of the (3, H) positional kernel that gives each head its own patch.
 
-    With k = floor(sqrt(H)), head h1 + k h2 attends to the patch (h2 - c) columns and (h1 - c)
-    rows away, c being the centre of the window: -strength |r - r_0|^2 up to a constant
-    (paper, section 3; `local_init` of the original code). Heads beyond k^2 keep their random
-    weights, scaled by `strength` like all the others.
+    The heads form a k x k window with k = floor(sqrt(H)) and centre c. Head h1 + k h2 attends to
+    the patch at r_0, (h2 - c) columns and (h1 - c) rows away from the query: its score is
+    -strength |r - r_0|^2 up to a constant (paper, section 3; `local_init` of the original code).
+    Heads beyond k^2 keep their random weights, scaled by `strength` like those of the others.
 
     Args:
-      strength: the paper's alpha, an inverse width; infinity is a convolution.
-      use_local_init: False leaves all heads to the generic random initialisation.
+      strength: the paper's alpha. It is an inverse width; in the limit of infinity the layer is a
+        convolution.
+      use_local_init: False initialises all heads at random, without `strength`.
     """
 
     def init(key: Array, shape: tuple[int, ...], dtype: Any = jnp.float32) -> Array:
@@ -108,7 +114,12 @@ class PositionalAttention(nn.Module):
     """The learned part of the positional attention: w and b of w . r_ij + b.
 
     The bias is the same for every key, so the softmax cancels it: it changes nothing and
-    its gradient is zero. It is kept because checkpoints of the original hold it.
+    its gradient is zero. It is kept because checkpoints of the original code contain it.
+
+    Attributes:
+      num_heads: H.
+      locality_strength: the paper's alpha, see `local_kernel_init`.
+      use_local_init: see `local_kernel_init`.
     """
 
     num_heads: int

@@ -2,17 +2,17 @@
 
     softmax(q k^T scale) v
 
-"xla" writes the scores of all queries out and leaves the rest to the compiler. "chunked" does the
-same for a few queries at a time, so that memory grows with the number of tokens and not with its
-square, in the backward pass too. "cudnn" is NVIDIA's fused kernel. `choose` picks for a backend.
+"xla" writes out the scores of all queries and leaves fusion to the compiler. "chunked" does the
+same for a few queries at a time. Its memory grows with the number of tokens instead of its square,
+in the backward pass too. "cudnn" is NVIDIA's fused kernel. `choose` replaces "auto".
 
 JAX's Pallas kernels for TPU (splash and flash attention) take keys in blocks of a multiple of 128:
-196 or 197 tokens would be padded to 256 and masked. None is used here; one that is wrapped to pad
-can be given as a function.
+the 196 or 197 tokens of an image of 224 pixels would be padded to 256 and masked. None of them is
+used here. A function that pads for such a kernel can be passed as `attention`.
 
-Scores and softmax are float32 whatever the inputs are.
+Scores and softmax are float32 for inputs of any dtype.
 
-Shapes: B batch, N tokens, H heads, K width of a head.
+Shapes: B batch, N tokens, M keys where their number differs from N, H heads, K width of a head.
 """
 
 from collections.abc import Callable
@@ -30,26 +30,32 @@ AttentionFn = Callable[..., Array]
 
 IMPLEMENTATIONS = ("xla", "chunked", "cudnn")
 
-# By this name a rematerialisation policy can keep what attention gives (see `convit_jax.model`).
+# Tag of attention outputs, by which a rematerialisation policy keeps them (see network.py).
 ATTENTION_OUTPUT = "attention_output"
 
-# Tokens beyond which "auto" is "chunked": above 512 x 512 pixels in patches of 16. Up to there a
-# map of all queries costs less than the loop saves (benchmarks/README.md).
+# Largest number of tokens for which "auto" means "xla": 512 x 512 pixels in patches of 16. Up to
+# there, writing out the map of all queries is faster than the loop (benchmarks/README.md).
 _LARGEST_MAP = 1024
 _CHUNK = 256  # queries at a time
 
 
 def choose(attention: str | AttentionFn, tokens: int, attn_dropout: float) -> str | AttentionFn:
-    """What "auto" stands for; anything else as it is. Dropout acts on a map: only "xla" has one."""
+    """Replaces "auto" by an implementation and returns any other value unchanged.
+
+    Dropout acts on the attention map, and only "xla" writes one out.
+    """
     if attention != "auto":
         return attention
     return "chunked" if tokens > _LARGEST_MAP and not attn_dropout else "xla"
 
 
 def attention_fn(attention: str | AttentionFn) -> AttentionFn:
-    """The function of a name of `IMPLEMENTATIONS`, or a function; what it gives has a name."""
+    """Returns the attention function for a name of `IMPLEMENTATIONS` or for a callable.
+
+    The output of the function is tagged so that rematerialisation can keep it.
+    """
     if attention == "xla":
-        return xla_attention  # names it where its derivative reads it
+        return xla_attention  # tags its output itself
     others = {"chunked": chunked_attention, "cudnn": cudnn_attention}
     function = attention if callable(attention) else others[attention]
 
@@ -60,7 +66,7 @@ def attention_fn(attention: str | AttentionFn) -> AttentionFn:
 
 
 def check(attention: str | AttentionFn) -> None:
-    """Raises ValueError if there is no such implementation."""
+    """Raises ValueError unless `attention` is "auto", a name of `IMPLEMENTATIONS` or callable."""
     if not callable(attention) and attention not in ("auto", *IMPLEMENTATIONS):
         raise ValueError(
             f"attention: expected auto, one of {IMPLEMENTATIONS} or a function, got {attention!r}"
@@ -68,40 +74,41 @@ def check(attention: str | AttentionFn) -> None:
 
 
 def content_map(q: Array, k: Array, scale: float) -> Array:
-    """softmax(q k^T scale) over the keys: two (B, N, H, K) -> (B, H, N, N), float32."""
+    """Returns softmax(q k^T scale) over the keys: two (B, N, H, K) -> (B, H, N, N), float32."""
     return jax.nn.softmax(_scores(_heads_first(q), _heads_first(k), scale), axis=-1)
 
 
 def apply_map(attention: Array, v: Array) -> Array:
-    """Averages the values: (B, H, N, N), (B, N, H, K) -> (B, N, H, K) in v's dtype."""
+    """Averages values by a map: (B, H, N, N), (B, N, H, K) -> (B, N, H, K) in v's dtype."""
     out = jnp.einsum("bhnm,bhmk->bhnk", attention.astype(v.dtype), _heads_first(v))
     return jnp.moveaxis(out, 1, 2)
 
 
 def keep(out: Array) -> Array:
-    """Gives what attention gives, (B, N, H, K), the name by which it can be kept.
+    """Tags an attention output, (B, N, H, K), so that rematerialisation can keep it.
 
-    With the heads side by side: on a TPU an axis of K = 48 is stored as one of 128.
+    The tagged array is (B, N, H K), because a TPU pads a last axis of K = 48 to 128.
     """
     flat = out.reshape(*out.shape[:2], -1)
     return checkpoint_name(flat, ATTENTION_OUTPUT).reshape(out.shape)
 
 
 def xla_attention(q: Array, k: Array, v: Array, *, scale: float) -> Array:
-    """Plain attention, for the compiler to optimise; (B, N, H, K) -> (B, N, H, K).
+    """Computes plain attention, left to the compiler to optimise: (B, N, H, K) -> (B, N, H, K).
 
-    It takes fewer queries than keys as well.
+    The number of queries may be smaller than the number of keys.
     """
     sums, totals = _attend(*(_heads_first(x) for x in (q, k, v)), scale=scale)
     return _normalise(sums, totals, v.dtype)
 
 
 def chunked_attention(q: Array, k: Array, v: Array, *, scale: float, chunk: int = _CHUNK) -> Array:
-    """Attention of at most `chunk` queries at a time; (B, N, H, K) -> (B, N, H, K).
+    """Computes attention for at most `chunk` queries at a time: (B, N, H, K) -> (B, N, H, K).
 
-    Each chunk sees all keys, so its softmax is the plain one, not a running one. The backward pass
-    computes a chunk's scores again: no array is larger than (B, H, chunk, N) (the idea of Rabe and
-    Staats 2021, arXiv:2112.05682, with chunks of queries only).
+    Each chunk sees all keys, so its softmax is an ordinary softmax, not a running one. The
+    backward pass computes the scores of a chunk again, so no array of scores is larger than
+    (B, H, chunk, N). The idea is that of Rabe and Staats 2021 (arXiv:2112.05682), with chunks of
+    queries only.
     """
     q, k, v = (_heads_first(x) for x in (q, k, v))
     batch, heads, tokens, width = q.shape
@@ -121,10 +128,11 @@ def chunked_attention(q: Array, k: Array, v: Array, *, scale: float, chunk: int 
 
 
 def cudnn_attention(q: Array, k: Array, v: Array, *, scale: float) -> Array:
-    """NVIDIA's fused attention, in bfloat16 or float16; (B, N, H, K) -> (B, N, H, K).
+    """Computes attention with NVIDIA's fused kernel: (B, N, H, K) -> (B, N, H, K).
 
     Raises:
-      ValueError: on another backend, or if the inputs are float32, which the kernel does not take.
+      ValueError: if the inputs are neither bfloat16 nor float16, or the backend is not an NVIDIA
+        GPU.
     """
     if q.dtype not in (jnp.bfloat16, jnp.float16):
         raise ValueError(f"attention='cudnn': expected bfloat16 or float16, got {q.dtype}")
@@ -133,7 +141,8 @@ def cudnn_attention(q: Array, k: Array, v: Array, *, scale: float) -> Array:
             f"attention='cudnn' needs an NVIDIA GPU, got {jax.default_backend()}: "
             "expected auto, xla or chunked"
         )
-    # The kernel takes heads of a multiple of 8. Zeros change no score, and no value that is kept.
+    # The kernel takes head widths that are multiples of 8. Padding with zeros changes no score, and
+    # the padded values are cut off.
     width = q.shape[-1]
     padding = ((0, 0), (0, 0), (0, 0), (0, -width % 8))
     q, k, v = (jnp.pad(x, padding) for x in (q, k, v))
@@ -142,20 +151,30 @@ def cudnn_attention(q: Array, k: Array, v: Array, *, scale: float) -> Array:
 
 
 def _heads_first(x: Array) -> Array:
-    """(B, N, H, K) -> (B, H, N, K): products over (N, K) that lie together are the fast ones."""
+    """Returns (B, H, N, K) for (B, N, H, K): matrix products are fast on adjacent axes N, K."""
     return jnp.moveaxis(x, 2, 1)
 
 
 def _scores(q: Array, k: Array, scale: float) -> Array:
-    """(B, H, N, K), (B, H, M, K) -> (B, H, N, M), float32."""
+    """Returns scale q k^T: (B, H, N, K), (B, H, M, K) -> (B, H, N, M), float32."""
     return scale * jnp.einsum("bhnk,bhmk->bhnm", q, k, preferred_element_type=jnp.float32)
 
 
 def _attend(q: Array, k: Array, v: Array, *, scale: float) -> tuple[Array, Array]:
-    """(B, H, N, K), keys and values (B, H, M, K) -> weighted sums (B, H, N, K), and of the weights.
+    """Returns numerator and denominator of attention; their quotient is softmax(scale q k^T) v.
 
-    Dividing the one by the other, (B, H, N, 1), is left for last: K divisions a query instead of M,
-    and a pass over the map less, forward and backward.
+    Dividing last takes K divisions for each query instead of M, and one pass over the map fewer,
+    forward and backward.
+
+    Args:
+      q: (B, H, N, K).
+      k: (B, H, M, K).
+      v: (B, H, M, K).
+      scale: factor of the scores.
+
+    Returns:
+      (B, H, N, K) float32, the sums of the values with weights exp(score - largest score); and
+      (B, H, N, 1) float32, the sums of these weights.
     """
     scores = _scores(q, k, scale)
     weights = jnp.exp(scores - jax.lax.stop_gradient(scores.max(axis=-1, keepdims=True)))
@@ -167,10 +186,10 @@ def _attend(q: Array, k: Array, v: Array, *, scale: float) -> tuple[Array, Array
 
 @functools.partial(jax.custom_jvp, nondiff_argnums=(2,))
 def _normalise(sums: Array, totals: Array, dtype: jnp.dtype) -> Array:
-    """sums / totals, (B, H, N, K) -> (B, N, H, K) in `dtype`.
+    """Returns sums / totals: (B, H, N, K), (B, H, N, 1) -> (B, N, H, K) in `dtype`.
 
-    Its derivative is written in the result, where JAX's reads the sums: with the result kept, the
-    backward pass need not average the values again.
+    The derivative below reads the result, where the one that JAX would derive reads the sums. If
+    rematerialisation keeps the result, the backward pass does not average the values again.
     """
     return jnp.moveaxis((sums / totals).astype(dtype), 1, 2)
 

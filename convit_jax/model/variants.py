@@ -1,4 +1,4 @@
-"""The paper's models by name, and what kind each option of a model is."""
+"""The paper's models by name, and the options of a model by kind."""
 
 import dataclasses
 from typing import Any
@@ -30,20 +30,20 @@ OPTIONS = tuple(_FIELDS)
 
 
 def options_of_kind(*kinds: str) -> tuple[str, ...]:
-    """Names of the options of `ConViT` of these kinds, in the order of its fields.
+    """Returns the names of the options of `ConViT` of these kinds, in the order of its fields.
 
-    The kinds are "structure", "changeable", "function", "training" and "computation"; they are
-    explained above `ConViT` and given beside each of its fields.
+    The kinds are "structure", "changeable", "function", "training" and "computation". network.py
+    explains them above `ConViT` and states the kind of each option beside its field.
     """
     return tuple(name for name, field in _FIELDS.items() if field.metadata["kind"] in kinds)
 
 
 def create_model(name: str, **overrides: Any) -> ConViT:
-    """Makes one of the paper's models.
+    """Returns one of the paper's models.
 
     Args:
-      name: one of `VARIANTS`.
-      **overrides: options of `ConViT` in place of the variant's.
+      name: a name of `VARIANTS`.
+      **overrides: options of `ConViT`; they replace those of the variant.
 
     Raises:
       ValueError: if the name or an option is unknown, or the options do not fit together.
@@ -60,10 +60,13 @@ def create_model(name: str, **overrides: Any) -> ConViT:
 
 
 def structure_of(name: str) -> dict[str, Any]:
-    """Returns every option of kind "structure" of one of the paper's models.
+    """Returns the options of kind "structure" of one of the paper's models.
+
+    Args:
+      name: a name of `VARIANTS`.
 
     Raises:
-      ValueError: if there is no such model.
+      ValueError: if the name is unknown.
     """
     if name not in VARIANTS:
         raise ValueError(f"variant: expected one of {', '.join(VARIANTS)}, got {name!r}")
@@ -71,7 +74,7 @@ def structure_of(name: str) -> dict[str, Any]:
 
 
 def variant_of(model: ConViT) -> str | None:
-    """Returns the name of the paper's model of this structure, or None.
+    """Returns the name of the paper's model that has the structure of `model`, or None.
 
     Number of classes, image size and input channels may differ from the paper's.
     """
@@ -80,18 +83,23 @@ def variant_of(model: ConViT) -> str | None:
 
 
 def describe(model: ConViT) -> str:
-    """Returns the structure of a model as one line of text."""
+    """Returns the variant, structure and sizes of a model as one line of text."""
     keys = options_of_kind("structure", "changeable")
     parts = [f"{key}={plain(getattr(model, key))}" for key in keys]
     return f"{variant_of(model) or 'none of the paper'}: {', '.join(parts)}"
 
 
 def to_json(model: ConViT) -> dict[str, Any]:
-    """Returns the options of a model as JSON's types, without those of kind "computation"."""
+    """Returns the options of a model as JSON types, without those of kind "computation"."""
     left_out = options_of_kind("computation")
     return {key: plain(getattr(model, key)) for key in sorted(OPTIONS) if key not in left_out}
 
 
 def plain(value: Any) -> Any:
-    """Returns a pair of equal sizes as one number and a list as a tuple, to compare options."""
-    return image_size.single(value) if isinstance(value, (list, tuple)) else value
+    """Returns an option's value in a form that can be compared.
+
+    A pair of equal sizes becomes one number, and any other list a tuple.
+    """
+    if isinstance(value, (list, tuple)):
+        return image_size.single((value[0], value[1]))
+    return value
