@@ -8,7 +8,7 @@ import glob
 import itertools
 import os
 import pathlib
-from typing import Any
+from typing import Any, cast
 
 import jax
 import jax.numpy as jnp
@@ -67,7 +67,7 @@ class Predictor:
 
         def forward(params: Any, images: jax.Array) -> jax.Array:
             images = normalise(images, loaded.mean, loaded.std)
-            return jax.nn.softmax(model.apply({"params": params}, images))
+            return jax.nn.softmax(cast(jax.Array, model.apply({"params": params}, images)))
 
         self._params = jax.device_put(loaded.params)
         images = jax.ShapeDtypeStruct(self._shape, jnp.uint8)

@@ -30,7 +30,9 @@ def whole_file(path: str | os.PathLike, *kinds: type[Exception]) -> Iterator[pat
         with unfinished.open("rb") as file:
             os.fsync(file.fileno())
         unfinished.replace(path)
-    except (OSError, *kinds) as error:
+    except Exception as error:
+        if not isinstance(error, (OSError, *kinds)):
+            raise
         number = getattr(error, "errno", None)
         reason = getattr(error, "strerror", None) or error
         raise OSError(number, f"cannot be written: {reason}", str(path)) from error

@@ -1,8 +1,14 @@
-"""What importing the package brings along."""
+"""What importing the package brings along, and the package as a wheel, without the checkout."""
 
 import json
+import os
+import pathlib
 import subprocess
 import sys
+import venv
+
+import pytest
+from runs import ROOT
 
 
 def imported(code: str) -> set[str]:
@@ -17,3 +23,150 @@ def imported(code: str) -> set[str]:
 def test_importing_takes_jax_flax_and_numpy_only():
     added = imported("import convit_jax") - imported("import flax.linen, jax, numpy")
     assert added == {"convit_jax"}
+
+
+def test_loading_safetensors_takes_no_package_of_training(tmp_path):
+    code = f"""
+import json, sys
+for package in ("torch", "grain", "ml_collections", "cv2", "PIL", "tqdm", "sklearn"):
+    sys.modules[package] = None  # as if it were not installed
+import jax
+import convit_jax
+from convit_jax.weights.loaded import Loaded
+from convit_jax.weights.safetensors import save_weights
+model = convit_jax.ConViT(image_size=8, patch_size=4, embed_dim=8, num_heads=2, depth=2,
+                          local_up_to_layer=1, num_classes=3)
+params = model.init(jax.random.key(0), jax.numpy.zeros((1, 8, 8, 3)))["params"]
+save_weights({str(tmp_path / "w.safetensors")!r}, Loaded(model, jax.device_get(params)))
+loaded, variables = convit_jax.load({str(tmp_path / "w.safetensors")!r})
+print(loaded.apply(variables, jax.numpy.ones((2, 8, 8, 3))).shape)
+"""
+    done = subprocess.run(
+        [sys.executable, "-c", code], capture_output=True, text=True, cwd=tmp_path
+    )
+    assert done.stdout == "(2, 3)\n", done.stderr
+
+
+MISSING = {
+    "convit_jax.load('run')": ("a run's checkpoint", "ml_collections", "weights"),
+    "convit_jax.load('timm/convit_tiny.fb_in1k')": (
+        "a name on huggingface.co",
+        "huggingface_hub",
+        "weights",
+    ),
+    "main.main(['predict', '--help'])": ("error: convit predict", "ml_collections", "predict"),
+    "main.main(['train'])": ("error: convit train", "ml_collections", "train"),
+}
+
+
+@pytest.mark.parametrize("code", MISSING)
+def test_a_missing_package_is_named_with_its_extra(code, tmp_path):
+    what, package, extra = MISSING[code]
+    (tmp_path / "run").mkdir()
+    code = (
+        "import sys; sys.modules['ml_collections'] = sys.modules['huggingface_hub'] = None; "
+        f"import convit_jax; from convit_jax.cli import main; {code}"
+    )
+    done = subprocess.run(
+        [sys.executable, "-c", code], capture_output=True, text=True, cwd=tmp_path
+    )
+    assert done.returncode == 1
+    assert done.stderr.strip().endswith(
+        f"{what} needs the package {package}: pip install 'convit-jax[{extra}]'"
+    )
+
+
+@pytest.fixture(scope="module")
+def wheel(tmp_path_factory):
+    """The project as a wheel."""
+    folder = tmp_path_factory.mktemp("wheel")
+    command = [
+        sys.executable,
+        "-m",
+        "pip",
+        "wheel",
+        "--no-deps",
+        "-q",
+        "-w",
+        str(folder),
+        str(ROOT),
+    ]
+    subprocess.run(command, check=True, cwd=folder)
+    (path,) = folder.glob("*.whl")
+    return path
+
+
+def environment(folder: pathlib.Path, *packages: object) -> pathlib.Path:
+    """A virtual environment with these packages; returns the folder of its programs."""
+    venv.create(folder, with_pip=True)
+    command = [folder / "bin" / "python", "-m", "pip", "install", "-q", *packages]
+    subprocess.run(list(map(str, command)), check=True)
+    return folder / "bin"
+
+
+@pytest.mark.slow
+def test_every_command_works_from_a_wheel_in_an_empty_folder(wheel, tmp_path):
+    programs = environment(tmp_path / "venv", "--no-deps", wheel)
+    empty = tmp_path / "empty"
+    empty.mkdir()
+    # The packages of this environment, in which the project itself is a checkout and not found.
+    site = str(pathlib.Path(pytest.__file__).parents[1])
+    env = os.environ | {"PYTHONPATH": site, "JAX_PLATFORMS": "cpu"}
+
+    def convit(*words: str) -> str:
+        done = subprocess.run(
+            [programs / "convit", *words], cwd=empty, env=env, capture_output=True, text=True
+        )
+        assert done.returncode == 0, done.stderr
+        return done.stdout
+
+    where = subprocess.run(
+        [programs / "python", "-c", "import convit_jax; print(convit_jax.__file__)"],
+        cwd=empty, env=env, capture_output=True, text=True,
+    ).stdout  # fmt: skip
+    assert str(tmp_path / "venv") in where
+    assert "convert" in convit("--help")
+    assert convit("--version").startswith("convit-jax 0.")
+    for command in ("train", "eval", "predict", "convert", "data"):
+        assert f"usage: convit {command}" in convit(command, "--help")
+    for command in ("check", "prepare"):
+        assert f"usage: convit data {command}" in convit("data", command, "--help")
+    assert "1,437 images of 10 classes" in convit("data", "check", "--config=digits")
+    convit("train", "--config=digits", "--workdir=run", "--config.train.epochs=1")
+    assert "top-1" in convit("eval", "--workdir=run")
+    convit("convert", "run", "w.safetensors")
+    image = ROOT / "tests" / "data"  # a folder without pictures
+    done = subprocess.run(
+        [programs / "convit", "predict", "--weights=w.safetensors", image],
+        cwd=empty, env=env, capture_output=True, text=True,
+    )  # fmt: skip
+    assert "no images in this folder" in done.stderr
+    module = [programs / "python", "-m", "convit_jax", "--help"]
+    assert "commands:" in subprocess.run(module, env=env, capture_output=True, text=True).stdout
+
+
+@pytest.mark.slow
+def test_the_core_alone_has_the_model_and_safetensors(wheel, tmp_path):
+    programs = environment(tmp_path / "venv", wheel)
+    code = """
+import jax
+import convit_jax
+from convit_jax import GPSA
+layer = GPSA(num_heads=4)
+params = layer.init(jax.random.key(0), jax.numpy.ones((2, 35, 32)), grid=(5, 7))
+from convit_jax.weights.loaded import Loaded
+from convit_jax.weights.safetensors import save_weights
+model = convit_jax.create_model("convit_tiny", image_size=32, num_classes=2)
+variables = model.init(jax.random.key(0), jax.numpy.ones((1, 32, 32, 3)))
+save_weights("w.safetensors", Loaded(model, jax.device_get(variables["params"])))
+model, variables = convit_jax.load("w.safetensors")
+print(model.apply(variables, jax.numpy.ones((1, 32, 32, 3))).shape)
+"""
+    env = {key: value for key, value in os.environ.items() if key != "PYTHONPATH"}
+    env["JAX_PLATFORMS"] = "cpu"
+    command = [programs / "python", "-W", "error", "-c", code]
+    done = subprocess.run(command, cwd=tmp_path, env=env, capture_output=True, text=True)
+    assert done.stdout == "(1, 2)\n", done.stderr
+    command = [programs / "convit", "train", "--config=digits", "--workdir=run"]
+    done = subprocess.run(command, cwd=tmp_path, env=env, capture_output=True, text=True)
+    assert "pip install 'convit-jax[train]'" in done.stderr

@@ -74,7 +74,8 @@ def parse(
 ) -> tuple[argparse.Namespace, list[str]]:
     """Parses a command line with `add_config`; returns the flags, and --config.KEY=VALUE ones."""
     args, rest = parser.parse_known_args(argv)
-    overrides, unknown = [], []
+    overrides: list[str] = []
+    unknown: list[str] = []
     for i, word in enumerate(rest):
         follows = i > 0 and rest[i - 1].startswith("--config.") and "=" not in rest[i - 1]
         is_override = word.startswith("--config.") or (follows and not word.startswith("-"))

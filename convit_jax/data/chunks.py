@@ -58,7 +58,7 @@ class Share:
     index: int = 0
     count: int = 1
 
-    def __post_init__(self):
+    def __post_init__(self) -> None:
         if self.batch_size % self.count:
             raise ValueError(
                 f"batch size: expected a multiple of the {self.count} processes, "

@@ -292,8 +292,8 @@ def _check_finished(final: pathlib.Path, counts: dict[str, int]) -> None:
 
     try:
         info = tfds.builder_from_directory(final).info
-        found = {name: split.num_examples for name, split in info.splits.items()}
-        found = f"{found} as {info.file_format.value}"
+        sizes = {name: split.num_examples for name, split in info.splits.items()}
+        found = f"{sizes} as {info.file_format.value}"
     except Exception as error:  # tfds raises many kinds of errors for a folder it cannot read
         found = f"nothing that tfds reads ({error})"
     if found != f"{counts} as array_record":

@@ -10,6 +10,7 @@ import os
 import pathlib
 import posixpath
 import tarfile
+from types import ModuleType
 
 import numpy as np
 import tqdm
@@ -56,7 +57,7 @@ def find_tars(folder: str | os.PathLike) -> tuple[pathlib.Path, pathlib.Path]:
     paths = [pathlib.Path(folder).expanduser() / name for name in (TRAIN_TAR, VALIDATION_TAR)]
     if missing := [str(path) for path in paths if not path.is_file()]:
         raise FileNotFoundError(f"{' and '.join(missing)}: no such file. {SOURCE}")
-    return tuple(paths)
+    return paths[0], paths[1]
 
 
 def index_train(path: pathlib.Path, classes: int, count: int, progress: bool = False) -> Images:
@@ -92,13 +93,13 @@ def index_train(path: pathlib.Path, classes: int, count: int, progress: bool = F
                 return names, offsets + member.offset_data, sizes
 
     with readers() as pool:
-        found = pool.map(walk, inner)
+        walked = pool.map(walk, inner)
         name = f"checking {path.name}"
-        bar = tqdm.tqdm(found, name, len(inner), unit=" classes", disable=not progress)
+        bar = tqdm.tqdm(walked, name, len(inner), unit=" classes", disable=not progress)
         parts = list(bar)
     targets = [np.full(len(part[0]), labels[wnid]) for wnid, part in zip(wnids, parts, strict=True)]
-    columns = [np.concatenate(column) for column in zip(*parts, strict=True)]
-    return _counted(Images(path, *columns, np.concatenate(targets)), count)
+    names, offsets, sizes = (np.concatenate(column) for column in zip(*parts, strict=True))
+    return _counted(Images(path, names, offsets, sizes, np.concatenate(targets)), count)
 
 
 def index_validation(path: pathlib.Path, count: int) -> Images:
@@ -158,7 +159,7 @@ def encoded_by_tfds() -> set[str]:
     return {*module.CMYK_IMAGES, *module.PNG_IMAGES}
 
 
-def tfds_module():
+def tfds_module() -> ModuleType:
     """Returns the module of tfds' own builder; importing and building need no TensorFlow."""
     from tensorflow_datasets.datasets.imagenet2012 import imagenet2012_dataset_builder
 

@@ -40,6 +40,7 @@ def open_source(
         raise ValueError(f"split: expected 'train' or 'test', got {split!r}")
     if not 0 < sampling_ratio <= 1:
         raise ValueError(f"data.sampling_ratio: expected 0 < ratio <= 1, got {sampling_ratio}")
+    opened: Source
     kind, _, rest = source.partition(":")
     if source == "digits":
         opened = digits(split)

@@ -11,7 +11,7 @@ with the same tables and geometry; its pixels differ by less than a grey level o
 
 import functools
 import math
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
@@ -20,7 +20,7 @@ from convit_jax.data.opencv import opencv
 if TYPE_CHECKING:
     from PIL import Image
 
-Op = tuple[str, float | None]  # name and argument; None for an operation without argument
+Op = tuple[str, Any]  # name and argument, a number; None for an operation without argument
 
 # timm's names in the order of timm's list, so that an index means the same operation.
 NAMES = (
@@ -173,7 +173,7 @@ def _table(name: str, value: float) -> np.ndarray:
     """Returns (256,) uint8, the result of the operation for every grey level."""
     levels = np.arange(256)
     if name == "Posterize":
-        levels = levels & ~(2 ** (8 - value) - 1)  # with 0 bits kept, all black
+        levels = levels & ~(2 ** (8 - int(value)) - 1)  # with 0 bits kept, all black
     elif name == "Solarize":
         levels = np.where(levels < value, levels, 255 - levels)
     else:
@@ -221,7 +221,7 @@ def _color(image: np.ndarray, factor: float) -> np.ndarray:
         [red, green + factor, blue, _CUT],
         [red, green, blue + factor, _CUT],
     ]
-    return opencv().transform(image, np.float32(matrix))
+    return opencv().transform(image, np.array(matrix, np.float32))
 
 
 def _sharpness(image: np.ndarray, factor: float) -> np.ndarray:
@@ -264,7 +264,7 @@ def _translate(image: np.ndarray, share: float, axis: int) -> np.ndarray:
     # One more column in front, since half a pixel outside the image still shows the edge.
     padded = cv2.copyMakeBorder(image, 0, 0, 1, 0, cv2.BORDER_REPLICATE)
     filtered = cv2.filter2D(
-        padded, -1, np.float64([_taps(shift - whole)]), anchor=(1, 0), delta=_CUT,
+        padded, -1, np.array([_taps(shift - whole)], np.float64), anchor=(1, 0), delta=_CUT,
         borderType=cv2.BORDER_REPLICATE,
     )  # fmt: skip
     # Column x shows the input at x + shift, which must be in [-0.5, width - 0.5).
@@ -326,7 +326,7 @@ def _rotate(image: np.ndarray, degrees: float) -> np.ndarray:
     height, width = image.shape[:2]
     a, b, c, d, e, f = _affine("Rotate", degrees, height, width)
     # OpenCV measures from the centre of the first pixel.
-    matrix = np.float64([[a, b, c + (a + b - 1) / 2], [d, e, f + (d + e - 1) / 2]])
+    matrix = np.array([[a, b, c + (a + b - 1) / 2], [d, e, f + (d + e - 1) / 2]], np.float64)
     out = cv2.warpAffine(
         image, matrix, (width, height), flags=cv2.INTER_CUBIC | cv2.WARP_INVERSE_MAP,
         borderMode=cv2.BORDER_REPLICATE,

@@ -13,7 +13,7 @@ import hashlib
 import itertools
 import logging
 import os
-from typing import Protocol
+from typing import Any, Protocol
 import zipfile
 
 import numpy as np
@@ -33,7 +33,8 @@ Arrays = dict[str, np.ndarray]
 class Records(Protocol):
     """The payloads of a split, in the order of its shards."""
 
-    paths: tuple[str, ...]
+    @property
+    def paths(self) -> tuple[str, ...]: ...
 
     def __len__(self) -> int: ...
 
@@ -107,7 +108,7 @@ class ArrayRecords:
         return _where(self, index)
 
     @functools.cached_property
-    def _reader(self):
+    def _reader(self) -> Any:
         from array_record.python import array_record_data_source  # late: it defines absl flags
 
         _allow_open_files()
@@ -198,7 +199,8 @@ def index_shard(path: str, expected: int) -> np.ndarray:
       ValueError: if a length fails its checksum, if the file ends within a record, or if the number
         of records is not `expected`.
     """
-    heads, offset = [], 0
+    heads: list[bytes] = []
+    offset = 0
     size = os.path.getsize(path)
     with open(path, "rb", buffering=0) as file:
         # One record more than expected is enough to know that there are too many.
@@ -238,7 +240,8 @@ def _check_count(path: str, count: int, expected: int) -> None:
 def _crc_table() -> np.ndarray:
     table = np.arange(256, dtype=np.uint32)
     for _ in range(8):  # Castagnoli's polynomial, bits reflected
-        table = (table >> 1) ^ np.where(table & 1, np.uint32(0x82F63B78), np.uint32(0))
+        odd = (table & np.uint32(1)).astype(bool)
+        table = (table >> np.uint32(1)) ^ np.where(odd, np.uint32(0x82F63B78), np.uint32(0))
     return table
 
 
@@ -247,7 +250,7 @@ def masked_crc32c(data: np.ndarray) -> np.ndarray:
     crc = np.full(len(data), 0xFFFFFFFF, np.uint32)
     for column in data.T:
         crc = (crc >> 8) ^ _crc_table()[(crc ^ column) & 0xFF]
-    crc = ~crc
+    crc ^= np.uint32(0xFFFFFFFF)
     return ((crc >> 15) | (crc << 17)) + np.uint32(0xA282EAD8)
 
 
@@ -287,8 +290,8 @@ def cached(path: str | None, key: str, build: Callable[[], Arrays]) -> Arrays:
     arrays = build()
     try:
         os.makedirs(os.path.dirname(path), exist_ok=True)
-        with storage.whole_file(path) as unfinished, unfinished.open("wb") as file:
-            np.savez(file, key=np.array(key), **arrays)
+        with storage.whole_file(path) as unfinished, unfinished.open("wb") as out:
+            np.savez(out, allow_pickle=False, key=np.array(key), **arrays)
     except OSError as error:
         log.warning("%s: not written, so the next start builds it again: %s", path, error)
     return arrays

@@ -27,8 +27,11 @@ class Source(Protocol):
       description: what the source reads and from where, in one line.
     """
 
-    class_names: tuple[str, ...]
-    description: str
+    @property
+    def class_names(self) -> tuple[str, ...]: ...
+
+    @property
+    def description(self) -> str: ...
 
     @property
     def num_classes(self) -> int: ...

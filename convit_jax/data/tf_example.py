@@ -2,6 +2,7 @@
 
 from collections.abc import Collection, Iterator
 import itertools
+from typing import Any
 
 _EMPTY = memoryview(b"")
 
@@ -20,7 +21,7 @@ def parse_example(record: bytes, names: Collection[str]) -> dict[str, bytes | in
     Raises:
       ValueError: if `record` is not a serialised Example.
     """
-    found = {}
+    found: dict[str, bytes | int] = {}
     try:
         for features in _fields(memoryview(record), 1):
             for entry in _fields(features, 1):
@@ -45,12 +46,13 @@ def _values(feature: memoryview) -> Iterator[bytes | int]:
             yield value - (value >> 63 << 64)  # two's complement
 
 
-def _fields(message: memoryview, wanted: int) -> Iterator[memoryview | int]:
-    """Yields the values of one field of a protocol buffer message."""
+def _fields(message: memoryview, wanted: int) -> Iterator[Any]:
+    """Yields the values of one field of a protocol buffer message: memoryviews or integers."""
     position = 0
     while position < len(message):
         tag, position = _varint(message, position)
         number, kind = tag >> 3, tag & 7
+        value: memoryview | int
         if kind == 0:
             value, position = _varint(message, position)
         elif kind in (1, 2, 5):

@@ -50,19 +50,21 @@ class RecordSource:
 
     def __getitem__(self, index: int) -> dict[str, Any]:
         index = check_index(index, len(self))
-        keys = (self.image_key, self.label_key, self.name_key)
+        keys = (self.image_key, self.label_key, self.name_key or "")
         record = self.shards[index]
         try:
             example = parse_example(record, keys)
         except ValueError as error:
             raise ValueError(f"{self.shards.where(index)}: {error}") from error
-        image, label, name = (example.get(key) for key in keys)
+        image, label, found = (example.get(key) for key in keys)
         if not isinstance(image, bytes) or not isinstance(label, int):
             raise ValueError(
                 f"{self.shards.where(index)}: expected bytes {self.image_key!r} and an integer "
                 f"{self.label_key!r}, got {sorted(example)}"
             )
-        name = name.decode(errors="replace") if name else self.shards.where(index)
+        name = self.shards.where(index)
+        if isinstance(found, bytes) and found:
+            name = found.decode(errors="replace")
         if not 0 <= label < self.num_classes:
             raise ValueError(
                 f"{self.shards.where(index)}, {name}: expected a label below "
@@ -141,6 +143,7 @@ def open_tfds(spec: str, split: str, data_dir: str, cache_dir: str | None) -> Re
             f"there, {missing[0]} the first; copy them, or {_prepare_command(info.name, root)}"
         )
     cache_name = f"{info.full_name}-{name}".replace("/", "-")
+    shards: records.Records
     if format_name == "tfrecord":
         cache = records.cache_file(cache_dir, f"{cache_name}-index")
         shards = records.open_tfrecords(paths, lengths, cache)

@@ -251,11 +251,14 @@ class _Span:
         """Resizes and crops a picture along one axis; axis 0 is the width."""
         from PIL import Image
 
-        size, box, crop = list(picture.size), [0, 0, *picture.size], [0, 0, *picture.size]
-        size[axis] = self.length
-        box[axis], box[axis + 2] = self.start, self.stop
-        crop[axis], crop[axis + 2] = self.skip, self.skip + self.keep
-        return picture.resize(tuple(size), Image.Resampling.BICUBIC, box=tuple(box)).crop(crop)
+        width, height = picture.size
+        start, stop, end = self.start, self.stop, self.skip + self.keep
+        bicubic = Image.Resampling.BICUBIC
+        if axis == 0:
+            resized = picture.resize((self.length, height), bicubic, box=(start, 0, stop, height))
+            return resized.crop((self.skip, 0, end, height))
+        resized = picture.resize((width, self.length), bicubic, box=(0, start, width, stop))
+        return resized.crop((0, self.skip, width, end))
 
 
 def _finish_fast(

@@ -1,6 +1,6 @@
 """Worker processes that turn chunks into batches."""
 
-from collections.abc import Iterator
+from collections.abc import Generator
 import contextlib
 import gc
 import itertools
@@ -22,7 +22,7 @@ def iterate(
     start_step: int = 0,
     stop_step: int | None = None,
     workers: int = 0,
-) -> Iterator[Batch]:
+) -> Generator[Batch, None, None]:
     """Makes batches of chunks, from one step to another.
 
     Args:

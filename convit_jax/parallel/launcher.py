@@ -64,8 +64,8 @@ def _by_hand(
         "--num_processes": num_processes,
         "--process_id": process_id,
     }
-    missing = [name for name, value in given.items() if value is None]
-    if missing:
+    if num_processes is None or process_id is None or coordinator is None:
+        missing = [name for name, value in given.items() if value is None]
         have = [name for name in given if name not in missing]
         raise ValueError(f"{' and '.join(missing)}: expected beside {' and '.join(have)}")
     if num_processes < 1:

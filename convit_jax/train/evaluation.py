@@ -2,7 +2,7 @@
 
 import collections
 from collections.abc import Callable, Iterable
-from typing import Any
+from typing import Any, cast
 
 import flax.linen as nn
 import jax
@@ -14,7 +14,7 @@ import optax
 from convit_jax.model.normalise import normalise
 from convit_jax.parallel import sharding
 
-EvalStep = Callable[[Any, dict[str, jax.Array]], dict[str, jax.Array]]
+EvalStep = jax.stages.Wrapped | jax.stages.Compiled  # see `make_eval_step`
 
 
 _AHEAD = 2  # batches that may be in flight on the devices while the next one is read
@@ -26,7 +26,7 @@ def make_eval_step(
     std: tuple[float, ...],
     mesh: Mesh,
     predictions: bool = False,
-) -> EvalStep:
+) -> jax.stages.Wrapped:
     """Returns a jitted (params, batch) -> results over a global batch of B images.
 
     The results are sums over the images, without padding: "loss", "top1", "top5" and "images". With
@@ -41,7 +41,8 @@ def make_eval_step(
     """
 
     def eval_step(params: Any, batch: dict[str, jax.Array]) -> dict[str, jax.Array]:
-        logits = model.apply({"params": params}, normalise(batch["image"], mean, std))
+        images = normalise(batch["image"], mean, std)
+        logits = cast(jax.Array, model.apply({"params": params}, images))
         labels, mask = batch["label"], batch["mask"]
         loss = optax.softmax_cross_entropy_with_integer_labels(logits, labels)
         # The rank of the label's logit; 1 is the largest. Ties count as wrong, so that constant
@@ -96,11 +97,11 @@ def evaluate(
     for batch in batches:
         if interrupted():
             return None
-        batch = sharding.put_batch(batch, mesh)
-        running.append({prefix: eval_step(params, batch) for prefix, params in weights.items()})
+        on_devices = sharding.put_batch(batch, mesh)
+        running.append({prefix: eval_step(p, on_devices) for prefix, p in weights.items()})
         fetch(_AHEAD)
     fetch(0)
-    result = {}
+    result: dict[str, Any] = {}
     for prefix, parts in done.items():
         means = _means(parts, num_images)
         result |= {prefix + name: value for name, value in means.items()}

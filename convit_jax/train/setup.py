@@ -208,7 +208,8 @@ def use_compilation_cache(config: ml_collections.ConfigDict, workdir: Workdir | 
     folder = config.compilation_cache
     if folder == "workdir":
         folder = str(workdir.compilation_cache.resolve()) if workdir else ""
-    if folder and not jax.config.read("jax_compilation_cache_dir"):  # $JAX_COMPILATION_CACHE_DIR wins
+    # JAX has already read $JAX_COMPILATION_CACHE_DIR, which takes precedence.
+    if folder and not jax.config.read("jax_compilation_cache_dir"):
         jax.config.update("jax_compilation_cache_dir", folder)
 
 

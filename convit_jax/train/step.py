@@ -1,6 +1,5 @@
 """One step of training, and the state that it carries from step to step."""
 
-from collections.abc import Callable
 import dataclasses
 import functools
 from typing import Any
@@ -18,8 +17,7 @@ from convit_jax.train import optim
 from convit_jax.train.augmentation import BatchAugmentation
 
 
-@flax.struct.dataclass
-class TrainState:
+class TrainState(flax.struct.PyTreeNode):
     """Everything that training carries from step to step.
 
     Attributes:
@@ -36,7 +34,7 @@ class TrainState:
 
 
 Batch = dict[str, jax.Array]
-TrainStep = Callable[[TrainState, Batch], tuple[TrainState, dict[str, jax.Array]]]
+TrainStep = jax.stages.Compiled  # (state, batch) -> (state, metrics)
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -112,7 +110,7 @@ class Program:
         ema = params if self.config.optim.ema_decay else None
         return TrainState(jnp.zeros((), jnp.int32), params, self.optimizer.init(params), ema)
 
-    def jitted_step(self) -> TrainStep:
+    def jitted_step(self) -> jax.stages.Wrapped:
         """Returns a jitted (state, batch) -> (state, metrics); the old state is donated.
 
         The randomness of a step is a function of (seed, step). The batch is "image" (B, height,

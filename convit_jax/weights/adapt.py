@@ -1,5 +1,6 @@
 """Parameters fitted to another model: a new head, other image sizes, other input channels."""
 
+from collections.abc import Mapping
 import logging
 import math
 from typing import Any
@@ -14,7 +15,7 @@ log = logging.getLogger(__name__)
 
 
 def fit_params(
-    params: dict[str, Any],
+    params: Mapping[str, Any],
     model: ConViT,
     *,
     new_head: bool,
@@ -99,17 +100,17 @@ def resample_pos_embed(
     """
     prefix, patches = pos_embed[:, :num_prefix_tokens], pos_embed[:, num_prefix_tokens:]
     side = math.isqrt(patches.shape[1])
-    source_grid = (side, side) if source_grid is None else tuple(source_grid)
-    if math.prod(source_grid) != patches.shape[1]:
+    rows, columns = (side, side) if source_grid is None else source_grid
+    if rows * columns != patches.shape[1]:
         raise ValueError(
-            f"pos_embed: expected a grid of {source_grid[0]} x {source_grid[1]} patches, got "
+            f"pos_embed: expected a grid of {rows} x {columns} patches, got "
             f"{patches.shape[1]} patches"
         )
-    if source_grid == tuple(grid):
+    if (rows, columns) == tuple(grid):
         return pos_embed
     width = patches.shape[2]
     resized = jax.image.resize(
-        patches.reshape(1, *source_grid, width), (1, *grid, width), "bicubic", antialias=True
+        patches.reshape(1, rows, columns, width), (1, *grid, width), "bicubic", antialias=True
     )
     return np.concatenate([prefix, np.asarray(resized).reshape(1, -1, width)], axis=1)
 

@@ -9,6 +9,7 @@ import pathlib
 import re
 from typing import Any
 
+from convit_jax import extras
 from convit_jax.model.variants import VARIANTS, structure_of
 from convit_jax.weights.infer import Claim
 
@@ -74,8 +75,9 @@ def fetch(name: str, *, offline: bool = False) -> Repository:
       ValueError: if there is no such repository, or no weights in it.
       OSError: if it is not in the cache, and offline or the network is missing.
     """
-    import huggingface_hub
-    from huggingface_hub import errors
+    with extras.needed("weights", "a name on huggingface.co"):
+        import huggingface_hub
+        from huggingface_hub import errors
 
     repo, _, revision = name.partition("@")
 
@@ -141,15 +143,15 @@ def describe(repository: Repository) -> tuple[Claim, dict[str, Any]]:
     if size is not None:
         options["image_size"] = size
 
-    extras = {key: tuple(recipe[key]) for key in ("mean", "std") if recipe.get(key)}
+    known: dict[str, Any] = {key: tuple(recipe[key]) for key in ("mean", "std") if recipe.get(key)}
     if recipe.get("crop_pct"):
-        extras["crop_pct"] = float(recipe["crop_pct"])
+        known["crop_pct"] = float(recipe["crop_pct"])
     if recipe.get("label_names"):
-        extras["class_names"] = tuple(recipe["label_names"])
+        known["class_names"] = tuple(recipe["label_names"])
     for key, ours in (("interpolation", "bicubic"), ("crop_mode", "center")):
         if recipe.get(key, ours) != ours:
             log.warning("%s asks for %s %s: here it is %s", repository.name, key, recipe[key], ours)
-    return Claim(f"config.json of {repository.name}", options), extras
+    return Claim(f"config.json of {repository.name}", options), known
 
 
 def _read_config(path: pathlib.Path | None) -> dict[str, Any]:
@@ -170,7 +172,7 @@ def _first(
     """The first of these files that there is, else why there is none."""
     from huggingface_hub import errors
 
-    missing = None
+    missing: Exception | None = None
     for file in files:
         try:
             return download(file, offline), None

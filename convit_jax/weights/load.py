@@ -17,6 +17,7 @@ from typing import Any
 import jax
 import numpy as np
 
+from convit_jax import extras
 from convit_jax.model.network import ConViT
 from convit_jax.model.variants import describe
 from convit_jax.weights import adapt, hub, infer, torch_pickle
@@ -121,22 +122,24 @@ def _read_folder(path: pathlib.Path, *, ema: bool, checkpoint: str) -> Contents:
     cloned = hub.cloned(path)
     if cloned is not None and not ema:
         return _read_repository(cloned)
-    from convit_jax.weights import from_workdir  # needs Orbax
     from convit_jax.workdir.folder import Workdir
+
+    with extras.needed("weights", "a run's checkpoint"):
+        from convit_jax.weights import from_workdir
 
     workdir = Workdir(path)
     found = from_workdir.find(workdir, ema=ema, wanted=checkpoint)
     if found.step is None:
         return _read_file(found.path, ema=False)
-    stated, extras = from_workdir.describe(workdir)
-    return Contents(from_workdir.restore(found, ema=ema), stated, {**extras, "step": found.step})
+    stated, others = from_workdir.describe(workdir)
+    return Contents(from_workdir.restore(found, ema=ema), stated, {**others, "step": found.step})
 
 
 def _read_repository(repository: hub.Repository) -> Contents:
     contents = _read_file(repository.weights, ema=False)
-    stated, extras = hub.describe(repository)
+    stated, others = hub.describe(repository)
     # Files of ours say all themselves, wherever they lie.
-    return Contents(contents.params, contents.stated or stated, {**extras, **contents.extras})
+    return Contents(contents.params, contents.stated or stated, {**others, **contents.extras})
 
 
 def _read_file(path: pathlib.Path, *, ema: bool) -> Contents:

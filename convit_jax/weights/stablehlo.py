@@ -6,6 +6,7 @@ logits = call(images)         # images as the model takes them: float32, normali
 """
 
 import os
+from typing import cast
 
 import jax
 import jax.export
@@ -37,7 +38,7 @@ def save_exported(path: str | os.PathLike, loaded: Loaded, batch: int) -> None:
     model = loaded.model.clone(dtype=jnp.float32, attention="auto", remat="none")
 
     def inference(images: jax.Array) -> jax.Array:
-        return model.apply({"params": loaded.params}, images)
+        return cast(jax.Array, model.apply({"params": loaded.params}, images))
 
     images = jax.ShapeDtypeStruct((batch, *model.image_shape), jnp.float32)
     # TPUs and GPUs would otherwise multiply in less than float32.

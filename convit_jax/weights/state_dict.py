@@ -37,7 +37,9 @@ class Row:
     feature: str | None = None
 
 
-def _linear(torch: str, flax: str, out: str | int, in_: str | int, bias: str | None = None):
+def _linear(
+    torch: str, flax: str, out: str | int, in_: str | int, bias: str | None = None
+) -> tuple[Row, ...]:
     """Rows of a linear layer; `bias` names the feature that its bias belongs to."""
     return (
         Row(f"{torch}.weight", f"{flax}/kernel", (out, in_), _LINEAR_AXES),
@@ -45,14 +47,14 @@ def _linear(torch: str, flax: str, out: str | int, in_: str | int, bias: str | N
     )
 
 
-def _norm(torch: str, flax: str):
+def _norm(torch: str, flax: str) -> tuple[Row, ...]:
     return (
         Row(f"{torch}.weight", f"{flax}/scale", ("D",)),
         Row(f"{torch}.bias", f"{flax}/bias", ("D",)),
     )
 
 
-def _block(*attention: Row):
+def _block(*attention: Row) -> tuple[Row, ...]:
     return (
         *_norm("norm1", "norm1"),
         *attention,
@@ -206,7 +208,7 @@ def _check(
     sizes = _sizes(found, expected)
     problems = []
     for name, shape, feature in expected:
-        shape = tuple(sizes.get(size, size) for size in shape)
+        shape = tuple(sizes.get(n, n) if isinstance(n, str) else n for n in shape)
         if name in found and found[name] != shape:
             problems.append(f"wrong shape: {name}: expected {shape}, got {found[name]}")
         elif name not in found and (feature is None or feature in features):
@@ -221,7 +223,7 @@ def _sizes(
     found: Mapping[str, tuple[int, ...]], expected: list[tuple[str, Shape, str | None]]
 ) -> dict[str, int]:
     """What the letters of the table stand for here: the size that most arrays agree on."""
-    votes = collections.defaultdict(collections.Counter)
+    votes: dict[str, collections.Counter[int]] = collections.defaultdict(collections.Counter)
     for name, shape, _ in expected:
         if len(found.get(name, ())) == len(shape):
             for letter, size in zip(shape, found[name], strict=True):

@@ -198,14 +198,15 @@ class Checkpoints:
         )
         unreadable: list[int] = []
         for step in sorted(self._manager.all_steps(), reverse=True):
-            restored = failure = None
+            restored: Restored | None = None
+            failure: Exception | None = None
             try:
                 items = self._manager.restore(step, args=wanted)
                 metrics = self._manager.metrics(step)
                 restored = Restored(step, items["state"], items["progress"], metrics)
             except Exception as error:  # whatever broken files make of the readers
                 failure = error
-            if _on_all(restored is not None):
+            if _on_all(restored is not None) and restored is not None:
                 for bad in unreadable:
                     self._set_aside(bad)
                 self._unevaluated = step if restored.metrics is None else None

@@ -14,6 +14,7 @@ import pathlib
 import sys
 import time
 from types import ModuleType
+from typing import Any
 
 from convit_jax import storage
 from convit_jax.workdir.folder import Workdir
@@ -83,7 +84,7 @@ class EventFile:
         ]
         self._append(self._event(wall_time=now, step=step, summary=self._summary(value=values)))
 
-    def _append(self, event: object) -> None:
+    def _append(self, event: Any) -> None:
         with _naming(self._path):
             self._writer.write(event.SerializeToString())
             self._writer.flush()
@@ -97,7 +98,7 @@ def _import_tensorboardx() -> ModuleType:
     """tensorboardX without PyTorch, which it imports where there is one: seconds, for nothing."""
     hide = "torch" not in sys.modules
     if hide:
-        sys.modules["torch"] = None  # an ImportError, which tensorboardX expects
+        sys.modules["torch"] = None  # type: ignore[assignment]  # an ImportError, which tensorboardX expects
     try:
         import tensorboardX
     finally:
@@ -108,7 +109,7 @@ def _import_tensorboardx() -> ModuleType:
 
 def _tags(kind: str, metrics: Values) -> Iterator[tuple[str, float]]:
     for name, value in metrics.items():
-        if name == "gates":
+        if isinstance(value, Sequence):  # the gates
             yield from ((f"gate/layer_{i:02}", float(gate)) for i, gate in enumerate(value, 1))
         else:
             yield f"{'speed' if name in _SPEED else kind}/{name}", float(value)
