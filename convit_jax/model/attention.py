@@ -227,9 +227,9 @@ class GPSA(nn.Module):
       use_local_init: whether positional and value projections get the convolutional
         initialisation; False initialises both at random (the paper's ablation).
       positional: how the positional part is computed. "blend" writes out P = P_y (x) P_x, mixes it
-        into the content map and applies the blended map to v. "contract" applies P_y across the rows
-        and P_x across the columns of v and adds the result to the content part. Both compute the same
-        function at different cost. "auto" takes the choice of `choose_forms`.
+        into the content map and applies the blended map to v. "contract" applies P_y across the
+        rows and P_x across the columns of v and adds the result to the content part. Both compute
+        the same function at different cost. "auto" takes the choice of `choose_forms`.
       attention: how the content part is computed: "auto", a name of `sdpa.IMPLEMENTATIONS`, or a
         function with the signature of `jax.nn.dot_product_attention`. Every value but "auto" and
         "xla" needs positional="contract" or "auto".

@@ -47,7 +47,7 @@ def _option(kind: str, default: Any) -> Any:
 
 # The kinds of options. Each field of ConViT states its kind; `variants.options_of_kind` reads it.
 structure = functools.partial(_option, "structure")  # decides the parameters and their shapes
-changeable = functools.partial(_option, "changeable")  # does too, but `weights.adapt` can fit them
+changeable = functools.partial(_option, "changeable")  # decides shapes that `weights.adapt` can fit
 function = functools.partial(_option, "function")  # changes the outputs, not the parameters
 training = functools.partial(_option, "training")  # affects initialisation and training only
 computation = functools.partial(_option, "computation")  # affects speed and memory, not results
