@@ -1,4 +1,4 @@
-"""The flags of benchmarks.model, and what they ask to be compared."""
+"""The flags of benchmarks.model, and the list of comparisons that they ask for."""
 
 import argparse
 import ast
@@ -12,7 +12,7 @@ from benchmarks import contenders, scaling
 from benchmarks.contenders import COMPILED, FORWARD, OURS, STEP, TIMM, WORK, Spec
 from convit_jax import VARIANTS
 
-# What a part takes where the command does not say.
+# Defaults of the flags, which depend on the part.
 _SPEED = {
     "variants": ["convit_tiny", "convit_small", "convit_base"],
     "batch": [8],
@@ -32,7 +32,7 @@ _PARTS = {"speed": _SPEED, "deit": _DEIT, "scaling": _SCALING}
 
 
 def parse(description: str, arguments: list[str] | None = None) -> dict[str, argparse.Namespace]:
-    """The flags of each part that was asked for, with its defaults; exits if they are wrong."""
+    """Returns {part: its flags, with its defaults}; exits with a message if a flag is wrong."""
     parser = _parser(description)
     args = parser.parse_args(arguments)
     given = {key: value for key, value in vars(args).items() if value is not None}
@@ -57,32 +57,34 @@ def _parser(description: str) -> argparse.ArgumentParser:
     def add(flag: str, text: str, **options: Any) -> None:
         parser.add_argument(flag, help=text, **options)
 
-    add("--parts", "(default: all)", nargs="+", choices=_PARTS, default=list(_PARTS))
-    add("--peer", "whom to measure beside (default: timm)", choices=["timm", "none"],
+    add("--parts", "parts to run (default: all)", nargs="+", choices=_PARTS, default=list(_PARTS))
+    add("--peer", "whose models to measure beside ours (default: timm)", choices=["timm", "none"],
         default="timm")  # fmt: skip
-    add("--peer_only", "only the peer: on a GPU two frameworks keep what memory they once took",
-        action="store_true")  # fmt: skip
-    add("--torch_compile", "the peer under torch.compile as well, which needs minutes and a C++ "
-        "compiler or Triton (default: no)", action="store_true")  # fmt: skip
-    add("--variants", f"of {', '.join(VARIANTS)} (default: speed: tiny, small and base; deit: "
-        "small_plus and base; scaling: small)", nargs="+", choices=VARIANTS,
+    add("--peer_only", "measure the peer alone; on a GPU, two frameworks in one process keep each "
+        "other's memory", action="store_true")  # fmt: skip
+    add("--torch_compile", "also measure the peer under torch.compile, which takes minutes and "
+        "needs a C++ compiler or Triton (default: no)", action="store_true")  # fmt: skip
+    add("--variants", f"models to measure, of {', '.join(VARIANTS)} (default: speed: tiny, small "
+        "and base; deit: small_plus and base; scaling: small)", nargs="+", choices=VARIANTS,
         metavar="NAME")  # fmt: skip
-    add("--batch", "images a pass (default: 8; scaling: 1)", type=int, nargs="+", metavar="N")
-    add("--image_size", "pixels, as 224 or 224x320 (default: 224; scaling: 224 384 512 768 1024)",
-        type=_image_size, nargs="+", metavar="N")  # fmt: skip
-    add("--repetitions", "(default: 15; scaling: 5)", type=int, metavar="N")
-    add("--work", "of the parts speed and deit (default: forward step)", nargs="+", choices=WORK,
-        default=[FORWARD, STEP])  # fmt: skip
-    add("--options", "of create_model, for ours, as positional=contract unroll=12; may be given "
-        "several times, and alone stands for the model's defaults. timm takes the sizes of the "
-        "first. (default: those; scaling: also positional=contract)",
+    add("--batch", "images of a pass (default: 8; scaling: 1)", type=int, nargs="+", metavar="N")
+    add("--image_size", "image size in pixels, such as 224 or 224x320 (default: 224; scaling: "
+        "224 384 512 768 1024)", type=_image_size, nargs="+", metavar="N")  # fmt: skip
+    add("--repetitions", "measurements of each time (default: 15; scaling: 5)", type=int,
+        metavar="N")  # fmt: skip
+    add("--work", "kinds of work in the parts speed and deit (default: forward step)", nargs="+",
+        choices=WORK, default=[FORWARD, STEP])  # fmt: skip
+    add("--options", "options of create_model for our models, such as positional=contract "
+        "unroll=12. Repeat the flag to compare several sets of options; without a value it stands "
+        "for the model's defaults. timm takes the sizes from the first set. (default: the model's "
+        "defaults; scaling: also positional=contract)",
         nargs="*", action="append", type=_option, metavar="KEY=VALUE")  # fmt: skip
-    add("--dtype", "of matrix products (default: float32)", choices=("float32", "bfloat16"),
+    add("--dtype", "type of matrix products (default: float32)", choices=("float32", "bfloat16"),
         default="float32")  # fmt: skip
-    add("--memory", "whether to measure peak memory (default: yes), about 15 s for each on a CPU",
+    add("--memory", "measure peak memory (default: yes); takes about 15 s a measurement on a CPU",
         action=argparse.BooleanOptionalAction, default=True)  # fmt: skip
-    add("--picture", "of the part scaling; its data are kept beside it as .json, where runs with "
-        "other resolutions or forms add to them (default: benchmarks/scaling.png)",
+    add("--picture", "picture of the part scaling. Its data are kept beside it as .json, and runs "
+        "with other resolutions or options add to them (default: benchmarks/scaling.png)",
         type=pathlib.Path, default=scaling.PICTURE, metavar="PNG")  # fmt: skip
     return parser
 
@@ -104,7 +106,7 @@ def _option(text: str) -> tuple[str, Any]:
 
 @dataclasses.dataclass(frozen=True)
 class Case:
-    """A row of the command's product: what all contenders of a comparison have in common."""
+    """What all contenders of a comparison have in common: variant, batch size and image size."""
 
     variant: str
     batch: int
@@ -117,12 +119,12 @@ class Case:
 
 
 def cases(flags: argparse.Namespace) -> Iterator[Case]:
-    """Every variant at every batch and image size."""
+    """Returns every variant at every batch and image size."""
     return itertools.starmap(Case, itertools.product(flags.variants, flags.batch, flags.image_size))
 
 
 def specs(flags: argparse.Namespace, case: Case, what: str, **extra: Any) -> dict[str, Spec]:
-    """who -> what they are to do; ours by the options that tell them apart."""
+    """Returns {contender: its spec}; our contenders are named by their options."""
     size = {"image_size": case.image_size}
     forms = [dict(form) for form in flags.options]
     peers = [] if flags.peer == "none" or what == contenders.WHOLE_STEP else [TIMM]

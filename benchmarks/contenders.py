@@ -1,14 +1,14 @@
 """Forward passes and training steps, ours and timm's, made from a description.
 
-The description (`Spec`) is plain data, so that the same can be made again in another process.
+The description (`Spec`) is plain data, so that another process can make the same contender.
 
     forward      inference: normalised images in, logits out
-    step         training: forward with stochastic depth 0.1, cross entropy with soft labels,
-                 backward, AdamW with DeiT's decay groups. Ours is the step of main.py without
-                 erasing and mixing: it also normalises uint8 images, makes the soft labels, takes
-                 the norm of the gradients and updates the schedule. timm's has normalised images
-                 and soft labels beforehand; in bfloat16, torch.autocast.
-    whole step   ours with erasing and mixing; timm has none
+    step         training: forward pass with stochastic depth 0.1, cross entropy with soft labels,
+                 backward pass, AdamW with DeiT's decay groups. Ours is the step of main.py without
+                 erasing and mixing: it also normalises uint8 images, makes the soft labels,
+                 computes the norm of the gradients and updates the schedule. timm's starts from
+                 normalised images and soft labels, and uses torch.autocast for bfloat16.
+    whole step   our step with erasing and mixing; timm has no such step
 """
 
 from collections.abc import Callable
@@ -32,15 +32,15 @@ OURS, TIMM, COMPILED = "ours", "timm", "timm, compiled"
 
 @dataclasses.dataclass(frozen=True)
 class Spec:
-    """What is run, by whom.
+    """Describes a contender: who runs what.
 
     Attributes:
-      who: OURS, TIMM or COMPILED (by torch.compile).
+      who: OURS, TIMM or COMPILED (timm under torch.compile).
       what: one of WORK.
-      variant: a name of `convit_jax.VARIANTS`.
-      options: of `create_model`, in place of the variant's. timm takes the sizes from them.
-      batch: images.
-      dtype: of the matrix products, "float32" or "bfloat16".
+      variant: one of `convit_jax.VARIANTS`.
+      options: options of `create_model` that replace the variant's; timm's model has their sizes.
+      batch: number of images.
+      dtype: type of the matrix products, "float32" or "bfloat16".
     """
 
     who: str
@@ -58,14 +58,14 @@ class Spec:
 
 @dataclasses.dataclass(frozen=True)
 class Contender:
-    """Something ready to be run.
+    """A forward pass or training step that is ready to run.
 
     Attributes:
-      run: does it once, and waits for it.
-      compile_seconds: what the compiler took beforehand, tracing included; None without one. Of
-        torch.compile, the first call.
-      planned_bytes: memory for temporaries and outputs by the compiler's own plan, if it says.
-      release: lets go of what a run leaves behind and the next one makes anew.
+      run: runs it once and waits for the result.
+      compile_seconds: time of tracing and compiling; for torch.compile, the time of the first call;
+        None without a compiler.
+      planned_bytes: memory that the compiler plans for temporaries and outputs; None if unknown.
+      release: frees what a run leaves behind and the next run makes again.
     """
 
     run: Callable[[], object]
@@ -79,7 +79,7 @@ def make(spec: Spec) -> Contender:
 
     Raises:
       ValueError: if there is no such model.
-      RuntimeError: if it does not fit the memory, or the machine lacks what it needs.
+      RuntimeError: if the model does not fit the memory, or the machine lacks something it needs.
     """
     if spec.who == OURS:
         return _our_forward(spec) if spec.what == FORWARD else _our_step(spec)
@@ -87,10 +87,10 @@ def make(spec: Spec) -> Contender:
 
 
 def attempt(work: Callable[[Spec], Result], spec: Spec) -> Result | str:
-    """What a function makes of a spec; or the reason why that cannot be on this machine.
+    """Returns work(spec), or the reason why it cannot run on this machine.
 
-    Memory, a C++ compiler or Triton for torch.compile, a kernel for this device: there are many
-    errors, and all of them are ValueErrors and RuntimeErrors.
+    The machine may lack memory, a C++ compiler or Triton for torch.compile, or a kernel for its
+    device. All of these raise ValueError or RuntimeError.
     """
     try:
         return work(spec)
@@ -99,14 +99,14 @@ def attempt(work: Callable[[Spec], Result], spec: Spec) -> Result | str:
 
 
 def warmed(spec: Spec) -> Contender:
-    """`make`, and a first run."""
+    """Makes a contender and runs it once."""
     contender = make(spec)
     contender.run()
     return contender
 
 
 def _program(spec: Spec) -> Program:
-    """Makes our training step of a spec."""
+    """Makes our training program for a spec."""
     config = recipe.get_config()
     config.train.batch_size = spec.batch
     if spec.what != WHOLE_STEP:
@@ -115,7 +115,7 @@ def _program(spec: Spec) -> Program:
 
 
 def _state(program: Program) -> TrainState:
-    """Makes a state of arbitrary values: initialising would be one more program to compile."""
+    """Makes a state of random values; initialising it would be one more program to compile."""
     state = program.abstract_state
     rng = np.random.default_rng(0)
 
@@ -130,7 +130,7 @@ def _state(program: Program) -> TrainState:
 
 
 def _compile(function, *arguments) -> tuple[Any, float, int]:
-    """The program of a jitted function, seconds taken, and bytes it plans for."""
+    """Compiles a jitted function; returns the program, the seconds taken and the bytes it plans."""
     start = time.perf_counter()
     compiled = function.lower(*arguments).compile()
     seconds, plan = time.perf_counter() - start, compiled.memory_analysis()
@@ -198,7 +198,7 @@ def _timms(spec: Spec) -> Contender:
 
 
 def _torch_step(model, called, images, num_classes: int, autocast) -> Callable[[], None]:
-    """A training step of a torch model; `called` is the model or its compiled form."""
+    """Returns a training step of a torch model; `called` is the model or its compiled form."""
     _, torch = peer.import_timm()
     from timm.loss import SoftTargetCrossEntropy
     from timm.optim import param_groups_weight_decay

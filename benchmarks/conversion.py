@@ -1,11 +1,11 @@
-"""Time and memory of converting weights, in a process of its own.
+"""Time and memory of converting weights; each conversion runs in a process of its own.
 
     python -m benchmarks.conversion --variant convit_base_plus
 
-The weights are timm's with its own initialisation, saved by torch.save and as safetensors in a
-temporary folder. The time is that of the command without the start of Python and the imports,
-which is given beside it; the memory is the most that the process ever held, files that are mapped
-included, and the same above what it held when all was imported.
+The weights are timm's own initialisation, saved by torch.save and as safetensors in a temporary
+folder. The time is that of the command; the start of Python and the imports are given in a column
+of their own. The memory is the peak of the process, mapped files included. It is also given as the
+part above the memory that the process held after the imports.
 """
 
 import argparse

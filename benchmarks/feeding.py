@@ -1,12 +1,12 @@
-"""What worker processes deliver, and how long training waits for it.
+"""Measures how fast worker processes make batches, and how long training waits for them.
 
     python -m benchmarks.feeding workers
     python -m benchmarks.feeding training
 
-"workers" times the whole input pipeline, from JPEG bytes to batches in this process, with one and
-with two worker processes, turn by turn. "training" trains convit_tiny on the machine's devices from
-a folder of JPEGs and gives the share of the time spent waiting for a batch. Both use the photos
-of benchmarks.input_pipeline: 500 x 375 pixels, quality 90.
+"workers" times the whole input pipeline, from JPEG bytes to batches in this process, alternately
+with one and with two worker processes. "training" trains convit_tiny on the machine's devices from
+a folder of JPEGs and prints the share of the time that is spent waiting for a batch. Both use the
+photos of benchmarks.input_pipeline: 500 x 375 pixels, quality 90.
 """
 
 import argparse
@@ -27,12 +27,13 @@ from convit_jax.data.workers import iterate
 from convit_jax.train import loop, setup
 from convit_jax.workdir.folder import Workdir
 
-# Of a few hundred images grain's index_shuffle takes 0.2 ms each, of ImageNet's 0.01.
+# Enough images for a realistic order: grain's index_shuffle takes 0.2 ms an image for a few hundred
+# images, and 0.01 ms for ImageNet's.
 IMAGES = 20_000
 
 
 def write_folder(root: pathlib.Path, images: int) -> None:
-    """A folder of two classes, train/ and val/, of the photos over and over, by hard links."""
+    """Writes a folder of two classes in train/ and val/; the files are hard links to the photos."""
     root.mkdir(parents=True)
     photos = []
     for number, photo in enumerate(input_pipeline.photos()):
@@ -60,10 +61,10 @@ def time_workers(root: pathlib.Path, repetitions: int) -> None:
     rates = {1: [], 2: []}
     for _ in range(repetitions):
         for workers, found in rates.items():
-            # Training goes on without end: neither the workers' start nor their stop is timed.
+            # Training chunks are endless, so neither the start nor the stop of workers is timed.
             batches = iterate(run.train_chunks, workers=workers)
             with contextlib.closing(batches):
-                for _ in range(16):  # warm, and what was made ahead is used up
+                for _ in range(16):  # warms up and uses the batches that were made ahead
                     next(batches)
                 start = time.perf_counter()
                 images = sum(len(next(batches)["label"]) for _ in range(80))
@@ -75,11 +76,11 @@ def time_workers(root: pathlib.Path, repetitions: int) -> None:
 
 
 def time_training(root: pathlib.Path, batch_size: int, steps: int, workers: int) -> None:
-    """Prints the images/s of training and the share of the time that was spent waiting."""
+    """Prints the images/s of training and the share of the time spent waiting for batches."""
     run = setup.prepare(make_config(root, batch_size, steps, workers), Workdir(root / "run"))
     loop.train(run)
     lines = [json.loads(line) for line in (root / "run/metrics.jsonl").read_text().splitlines()]
-    lines = [line for line in lines if line["kind"] == "train"][2:]  # the start left out
+    lines = [line for line in lines if line["kind"] == "train"][2:]  # leaves out the start
     seconds = [2 * batch_size / line["images_per_second"] for line in lines]
     share = sum(line["data_seconds"] for line in lines) / sum(seconds)
     rate = 2 * batch_size * len(lines) / sum(seconds)
@@ -91,10 +92,10 @@ def main() -> None:
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("what", choices=("workers", "training"))
-    parser.add_argument("--repetitions", type=int, default=5, help="of workers (default: 5)")
-    parser.add_argument("--batch", type=int, default=32, help="of training (default: 32)")
-    parser.add_argument("--steps", type=int, default=24, help="of training (default: 24)")
-    parser.add_argument("--workers", type=int, default=2, help="of training (default: 2)")
+    parser.add_argument("--repetitions", type=int, default=5, help='for "workers" (default: 5)')
+    parser.add_argument("--batch", type=int, default=32, help='for "training" (default: 32)')
+    parser.add_argument("--steps", type=int, default=24, help='for "training" (default: 24)')
+    parser.add_argument("--workers", type=int, default=2, help='for "training" (default: 2)')
     args = parser.parse_args()
     flags.FLAGS.mark_as_parsed()  # grain's workers inherit the flags
     with tempfile.TemporaryDirectory() as folder:

@@ -1,14 +1,15 @@
-"""Host transforms beside timm's, in one process, turn by turn: JPEG bytes in, pixels out.
+"""Compares the speed of our host transforms with timm's: JPEG bytes in, pixels out.
 
     python -m benchmarks.input_pipeline --repetitions 30
 
-Five photos of scikit-learn and scikit-image, as JPEGs of 500 x 375 pixels at quality 90. One core:
-no worker processes, one thread. "timm" is its whole transform, to a normalised (and, in training,
-erased) float tensor; "timm, uint8" stops at bytes, as it does when its prefetcher does the rest
-on the GPU. Ours gives uint8; the device normalises and erases in the training step.
+The images are five photos of scikit-learn and scikit-image, as JPEGs of 500 x 375 pixels at quality
+90. Everything runs in one process and one thread, without worker processes. "timm" is timm's whole
+transform, to a normalised (and, in training, erased) float tensor. "timm, uint8" stops at bytes,
+which timm does if its prefetcher does the rest on the GPU. Ours returns uint8: the device
+normalises and erases in the training step.
 
-The speed of a machine wanders, so each repetition times every contender once and the ratio is
-taken repetition by repetition.
+The speed of a machine drifts. So each repetition times every contender once, and ratios are taken
+within a repetition.
 """
 
 import argparse
@@ -29,7 +30,7 @@ Run = Callable[[bytes], object]
 
 
 def photos(size: tuple[int, int] = (500, 375), quality: int = 90) -> list[bytes]:
-    """JPEG files, (width, height) `size`, of photos that come with the two libraries."""
+    """Returns JPEG files of (width, height) `size`: photos of scikit-learn and scikit-image."""
     import skimage.data
     from sklearn import datasets
 
@@ -45,7 +46,7 @@ def photos(size: tuple[int, int] = (500, 375), quality: int = 90) -> list[bytes]
 
 
 def contenders() -> dict[str, dict[str, Run]]:
-    """ "training" and "evaluation" -> name -> a function of the bytes of an image."""
+    """Returns {"training" or "evaluation": {contender: function of the bytes of an image}}."""
     _, torch = peer.import_timm()
     from timm.data import create_transform
 
@@ -81,7 +82,7 @@ def contenders() -> dict[str, dict[str, Run]]:
 
 
 def measure(runs: dict[str, Run], files: list[bytes], repetitions: int) -> dict[str, np.ndarray]:
-    """Seconds an image, of every repetition; the first is left out."""
+    """Returns the seconds an image takes in every repetition, the first one left out."""
     times = {name: [] for name in runs}
     for _ in range(repetitions + 1):
         for name, run in runs.items():
@@ -96,16 +97,17 @@ def main() -> None:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("--repetitions", type=int, default=30, help="(default: 30)")
+    parser.add_argument("--repetitions", type=int, default=30, help="measurements (default: 30)")
     parser.add_argument(
         "--passes", type=int, default=8,
-        help="over the five photos in each repetition: the chance of the draws (default: 8)",
+        help="passes over the five photos in each repetition, to average over the random draws "
+        "(default: 8)",
     )  # fmt: skip
     args = parser.parse_args()
 
     timm, torch = peer.import_timm()
     random.seed(0)
-    np.random.seed(0)  # noqa: NPY002  timm draws from it
+    np.random.seed(0)  # noqa: NPY002  timm draws from NumPy's global generator
     torch.manual_seed(0)
     files = photos()
     turbo = PIL.features.version("libjpeg_turbo")

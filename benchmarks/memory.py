@@ -1,16 +1,17 @@
-"""The most memory that a forward pass or a training step takes, above the loaded model.
+"""Measures the peak memory of a forward pass or a training step, above that of the loaded model.
 
     python -m benchmarks.memory '{"who": "ours", "what": "forward", "variant": "convit_small",
         "options": {"image_size": 512}, "batch": 1}'
 
-On a CPU: the largest resident set during one run, less that with the model loaded, its inputs made
-and the program compiled, which Linux counts for us. Each is measured in a fresh process, for memory
-that was used once does not always go back; and glibc is told to give back at once what is larger
-than 128 KiB, so that nothing is hidden in what an earlier allocation left. A forward pass is the
-process's first, and counts what it keeps (timm's ConViT keeps the relative positions). A step is
-the second: torch's AdamW makes its state in the first.
+On a CPU, Linux counts the largest resident set of the process. The result is the peak during one
+run less the resident set before it, when the model is loaded, its inputs are made and the program
+is compiled. Each measurement has a fresh process, because memory is not always returned to the
+system after use. glibc is told to return blocks larger than 128 KiB at once, so that a run cannot
+reuse memory of earlier allocations unseen. The forward pass that is measured is the first of its
+process, so what it keeps is counted (timm's ConViT keeps the relative positions). The training step
+that is measured is the second, because torch's AdamW makes its state in the first.
 
-On a GPU: torch's own count, and for ours the compiler's plan.
+On a GPU, the result is torch's own count, and for our models the compiler's plan.
 """
 
 from collections.abc import Callable
@@ -31,21 +32,21 @@ _GLIBC = {"MALLOC_MMAP_THRESHOLD_": "131072", "MALLOC_TRIM_THRESHOLD_": "131072"
 
 @dataclasses.dataclass(frozen=True)
 class Memory:
-    """In bytes: what was taken, and what the compiler had planned, if there is one."""
+    """Measured peak memory, and the compiler's plan (None without a compiler), in bytes."""
 
     peak: int
     planned: int | None
 
 
 def peak_bytes(run: Callable[[], object]) -> int:
-    """The largest resident set during a call, less that before it, in bytes.
+    """Returns the largest resident set during a call less the one before it, in bytes.
 
     Raises:
-      OSError: where there is no /proc of Linux.
+      OSError: if the system has no /proc, that is, is not Linux.
     """
     gc.collect()
     ctypes.CDLL(None).malloc_trim(0)
-    pathlib.Path("/proc/self/clear_refs").write_text("5")  # the peak is the present size again
+    pathlib.Path("/proc/self/clear_refs").write_text("5")  # resets the peak to the present size
     before = _resident_peak()
     run()
     return _resident_peak() - before
@@ -57,7 +58,7 @@ def _resident_peak() -> int:
 
 
 def in_fresh_process(spec: contenders.Spec) -> Memory | str:
-    """Measures in a process of its own; or says why there is nothing to measure."""
+    """Measures a spec in a fresh process; returns the reason as text if it cannot run there."""
     done = subprocess.run(
         [sys.executable, "-m", "benchmarks.memory", json.dumps(dataclasses.asdict(spec))],
         cwd=pathlib.Path(__file__).parent.parent, env=os.environ | _GLIBC,
@@ -91,7 +92,7 @@ def _measure(spec: contenders.Spec) -> Memory:
 
 def main() -> None:
     fields = json.loads(sys.argv[1])
-    # JSON has lists for the tuples of image_size and the like.
+    # JSON stores tuples, such as image_size, as lists.
     options = {k: tuple(v) if isinstance(v, list) else v for k, v in fields["options"].items()}
     result = contenders.attempt(_measure, contenders.Spec(**fields | {"options": options}))
     print(json.dumps(result if isinstance(result, str) else dataclasses.asdict(result)))

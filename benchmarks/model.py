@@ -1,19 +1,19 @@
-"""Our models beside timm's: speed, memory, compilation, ConViT against DeiT, and resolutions.
+"""Compares our models with timm's: speed, memory, compilation, ConViT and DeiT, resolutions.
 
     python -m benchmarks.model --peer timm
     python -m benchmarks.model --parts speed --variants convit_base --batch 4 --no-memory
     python -m benchmarks.model --parts speed --options --options positional=contract unroll=12
     python -m benchmarks.model --parts scaling --image_size 224 512 1024
 
-Every time is taken in one process, turn by turn, and ratios are those within a repetition: their
-median, and quartiles in brackets. Peak memory is measured in a process of its own each; see
-benchmarks.memory for what counts, and benchmarks.contenders for what a step is.
+All times are measured in one process, the contenders in turn. A ratio is taken within each
+repetition; the median is printed, with the quartiles in brackets. Each peak memory is measured in a
+process of its own. benchmarks.memory says what it counts, and benchmarks.contenders what a step is.
 
-    speed     for each variant, batch and image size: forward pass and training step, ours and
-              timm's. MFU, where the device's peak is known, counts matrix products
-              (convit_jax.flops). "compile" is tracing and compiling in seconds.
-    deit      the speed of ConViT over that of DeiT with the same heads and width, ours and timm's
-    scaling   forward passes over resolutions, with a picture and its data as JSON beside it
+    speed     forward pass and training step, ours and timm's, for each variant, batch and image
+              size. MFU is printed if the device's peak is known, and counts matrix products
+              (convit_jax.model.flops). "compile" is the time of tracing and compiling in seconds.
+    deit      speed of ConViT over that of DeiT with the same heads and width, ours and timm's
+    scaling   forward passes over resolutions, drawn as a picture with its data as JSON beside it
 """
 
 import argparse
@@ -32,12 +32,12 @@ from benchmarks import command, contenders, memory, peer, scaling, timing
 from benchmarks.contenders import COMPILED, FORWARD, TIMM, Contender, Spec
 from convit_jax.model import flops
 
-# The DeiT that differs from a ConViT in nothing but its attention and class token.
+# Options that turn a ConViT into a DeiT; only its attention and class token differ.
 _DEIT = {"local_up_to_layer": 0, "cls_pos_embed": True, "qkv_bias": True}
 
 
 def _ready(specs: dict[Any, Spec]) -> dict[Any, Contender]:
-    """Those that can run here, run once; says why the others cannot."""
+    """Makes the contenders that can run here and runs them once; prints why others cannot."""
     made = {key: contenders.attempt(contenders.warmed, spec) for key, spec in specs.items()}
     for key, result in made.items():
         if isinstance(result, str):
@@ -58,13 +58,13 @@ def _gigabytes(number: int | None) -> str:
 
 
 def _against(who: str, times: dict[str, np.ndarray]) -> str:
-    """The speed of a contender over that of each peer, for the columns of `_header`."""
+    """Returns the speed of a contender over that of each peer, for the columns of `_header`."""
     peers = [name for name in (TIMM, COMPILED) if name in times and name != who]
     return "".join(f"{timing.speed_ratio(times[who], times[name]):>26}" for name in peers)
 
 
 def _label(flags: argparse.Namespace, text: str = "") -> str:
-    """The column that says what and who, as wide as the longest form of ours needs."""
+    """Returns the column that says what and who, as wide as our longest set of options needs."""
     forms = [" ".join(f"{k}={v}," for k, v in form) for form in flags.options]
     return f"{text:<{24 + max(map(len, forms))}}"
 
@@ -84,7 +84,7 @@ def speed(flags: argparse.Namespace) -> None:
             ready = _ready(specs)
             times = timing.measure({who: c.run for who, c in ready.items()}, flags.repetitions)
             compiled = {who: c.compile_seconds for who, c in ready.items()}
-            del ready  # its memory
+            del ready  # frees its memory
             for who, seconds in times.items():
                 held = _memory(flags, specs[who])
                 median = np.median(seconds)
@@ -100,7 +100,7 @@ def speed(flags: argparse.Namespace) -> None:
 
 
 def deit(flags: argparse.Namespace) -> None:
-    """Prints the speed of ConViT over that of DeiT at equal heads and width."""
+    """Prints the speed of ConViT over that of DeiT with the same heads and width."""
     columns = f"{'ConViT/s':>10}{'DeiT/s':>10}{'ConViT / DeiT':>26}"
     print(f"{'variant':<18}{'batch':>6}{'pixels':>9}  {_label(flags)}{columns}")
     for case in command.cases(flags):
@@ -122,7 +122,7 @@ def deit(flags: argparse.Namespace) -> None:
 
 
 def scale(flags: argparse.Namespace) -> None:
-    """Prints forward passes over resolutions, adds them to the JSON, and draws the picture."""
+    """Prints forward passes over resolutions, adds them to the JSON file, and draws the picture."""
     columns = f"{'ms':>9}{'peak GB':>9}{'plan GB':>9}"
     print(_header(flags, f"{'variant':<18}{'batch':>6}{'pixels':>9}  {_label(flags)}{columns}"))
     records = []
@@ -153,7 +153,7 @@ def scale(flags: argparse.Namespace) -> None:
 
 
 def _print_growth(records: list[scaling.Record]) -> None:
-    """Of time and memory, from each resolution to that of four times the pixels."""
+    """Prints the growth of time and memory from each resolution to one of four times the pixels."""
     found = {(r["variant"], r["batch"], r["who"], *r["image_size"]): r for r in records}
     for (*subject, height, width), large in found.items():
         small = found.get((*subject, height / 2, width / 2))
@@ -177,11 +177,11 @@ def _device() -> str:
 def main(arguments: list[str] | None = None) -> None:
     parts = command.parse(__doc__, arguments)
     flags = next(iter(parts.values()))
-    # Otherwise three quarters of a GPU's memory are JAX's from the start, and a program that was
+    # By default JAX takes three quarters of a GPU's memory at the start, and a program that was
     # compiled before would seem to compile in no time.
     os.environ.setdefault("XLA_PYTHON_CLIENT_PREALLOCATE", "false")
     jax.config.update("jax_enable_compilation_cache", False)
-    # torch.compile would leave worker processes behind, which start up beside what is timed.
+    # Otherwise torch.compile starts worker processes while other contenders are timed.
     os.environ.setdefault("TORCHINDUCTOR_COMPILE_THREADS", "1")
     versions = f"jax {jax.__version__}, jaxlib {jaxlib.__version__}"
     if flags.peer != "none":

@@ -1,20 +1,21 @@
-"""What the loop of training costs beside the bare step: data, logging and checkpoints.
+"""Measures the cost of the training loop beside the bare step: data, logging and checkpoints.
 
     python -m benchmarks.overhead --batch 16 --block 8 --pairs 3
 
-It trains convit_tiny on the machine's devices by `train.train`. After every few steps (a block)
-the loop is stopped until its last step is done and its checkpoint written, and the same compiled
-step runs as often alone, on a batch that lies on the devices. A block of the loop is set beside
-the mean of the two bare blocks around it. (Worker processes go on making batches while the loop
-stands: at most two for each of them, which it finds ready.)
+It trains convit_tiny on the machine's devices with the real training loop. After every few steps (a
+block) the loop is paused until its last step is done and its checkpoint is written. Then the same
+compiled step runs alone for as many steps, a bare block, on a batch that is on the devices. The
+time of a block of the loop is compared with the mean of the two bare blocks around it. Worker
+processes continue to make batches during the pause, at most two each, which the loop then finds
+ready.
 
     loop          data in memory; no line of metrics, no checkpoint
     logging       as loop, with a line of metrics after every step
     checkpoints   as loop, with a checkpoint in every block
-    workers       as loop, but from JPEGs through worker processes, see benchmarks.feeding
-    all           workers, and as many lines and checkpoints
+    workers       as loop, but with JPEGs read by worker processes, see benchmarks.feeding
+    all           as workers, with as many lines and checkpoints as logging and checkpoints have
 
-At the end: what a run pays that logs and saves as often as convit_jax/recipe.py has it.
+The last lines are the costs for a run that logs and saves as often as convit_jax/recipe.py says.
 """
 
 import argparse
@@ -42,21 +43,21 @@ _NEVER = 10**9
 
 
 class _Done(Exception):
-    """Enough has been measured."""
+    """Raised when enough has been measured."""
 
 
 class InTurns:
-    """A step of training as the loop calls it, with the same one alone after every block.
+    """Replaces the training step of the loop, and runs bare blocks between the loop's blocks.
 
     Attributes:
-      looped: seconds of the blocks of the loop.
-      alone: seconds of the bare blocks, one before each of them and one after the last.
+      looped: seconds of each block of the loop.
+      alone: seconds of each bare block, one before every block of the loop and one after the last.
     """
 
     def __init__(self, step: Callable, checkpoints: pathlib.Path, block: int, pairs: int):
         self._step, self._checkpoints = step, checkpoints
         self._block, self._pairs = block, pairs
-        # Blocks begin in the middle of two checkpoints, which are written well before their end.
+        # A block begins halfway between two checkpoints, so that its own is written before its end.
         self._until = max(2, block // 2)
         self._state: Any = None
         self._start = 0.0
@@ -93,7 +94,7 @@ def keep(image: np.ndarray, rng: np.random.Generator) -> np.ndarray:
 
 
 def in_memory(run: setup.Run) -> setup.Run:
-    """The run with an image that is ready in place of each of its own."""
+    """Returns the run with all its images replaced by one image that is already transformed."""
     image, count = run.train_chunks[0]["image"][0], len(run.train_chunks.source)
     source = arrays.ArraySource(
         images=np.broadcast_to(image, (count, *image.shape)),
@@ -106,7 +107,7 @@ def in_memory(run: setup.Run) -> setup.Run:
 
 
 def measure(variant: str, root: pathlib.Path, batch_size: int, block: int, pairs: int) -> InTurns:
-    """Trains until so many blocks are timed."""
+    """Trains until `pairs` blocks of `block` steps are timed."""
     config = feeding.make_config(root, batch_size, 10 * block * pairs, workers=2)
     config.compilation_cache = str(root / "programs")
     config.train.log_every = 1 if variant in ("logging", "all") else _NEVER
@@ -131,21 +132,21 @@ def measure(variant: str, root: pathlib.Path, batch_size: int, block: int, pairs
 
 
 def added(turns: InTurns, block: int) -> tuple[np.ndarray, float]:
-    """The share that the loop added to each block, and the seconds of a bare step."""
+    """Returns the share of time that the loop adds to each block, and seconds of a bare step."""
     alone = np.array(turns.alone)
     around = (alone[1:] + alone[:-1]) / 2
     return np.array(turns.looped) / around - 1, float(np.median(alone)) / block
 
 
 def row(variant: str, turns: InTurns, block: int) -> str:
-    """A line of the table."""
+    """Returns a line of the table."""
     each, step = added(turns, block)
     blocks = ", ".join(f"{share:+.2%}" for share in each)
     return f"{variant:<12}{1e3 * step:>16.1f}{f'{np.median(each):+.2%} ({blocks})':>46}"
 
 
 def by_default(found: dict[str, InTurns], block: int) -> Iterator[str]:
-    """What a line and a checkpoint cost, and their shares if made as often as by default."""
+    """Yields lines: the cost of a line of metrics and of a checkpoint, and its default share."""
     config = recipe.get_config()
     costs = {
         "logging": ("a line of metrics", 1, config.train.log_every),
@@ -163,9 +164,9 @@ def main() -> None:
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("--variants", nargs="+", choices=VARIANTS, default=VARIANTS)
-    parser.add_argument("--batch", type=int, default=16, help="images a step (default: 16)")
-    parser.add_argument("--block", type=int, default=8, help="steps (default: 8)")
-    parser.add_argument("--pairs", type=int, default=3, help="of blocks (default: 3)")
+    parser.add_argument("--batch", type=int, default=16, help="images of a step (default: 16)")
+    parser.add_argument("--block", type=int, default=8, help="steps of a block (default: 8)")
+    parser.add_argument("--pairs", type=int, default=3, help="blocks to time (default: 3)")
     args = parser.parse_args()
     flags.FLAGS.mark_as_parsed()  # grain's workers inherit the flags
     with tempfile.TemporaryDirectory() as folder:

@@ -5,7 +5,7 @@ from typing import Any
 
 from convit_jax import VARIANTS, ConViT, create_model
 
-# timm registers no DeiT of the "+" sizes.
+# timm has no DeiT of the "+" sizes.
 NAMES = tuple(n for n in VARIANTS if n.startswith("convit") or not n.endswith("_plus"))
 
 
@@ -20,8 +20,8 @@ def import_timm() -> tuple[ModuleType, ModuleType]:
     try:
         import torchvision  # noqa: F401
     except RuntimeError:
-        # The CPU build of torch beside a torchvision wheel that finds no CUDA libraries: its
-        # operators are not loaded and registering their shapes fails. timm needs none of them.
+        # torchvision was built for CUDA and torch for CPUs, so torchvision's operators are not
+        # loaded, and registering their shapes fails. timm needs none of them: define empty ones.
         schema = "(Tensor dets, Tensor scores, float iou_threshold) -> Tensor"
         for operator in ("nms", "qnms"):
             torch.library.define(f"torchvision::{operator}", schema)
@@ -31,7 +31,11 @@ def import_timm() -> tuple[ModuleType, ModuleType]:
 
 
 def make(name: str):
-    """timm's model of one of `NAMES`, in evaluation mode, with timm's own initialisation."""
+    """Returns timm's model of that name, in evaluation mode, with timm's own initialisation.
+
+    Args:
+      name: one of `NAMES`.
+    """
     timm, _ = import_timm()
     if name.startswith("deit"):
         return timm.create_model(f"{name}_patch16_224").eval()
@@ -39,16 +43,17 @@ def make(name: str):
 
 
 def like(model: ConViT, **options: Any):
-    """timm's model of the sizes of one of ours, with timm's own initialisation.
+    """Returns timm's model with the sizes of one of ours, with timm's own initialisation.
 
-    timm registers three of the ConViTs, and none at another width or image size.
+    It is made from timm's classes, because timm names only three of the ConViTs, and none with
+    another width or image size.
 
     Args:
-      model: a ConViT, or a DeiT (`local_up_to_layer=0`, for which timm has its VisionTransformer).
-      **options: of timm's class, in place of its defaults.
+      model: a ConViT, or a DeiT (`local_up_to_layer=0`), which is timm's VisionTransformer.
+      **options: options of timm's class that replace its defaults.
 
     Raises:
-      ValueError: if timm's class cannot be such a model.
+      ValueError: if timm's class has no such model.
     """
     import_timm()
     from timm.models.convit import ConVit
@@ -70,7 +75,7 @@ def like(model: ConViT, **options: Any):
         return VisionTransformer(**sizes | options).eval()
     if model.grid[0] != model.grid[1]:
         raise ValueError(f"timm's ConViT takes square images only, not {height} x {width}")
-    # It takes the width of a head for embed_dim.
+    # timm's ConViT expects the width of one head as embed_dim.
     sizes["embed_dim"] //= model.num_heads
     sizes["local_up_to_layer"] = model.local_up_to_layer
     return ConVit(**sizes | options).eval()

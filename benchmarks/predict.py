@@ -1,9 +1,10 @@
-"""One image predicted by a process that has just been started, and where the time goes.
+"""Times the prediction of one image by a new process, and the parts of that time.
 
     python -m benchmarks.predict --variants convit_tiny convit_base --repeats 5
 
-The weights are random, written once before. "start and import" is what is left of the process's
-whole time: Python, all imports, and the end. Beside it timm does the same, eager.
+The weights are random and are written once, before the measurements. "start and import" is the rest
+of the process's time: the start of Python, all imports, and the exit. timm's model, without
+torch.compile, is timed in the same way.
 """
 
 import argparse
@@ -42,7 +43,7 @@ print(f"load {load:.2f} s, compile 0.00 s, run {run:.2f} s", file=sys.stderr)
 
 
 def write_weights(name: str, folder: pathlib.Path) -> pathlib.Path:
-    """timm's model with its own random initialisation, as safetensors."""
+    """Writes timm's model with its own random initialisation as safetensors."""
     from safetensors.torch import save_file
 
     path = folder / f"{name}.safetensors"
@@ -51,7 +52,7 @@ def write_weights(name: str, folder: pathlib.Path) -> pathlib.Path:
 
 
 def measure(command: list[str], env: dict[str, str]) -> list[float]:
-    """Seconds of a process, as `PARTS`."""
+    """Runs a process and returns the seconds of each of `PARTS`."""
     start = time.perf_counter()
     done = subprocess.run(
         [sys.executable, *command], env=env, capture_output=True, text=True, check=True
@@ -82,7 +83,7 @@ def main() -> None:
                 "ours, compiled before": (ours, cached),
             }
             for command, env in cases.values():
-                measure(command, env)  # files into the system's cache, programs into ours
+                measure(command, env)  # warms the system's cache of files and JAX's of programs
             times = {case: [] for case in cases}
             for _ in range(args.repeats):
                 for case, (command, env) in cases.items():

@@ -1,9 +1,9 @@
-"""What is measured over resolutions: kept as JSON, and drawn.
+"""Keeps the measurements over resolutions as JSON, and draws them.
 
     python -m benchmarks.scaling
 
-draws benchmarks/scaling.png again from benchmarks/scaling.json; `python -m benchmarks.model`
-measures, and writes both.
+This draws benchmarks/scaling.png again from benchmarks/scaling.json. `python -m benchmarks.model`
+measures, and writes both files.
 """
 
 import json
@@ -16,20 +16,20 @@ Record = dict[str, Any]
 
 PICTURE = pathlib.Path(__file__).with_name("scaling.png")
 
-# What a record is of; the rest of it is what was measured.
+# The keys that say what a record is about; its other keys are measurements.
 _KEY = ("variant", "batch", "dtype", "device", "who", "image_size")
 
 # The panels, from left to right.
 _TITLES = {"seconds": "seconds", "peak_bytes": "peak memory above the model, GB"}
 
-# Okabe and Ito's palette, which those who do not see all colours tell apart; timm is black. Lines
-# also differ by marker.
+# Okabe and Ito's palette, which colour-blind readers can tell apart; timm is black. Lines also
+# differ by marker.
 _COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#56B4E9", "#E69F00")
 _MARKERS = "os^Dv<"
 
 
 def merge(path: pathlib.Path, records: list[Record]) -> list[Record]:
-    """Adds to what a file holds, replaces what was measured anew, and returns all of it."""
+    """Adds records to those of a file, replacing measurements made again, and returns them all."""
     old = json.loads(path.read_text()) if path.exists() else []
     merged: dict[str, Record] = {}
     for record in [*old, *records]:
@@ -41,15 +41,15 @@ def merge(path: pathlib.Path, records: list[Record]) -> list[Record]:
 
 
 def like(subject: Record, records: list[Record]) -> list[Record]:
-    """Those of the same model, batch, type and device."""
+    """Returns the records with the same model, batch, type and device as a record."""
     return [r for r in records if all(r[name] == subject[name] for name in _KEY[:-2])]
 
 
 def draw(records: list[Record], path: pathlib.Path) -> None:
-    """Time and peak memory of a forward pass over the side of the image, both axes logarithmic.
+    """Draws time and peak memory of a forward pass over the image's side, on logarithmic axes.
 
     Raises:
-      ValueError: if the records are not of one model on one machine.
+      ValueError: if the records differ in model, batch, type or device.
       ImportError: if matplotlib is not installed (pip install '.[benchmarks]').
     """
     import matplotlib
@@ -91,7 +91,7 @@ def draw(records: list[Record], path: pathlib.Path) -> None:
         panel.xaxis.set_minor_locator(ticker.NullLocator())
         panel.yaxis.set_major_formatter(ticker.FormatStrFormatter("%g"))
         panel.grid(alpha=0.3, which="both")
-    panels[0][0].legend().set_in_layout(False)  # a long name of a form squeezes no panel
+    panels[0][0].legend().set_in_layout(False)  # a long name must not squeeze the panels
     images = "image" if batch == 1 else "images"
     figure.suptitle(f"Forward pass of {variant}, {batch} {images}, {dtype}, on {device}")
     figure.savefig(path, dpi=110)
@@ -99,12 +99,12 @@ def draw(records: list[Record], path: pathlib.Path) -> None:
 
 
 def _positive(record: Record, key: str) -> bool:
-    """Whether this was measured, and is something that a logarithmic axis can show."""
+    """Whether a value was measured and is positive, so that a logarithmic axis can show it."""
     return bool(np.all(np.greater(record.get(key) or 0, 0)))
 
 
 def _pixels(record: Record) -> float:
-    """The side of a square of as many pixels."""
+    """Returns the side of a square with as many pixels as the image."""
     height, width = record["image_size"]
     return (height * width) ** 0.5
 

@@ -1,7 +1,7 @@
-"""Times of several things taken turn by turn, and their ratios.
+"""Times several functions in turn, and computes the ratios of their speeds.
 
-The speed of a machine wanders, so each repetition times every contender once, and ratios are taken
-repetition by repetition.
+The speed of a machine drifts. So each repetition times every function once, and ratios are taken
+within a repetition.
 """
 
 from collections.abc import Callable, Hashable, Mapping
@@ -13,7 +13,7 @@ import numpy as np
 def measure(
     runs: Mapping[Hashable, Callable[[], object]], repetitions: int
 ) -> dict[Hashable, np.ndarray]:
-    """Seconds of every repetition of functions that have run, and compiled, before."""
+    """Returns the seconds of every repetition; the functions must already have run once."""
     times = {key: [] for key in runs}
     for _ in range(repetitions):
         for key, function in runs.items():
@@ -24,6 +24,6 @@ def measure(
 
 
 def speed_ratio(seconds: np.ndarray, reference: np.ndarray) -> str:
-    """How many times as fast as the reference: the median, and the quartiles in brackets."""
+    """Returns the speed over that of the reference: the median, and the quartiles in brackets."""
     low, median, high = np.percentile(reference / seconds, [25, 50, 75])
     return f"{median:.2f} ({low:.2f} to {high:.2f})"

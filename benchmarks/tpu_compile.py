@@ -1,16 +1,17 @@
-"""The training step compiled for TPU pods, on a machine without a TPU.
+"""Compiles the training step for TPU pods, on a machine without a TPU.
 
     python -m benchmarks.tpu_compile --config=configs/convit_b.py
     python -m benchmarks.tpu_compile --config=configs/convit_s.py --topology=v5e:4x4 --fsdp=1,16
 
-The TPU's own compiler (pip install libtpu) compiles the whole step at its real size, ahead of time,
-and says what it needs of a device's memory and what the devices send to one another. The program
-fails if the step does not fit, or if anything is sent but gradients, the scalars of the metrics
-and, where the state is split, the parameters. One program takes minutes.
+The TPU's own compiler (pip install libtpu) compiles the whole step at its real size, ahead of time.
+It tells how much of a device's memory the step needs and what the devices send to one another. The
+command fails if the step does not fit, or if anything is sent other than gradients, the scalars of
+the metrics and, if the state is split, the parameters. One program takes minutes to compile.
 
 Any key of the configuration can be set, as for main.py: --config.train.batch_size=512. With
---config.model.unroll=12, all layers, it also says how much memory a step reads and writes, which
-the compiler counts once for a loop's body. Beside a DeiT of the same heads and width, that is
+--config.model.unroll=12 (all layers), the memory that a step reads and writes is printed too;
+without it the compiler would count the body of a loop only once. For a comparison with a DeiT of
+the same heads and width, add
 
     --config.model.local_up_to_layer=0 --config.model.cls_pos_embed=True
     --config.model.qkv_bias=True
@@ -38,7 +39,7 @@ from convit_jax.train import setup
 from convit_jax.train.step import Program, TrainState
 
 # Memory of a JAX device in GiB: cloud.google.com/tpu/docs, the page of each generation. A device is
-# a chip, but half a chip on v2 and v3. The compiler keeps about 0.25 GiB of it for itself.
+# a chip, except on v2 and v3, where it is half a chip. The compiler reserves about 0.25 GiB of it.
 _MEMORY = {
     "TPU v2": 8,
     "TPU v3": 16,
@@ -47,7 +48,7 @@ _MEMORY = {
     "TPU v5": 95,
     "TPU v6 lite": 32,
 }
-_STEPS_PER_EPOCH, _EPOCHS = 1251, 300  # of the schedule's constants, which change no program
+_STEPS_PER_EPOCH, _EPOCHS = 1251, 300  # for the schedule; the program does not depend on them
 
 _MIB = 2**20
 _KINDS = "all-reduce|all-gather|reduce-scatter|all-to-all|ragged-all-to-all|collective-\\w+"
@@ -56,16 +57,23 @@ _BYTES = {"bf16": 2, "f16": 2, "f32": 4, "s32": 4, "u32": 4, "f64": 8, "s64": 8,
 
 @dataclasses.dataclass(frozen=True)
 class Collective:
-    """Something that devices send to one another in a step."""
+    """A collective operation: something that devices send to one another in a step.
+
+    Attributes:
+      kind: name of the operation, such as "all-reduce".
+      arrays: type and number of elements of each whole array.
+      turns: how often the operation runs in a step.
+      source: where in the program it comes from.
+    """
 
     kind: str
-    arrays: tuple[tuple[str, int], ...]  # type and number of elements of each, whole
-    turns: int  # how often in a step
-    source: str  # where in the program it comes from
+    arrays: tuple[tuple[str, int], ...]
+    turns: int
+    source: str
 
 
 def find_collectives(hlo: str) -> list[Collective]:
-    """All collectives of a compiled program's text, those of loops with their turns."""
+    """Finds all collectives in the text of a compiled program, and counts the turns of loops."""
     computations: dict[str, list[str]] = {}
     entry, lines = "", []
     for line in hlo.splitlines():
@@ -75,7 +83,10 @@ def find_collectives(hlo: str) -> list[Collective]:
         lines.append(line)
 
     def turns_of(condition: str) -> int:
-        """`counter < constant`, as scans have it; other loops hold no collectives here."""
+        """Reads the turns of a scan from its condition `counter < constant`.
+
+        Other loops count as one turn; in our programs they contain no collectives.
+        """
         constants = re.findall(r"s32\[\]\S* constant\((\d+)\)", "\n".join(computations[condition]))
         return int(constants[0]) if len(constants) == 1 else 1
 
@@ -90,7 +101,7 @@ def find_collectives(hlo: str) -> list[Collective]:
 
     found: dict[str, Collective] = {}
     for channel, collective in walk(entry, 1):
-        # One that runs beside the arithmetic is written once for each of its stages.
+        # A collective that overlaps with arithmetic appears once for each of its stages.
         if channel not in found or found[channel].turns < collective.turns:
             found[channel] = collective
     return list(found.values())
@@ -99,19 +110,19 @@ def find_collectives(hlo: str) -> list[Collective]:
 def _read_collective(
     line: str, types: str, kind: str, is_start: bool, computation: str, turns: int
 ) -> tuple[str, Collective]:
-    """Returns its channel, which tells it from others, and the collective."""
+    """Returns the channel, which identifies a collective, and the collective."""
     arrays = re.findall(r"(\w+)\[([\d,]*)\]", types)
     sizes = [(t, math.prod(int(n) for n in shape.split(",") if n)) for t, shape in arrays]
     if is_start and kind == "collective-permute":
-        sizes = sizes[1:2]  # (what goes in, what comes out, and two that tell when)
+        sizes = sizes[1:2]  # the types are (input, output, and two for synchronisation)
     elif is_start and kind == "all-gather":
-        sizes = sizes[len(sizes) // 2 :]  # (what goes in, what comes out)
+        sizes = sizes[len(sizes) // 2 :]  # the types are (inputs, outputs)
     if kind == "reduce-scatter":
         groups = re.search(r"replica_groups=(?:\[\d+,(\d+)\]|\{\{([\d,]+)\})", line)
         parts = int(groups[1]) if groups[1] else len(groups[2].split(","))
         sizes = [(t, n * parts) for t, n in sizes]
     if computation.startswith("all-reduce-scatter"):
-        kind = "reduce-scatter"  # the TPU's form of it: each device keeps its part
+        kind = "reduce-scatter"  # how TPU programs write it: each device keeps its part
     source = re.search(r'op_name="([^"]*)"', line)
     channel = re.search(r"channel_id=(\d+)", line)
     key = channel[1] if channel else line
@@ -119,11 +130,12 @@ def _read_collective(
 
 
 def expected_sizes(state: TrainState, model: ConViT) -> dict[str, set[int]]:
-    """kind -> numbers of elements of the arrays that a step should send.
+    """Returns {kind: numbers of elements of the arrays that a step should send}.
 
-    Gradients, of all layers or of one, are reduced. So is the gradient of a layer's positional
-    attention, before it becomes that of its few parameters. Parameters that are split are gathered;
-    their parts also go round in a ring, while they are multiplied or their gradients made.
+    Gradients, of all layers or of one layer, are reduced. The gradient of a layer's positional
+    attention is reduced too, before the gradients of its few parameters are computed from it. Split
+    parameters are gathered. Their parts are also sent around a ring while they are multiplied or
+    while their gradients are computed.
     """
     reduced, gathered, parts = {1}, set(), set()
     for path, leaf in jax.tree_util.tree_leaves_with_path(state.params):
@@ -147,7 +159,7 @@ def expected_sizes(state: TrainState, model: ConViT) -> dict[str, set[int]]:
 def unexpected(
     collectives: list[Collective], expected: dict[str, set[int]]
 ) -> list[tuple[str, str]]:
-    """What is sent that a step should not send: (array, where it comes from)."""
+    """Returns what a step should not send: a list of (array, where it comes from)."""
     return [
         (f"{c.kind} of {dtype}[{size}]", c.source)
         for c in collectives
@@ -159,10 +171,10 @@ def unexpected(
 def lower(
     config: ml_collections.ConfigDict, model: ConViT, mesh: Mesh
 ) -> tuple[jax.stages.Lowered, TrainState]:
-    """The real training step for the devices of a mesh, not yet compiled, and its state's shapes.
+    """Lowers the real training step for the devices of a mesh; returns it and its state's shapes.
 
     Raises:
-      ValueError: if the devices do not divide the batch.
+      ValueError: if the number of devices does not divide the batch size.
     """
     batch_size = config.train.batch_size
     sharding.check_batch_size(batch_size, config.train.accum_steps, mesh)
@@ -179,7 +191,7 @@ def lower(
 
 
 def report(config: ml_collections.ConfigDict, model: ConViT, name: str, mesh: Mesh) -> list[str]:
-    """Compiles for one mesh, prints its rows of the table, and returns what is wrong."""
+    """Compiles for one mesh, prints its rows of the table, and returns the problems found."""
     lowered, state = lower(config, model, mesh)
     parts = f"{mesh.shape['data']} x {mesh.shape['fsdp']}"
     images = config.train.batch_size // mesh.size
@@ -233,12 +245,15 @@ def report(config: ml_collections.ConfigDict, model: ConViT, name: str, mesh: Me
 
 
 def make_topology(name: str) -> list[jax.Device]:
-    """The devices of a pod, to compile for.
+    """Returns the devices of a pod, to compile for.
+
+    Args:
+      name: GENERATION:CHIPS along each axis, such as v5e:2x4.
 
     Raises:
-      ValueError: if the compiler knows no such pod.
+      ValueError: if the compiler does not know the pod.
     """
-    # v4 and v5p join a chip's two cores to one device, unless told otherwise.
+    # On v4 and v5p, JAX by default sees the two cores of a chip as one device.
     options = {"chip_config_name": "megacore"} if name.startswith(("v4", "v5p")) else {}
     try:
         return list(topologies.get_topology_desc(name, "tpu", **options).devices)
@@ -249,15 +264,15 @@ def make_topology(name: str) -> list[jax.Device]:
 
 
 def use_compiler_alone() -> None:
-    """Prepares for a TPU's compiler without a TPU: nobody is asked about one."""
+    """Sets up libtpu as a compiler only, so that nothing looks for a TPU."""
     if importlib.util.find_spec("libtpu") is None:
         sys.exit("error: the TPU's compiler is missing: pip install libtpu")
     jax.config.update("jax_platforms", "cpu")
     os.environ["TPU_SKIP_MDS_QUERY"] = "1"
-    # The pod is the topology's; without these, libtpu complains that it finds none.
+    # The topology describes the pod. Without these variables libtpu complains that it finds none.
     os.environ.setdefault("TPU_ACCELERATOR_TYPE", "v5litepod-8")
     os.environ.setdefault("TPU_WORKER_HOSTNAMES", "localhost")
-    os.environ.setdefault("ALLOW_MULTIPLE_LIBTPU_LOAD", "1")  # beside others that compile
+    os.environ.setdefault("ALLOW_MULTIPLE_LIBTPU_LOAD", "1")  # for several compilers at once
 
 
 def main() -> None:
@@ -267,7 +282,7 @@ def main() -> None:
         "--topology",
         metavar="PODS",
         default="v5e:2x4,v4:2x2x8",
-        help="pods, as GENERATION:CHIPS along each axis; default %(default)s",
+        help="pods to compile for, as GENERATION:CHIPS along each axis; default %(default)s",
     )
     parser.add_argument(
         "--fsdp",
