@@ -1,4 +1,4 @@
-"""Eight CPU devices, and programs that compile quickly, set before jax is imported by any test."""
+"""Sets up eight CPU devices and quick compilation before any test imports jax."""
 
 import os
 import pathlib
@@ -6,9 +6,9 @@ import sys
 import tempfile
 
 os.environ["JAX_PLATFORMS"] = "cpu"
-# Tests compile far longer than they compute. LLVM's optimisation takes two thirds of that, and
-# changes nothing of what they look at: XLA's own passes, so fusions, collectives and memory, stay.
-# The runs of main_test.py and imagenet_test.py are compiled as a user's are.
+# Tests compile far longer than they compute, and LLVM's optimisation takes two thirds of that time.
+# It is off here. What the tests look at does not change: fusions, collectives and memory are the
+# work of XLA's own passes. The runs of cli/train_test.py and cli/data_test.py compile as a user's.
 os.environ["XLA_FLAGS"] = (
     "--xla_force_host_platform_device_count=8 --xla_backend_optimization_level=0"
 )
@@ -21,7 +21,7 @@ import jax  # noqa: E402
 
 jax.config.update("jax_default_matmul_precision", "highest")
 
-# A program that an earlier test compiled, or an earlier start of a run, is not compiled again.
+# Programs are cached, so that no later test and no restart of a run compiles them again.
 _PROGRAMS = tempfile.TemporaryDirectory(prefix="programs")
 jax.config.update("jax_compilation_cache_dir", _PROGRAMS.name)
 jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.1)

@@ -7,7 +7,7 @@ import pytest
 from runs import ROOT
 
 PACKAGE = ROOT / "convit_jax"
-# A room may import from those below it and from its own; rooms of a line do not know each other.
+# A room may import from the lines below it and from itself, but not from others of its line.
 FLOORS = (
     {"__main__"},
     {"cli"},
@@ -17,9 +17,9 @@ FLOORS = (
     {"model"},
     {"workdir", "parallel", "storage", "extras", "__init__"},
 )
-# workdir writes through storage, and data shields its workers by parallel: both look sideways.
+# The one exception: workdir writes its files through storage.
 SIDEWAYS = {("workdir", "storage")}
-# The names of what a run's folder holds are spelled in one file.
+# Names of files and folders in the working directory, which only one module may spell.
 PATHS = {
     "config.json", "classes.json", "starts.jsonl", "metrics.jsonl", "checkpoints", "eval.json",
     "predictions.jsonl", "weights.safetensors", "compilation_cache",
@@ -27,7 +27,7 @@ PATHS = {
 
 
 def modules(root: pathlib.Path = PACKAGE) -> dict[str, ast.Module]:
-    """Dotted name below the package -> syntax tree, of every file."""
+    """Returns {dotted name below the package: syntax tree} of every file."""
     return {
         ".".join(path.relative_to(root).with_suffix("").parts).removesuffix(".__init__"): ast.parse(
             path.read_text()
@@ -37,7 +37,7 @@ def modules(root: pathlib.Path = PACKAGE) -> dict[str, ast.Module]:
 
 
 def imports(tree: ast.AST, known: set[str], top_level: bool = False) -> set[str]:
-    """Modules of the package that a tree imports; those it runs on import, with `top_level`."""
+    """Modules of the package that a tree imports; with `top_level`, only outside functions."""
     found = set()
     for node in tree.body if top_level else ast.walk(tree):
         if isinstance(node, ast.ImportFrom) and (node.module or "").startswith("convit_jax"):
@@ -83,7 +83,7 @@ def circles(trees: dict[str, ast.Module]) -> list[str]:
 
 
 def strings(tree: ast.AST) -> list[str]:
-    """Texts of the code, without docstrings and messages of several words."""
+    """String constants of the code, without docstrings and messages of several words."""
     return [n.value for n in ast.walk(tree) if isinstance(n, ast.Constant) and n.value in PATHS]
 
 
@@ -112,7 +112,7 @@ def test_a_runs_paths_have_one_owner():
 
 
 def test_files_are_renamed_by_storage_alone():
-    """os.replace, os.rename and Path.replace or .rename of one argument."""
+    """Calls of os.replace and os.rename, and of Path.replace or .rename with one argument."""
     allowed = {
         "storage": 1,
         "workdir.checkpoints": 1,  # a checkpoint that cannot be read is set aside

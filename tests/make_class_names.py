@@ -1,9 +1,9 @@
-"""ImageNet's classes as convit_jax/imagenet_classes.txt has them.
+"""Makes the file of ImageNet's classes. Needs tfds and torchvision.
 
-    python tests/make_class_names.py > convit_jax/imagenet_classes.txt
+    python tests/make_class_names.py > convit_jax/data/imagenet_classes.txt
 
-A line a class, in the order of the labels: the WordNet id, as tfds lists it for imagenet2012, a
-tab, and the name that torchvision shows for it. Needs both packages.
+The file has a line for each class, in the order of the labels: the WordNet id from tfds' list for
+imagenet2012, a tab, and torchvision's name of the class.
 """
 
 from benchmarks import peer
@@ -12,7 +12,7 @@ from benchmarks import peer
 def make() -> str:
     from tensorflow_datasets.core.utils import resource_utils
 
-    peer.import_timm()  # torchvision can be imported afterwards, whatever build it is
+    peer.import_timm()  # afterwards any build of torchvision can be imported
     from torchvision.models import ResNet50_Weights
 
     ids = resource_utils.tfds_path("datasets/imagenet2012/labels.txt").read_text().split()

@@ -3,14 +3,13 @@
     python tests/make_imagenet.py DIR
 
 writes DIR/array_record and DIR/tfrecord (each a tfds data_dir), DIR/folder and DIR/tars. The
-metadata are those of tfds' own imagenet2012 builder, the records lie in the order it gives
-them, and the photos are real ones, from scikit-learn and (where installed) scikit-image. None
-of it needs TensorFlow.
+metadata and the order of the records are those of tfds' own imagenet2012 builder. The photos are
+real ones, from scikit-learn and, if installed, scikit-image. TensorFlow is not needed.
 
-Compared once, by hand, with what tfds 4.9.10 and TensorFlow 2.21 prepared from these tars (too
-heavy for CI): metadata equal to the byte, shards of the same names and sizes, every record equal
-once parsed and in the same place. Only the order of the features inside a serialised Example
-differs, which TensorFlow changes from run to run.
+The result was compared once, by hand, with the data set that tfds 4.9.10 and TensorFlow 2.21
+prepared from these tars (too heavy for CI). The metadata were equal to the byte, the shards had the
+same names and sizes, and every parsed record was equal and in the same place. Only the order of the
+features inside a serialised Example differed, which TensorFlow changes from run to run.
 """
 
 from collections.abc import Iterable, Iterator
@@ -27,8 +26,8 @@ import numpy as np
 from PIL import Image
 
 SPLITS = ("train", "validation")
-# Width and height, mode and file type of the images, in turn: mostly ImageNet's commonest
-# size, and the shapes and modes that trip readers up.
+# Width and height, mode and file type, taken in turn by the images: mostly ImageNet's commonest
+# size, and some shapes and modes that are difficult for readers.
 KINDS = (
     ((500, 375), "RGB", "JPEG"),
     ((375, 500), "RGB", "JPEG"),
@@ -63,7 +62,7 @@ def photos() -> list[Image.Image]:
 
 
 def encode(photo: Image.Image, number: int) -> bytes:
-    """A crop of the photo, as the image of that number: every number its own crop and kind."""
+    """Encodes a crop of the photo; the number decides the crop, the mode and the file type."""
     (width, height), mode, kind = KINDS[number % len(KINDS)]
     rng = np.random.default_rng(number)
     scale = min(photo.width / width, photo.height / height) * rng.uniform(0.6, 1)
@@ -76,7 +75,7 @@ def encode(photo: Image.Image, number: int) -> bytes:
 
 
 def make_examples(per_class: int = 4, validation: int = 8) -> dict[str, list[Example]]:
-    """The two splits; train has the classes of the first validation images, as ILSVRC2012 has."""
+    """Makes the two splits; train has the classes of ILSVRC2012's first validation images."""
     from tensorflow_datasets.core.utils import resource_utils
 
     path = resource_utils.tfds_path("datasets/imagenet2012/validation_labels.txt")
@@ -135,7 +134,7 @@ def write_tfds(
     file_format: str,
     shards: int = 2,
 ) -> pathlib.Path:
-    """DIR/imagenet2012/5.1.0 as tfds prepares it, "array_record" or "tfrecord"; returns it."""
+    """Writes DIR/imagenet2012/5.1.0 as tfds prepares it, and returns that folder."""
     from tensorflow_datasets.datasets.imagenet2012 import imagenet2012_dataset_builder
 
     builder = imagenet2012_dataset_builder.Builder(
@@ -152,7 +151,7 @@ def write_tfds(
 
 
 def write_prepared(builder, splits: dict[str, dict[str, dict]], shards: int = 2) -> pathlib.Path:
-    """What a tfds builder writes for {split: {key: example}}; images as encoded bytes."""
+    """Writes {split: {key: example}} as a tfds builder does; images are encoded bytes."""
     from tensorflow_datasets.core import example_serializer, hashing, naming
     from tensorflow_datasets.core import splits as tfds_splits
     from tensorflow_datasets.core.utils import shard_utils
@@ -173,7 +172,7 @@ def write_prepared(builder, splits: dict[str, dict[str, dict]], shards: int = 2)
                 items[key] | {"image": io.BytesIO(items[key]["image"])}
             )
             example = serializer.get_tf_example(encoded)
-            # Else the order of the features varies from run to run.
+            # Deterministic, since otherwise the order of the features varies from run to run.
             records.append(example.SerializeToString(deterministic=True))
         ends = shard_utils.get_shard_boundaries(len(records), shards)
         spans = list(zip([0, *ends], ends, strict=False))

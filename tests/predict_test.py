@@ -1,4 +1,4 @@
-"""Image files to classes, beside timm's transform and model."""
+"""Predicts the classes of image files, and compares them with timm's transform and model."""
 
 import json
 import pathlib
@@ -29,7 +29,7 @@ PHOTOS = [
 
 
 def save(path, num_classes=1000, names=None, **options):
-    """Small random weights as our export."""
+    """Saves small random weights in our own format."""
     model = convit_jax.ConViT(
         embed_dim=32, depth=2, local_up_to_layer=1, num_classes=num_classes,
         **{"image_size": 32, **options},

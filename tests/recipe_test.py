@@ -1,4 +1,4 @@
-"""The configurations: all of them lock, build and initialise; wrong ones are named."""
+"""Configurations: all of them can be locked, built and initialised; errors name wrong keys."""
 
 import importlib.util
 
@@ -110,7 +110,7 @@ def test_what_is_no_image_size_is_refused(size):
 
 
 def test_every_key_is_read():
-    """A key that no code reads is a promise that is not kept."""
+    """Every key of the recipe must have an effect."""
     code = "".join(path.read_text() for path in (CONFIGS.parent / "convit_jax").glob("*.py"))
     config = recipe.get_config()
     for section in ("data", "train", "optim", "mesh"):
@@ -119,7 +119,7 @@ def test_every_key_is_read():
     single = {key for key in config if not isinstance(config[key], ml_collections.ConfigDict)}
     for key in single:
         assert f"config.{key}" in code
-    # The other sections are passed on whole, to functions that know their names.
+    # The other sections are passed as a whole to functions that have arguments of these names.
     assert set(config.keys()) - single == {
         "model", "data", "augment", "mixup", "train", "optim", "mesh", "checkpoint"
     }  # fmt: skip

@@ -12,7 +12,7 @@ def softmax(scores: np.ndarray) -> np.ndarray:
 
 
 def relative_positions(grid: tuple[int, int], queries: slice = np.s_[:]) -> np.ndarray:
-    """r_ij = (dx, dy, dx^2 + dy^2), key minus query, for the queries named: (n, N, 3)."""
+    """Returns r_ij = (dx, dy, dx^2 + dy^2), key minus query, for the given queries: (n, N, 3)."""
     y, x = np.divmod(np.arange(grid[0] * grid[1], dtype=np.float64), grid[1])
     dx, dy = x[None, :] - x[queries, None], y[None, :] - y[queries, None]
     return np.stack([dx, dy, dx**2 + dy**2], axis=-1)
@@ -58,8 +58,8 @@ def gpsa(
 ) -> dict:
     """Equations 6 and 7 of the paper in float64, every N x N map written out.
 
-    `kept` is what dropout multiplies the blended map with. Returns the maps "content",
-    "positional", "blended", the "gate" and the output "out".
+    `kept` is the factor by which dropout multiplies the blended map. Returns the maps "content",
+    "positional" and "blended", the "gate" and the output "out".
     """
     params, x = _float64(params), np.asarray(x, np.float64)
     qk = x @ params["qk"]["kernel"] + params["qk"].get("bias", 0)
@@ -82,7 +82,7 @@ def gpsa(
 
 
 def import_timm():
-    """(timm, torch); skips the test where they are not installed."""
+    """Returns (timm, torch); skips the test if they are not installed."""
     try:
         return peer.import_timm()
     except ImportError as error:
@@ -90,10 +90,10 @@ def import_timm():
 
 
 def randomise(model, torch, seed: int) -> None:
-    """Random values for every tensor of a timm model, of sizes at which each one matters.
+    """Sets every tensor of a timm model to random values that affect the results.
 
-    The positional weights make a softmax that is neither flat nor one-hot: with weights of
-    N(0, 0.3^2), scores of neighbours differ by some tenths, of opposite corners by tens.
+    The positional weights are drawn so that the softmax is neither flat nor one-hot. With weights
+    of N(0, 0.3^2), scores of neighbours differ by some tenths, and of opposite corners by tens.
     """
     generator = torch.Generator().manual_seed(seed)
     with torch.no_grad():

@@ -1,4 +1,4 @@
-"""Images that are no squares of 224 pixels, from the command line to the last prediction."""
+"""Images other than squares of 224 pixels, from the command line to the predictions."""
 
 import json
 import re
@@ -52,7 +52,7 @@ def test_any_size_trains_and_is_evaluated_and_predicts(tmp_path, size, turned, a
     there, now = ([int(n) for n in s.split(",")] if "," in s else s for s in (size, turned))
     assert f"model.image_size: there {there}, now {now}" in runs.output(workdir)
 
-    # The same weights at the size that was refused, beside their own.
+    # An evaluation takes the size that training refused, together with the weights' own size.
     sizes = f"--eval_size={size.replace(',', 'x')},{turned.replace(',', 'x')}"
     runs.finish(runs.start(workdir, "--mode=eval", sizes, devices=1), workdir)
     results = json.loads((workdir / "eval.json").read_text())["results"]

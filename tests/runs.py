@@ -1,4 +1,4 @@
-"""Runs of main.py as the tests start, kill and compare them."""
+"""Starts, kills and compares runs of main.py, for the tests."""
 
 import json
 import os
@@ -15,10 +15,10 @@ from PIL import Image
 
 ROOT = pathlib.Path(__file__).parent.parent
 
-# What is measured, not computed: never the same twice.
+# Metrics that are measured, not computed, and so differ from run to run.
 MEASURED = {"time", "images_per_second", "data_seconds", "data_wait", "mfu"}
 
-# The whole recipe, small: four patches, two blocks. 24 steps, an evaluation in their middle.
+# The whole recipe at a small size: four patches, two blocks, 24 steps, an evaluation in the middle.
 SMALL = (
     "--config=configs/convit_ti.py",
     "--config.model.image_size=32",
@@ -37,7 +37,7 @@ SMALL = (
 
 
 def write_images(folder: pathlib.Path, per_class: int = 40) -> None:
-    """Class folders with train/ and val/: coloured noise, which is enough to be learnt from."""
+    """Writes class folders below train/ and val/; the images are coloured noise, easy to learn."""
     rng = np.random.default_rng(0)
     for split, number in (("train", per_class), ("val", per_class // 4)):
         for label in range(3):
@@ -79,12 +79,12 @@ def output(workdir: pathlib.Path) -> str:
 
 
 def finish(process: subprocess.Popen, workdir: pathlib.Path, code: int = 0) -> None:
-    """Waits for the end of a process, which has to be this one."""
+    """Waits until a process ends, and asserts that its exit status is `code`."""
     assert process.wait(timeout=300) == code, output(workdir)
 
 
 def kill(process: subprocess.Popen) -> None:
-    """kill -9, of the workers too."""
+    """Kills a process and its workers with SIGKILL."""
     os.killpg(process.pid, signal.SIGKILL)
     process.wait(timeout=60)
 
@@ -109,7 +109,7 @@ def is_saving(workdir: pathlib.Path) -> list[pathlib.Path]:
 
 
 def metrics(workdir: pathlib.Path) -> list[dict[str, Any]]:
-    """The lines of metrics.jsonl without what was measured."""
+    """Returns the lines of metrics.jsonl without the measured metrics."""
     lines = [json.loads(line) for line in (workdir / "metrics.jsonl").read_text().splitlines()]
     return [{k: v for k, v in line.items() if k not in MEASURED} for line in lines]
 

@@ -26,7 +26,7 @@ def by_hand(**times):
 
 
 def free_port(start: int = 0) -> int:
-    """A free port, from `start` on if that is given."""
+    """Returns a free port; if `start` is given, the first one from there on."""
     for port in range(start, start + 100):
         with socket.socket() as probe, contextlib.suppress(OSError):
             probe.bind(("127.0.0.1", port))
@@ -56,7 +56,7 @@ def start_pair(code: str, *args: object, devices: int = 1) -> list[subprocess.Po
 
 
 def wait_for(process: subprocess.Popen, text: str, timeout: float = 40) -> str:
-    """What the process prints up to a line with this text; it is killed if that takes too long."""
+    """Returns a process's output up to a line with a text; kills it if that takes too long."""
     lines = []
     timer = threading.Timer(timeout, process.kill)
     timer.start()

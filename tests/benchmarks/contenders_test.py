@@ -1,4 +1,4 @@
-"""The benchmark of the model: that it runs, measures memory, and draws what it kept."""
+"""The benchmark of the model: it runs, measures memory, and draws its stored results."""
 
 import json
 import re
@@ -16,10 +16,10 @@ TINY = ["depth=2", "embed_dim=32", "local_up_to_layer=1", "num_classes=10"]
 
 def test_the_peak_of_a_known_allocation():
     def run():
-        array = np.ones(100 * 2**20, np.uint8)  # touched, and gone when the call ends
+        array = np.ones(100 * 2**20, np.uint8)  # written to, and freed when the call ends
         return int(array[-1])
 
-    # Linux counts pages by core, and adds them up by some dozens.
+    # Linux counts pages on each core and sums them only every few dozen pages: not quite exact.
     assert memory.peak_bytes(lambda: None) == pytest.approx(0, abs=2**20)
     for _ in range(2):
         assert memory.peak_bytes(run) == pytest.approx(100 * 2**20, abs=2**20)
@@ -52,7 +52,7 @@ def test_the_peer_says_what_it_cannot_be():
 
 
 def rows(capsys):
-    """The header, and the rows of each part, of what a command printed."""
+    """Returns the header that a command printed, and the rows of each part."""
     header, *parts = capsys.readouterr().out.split("\n\n")
     return header, [re.findall(r"^convit_tiny {5}.*", part, re.MULTILINE) for part in parts]
 

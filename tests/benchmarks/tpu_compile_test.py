@@ -1,4 +1,4 @@
-"""What the devices of a compiled program send to one another, and the step compiled for a pod."""
+"""Collectives of compiled programs are found, and the training step compiles for a TPU pod."""
 
 import importlib.util
 import os
@@ -25,7 +25,7 @@ SMALL = (
     "--config.train.batch_size=64",
 )
 
-# As the TPU's compiler writes them: types with layouts, fused scatters, stages under one channel.
+# In the style of the TPU's compiler: layouts in types, fused scatters, stages that share a channel.
 PROGRAM = """\
 HloModule jit_step
 %all-reduce-scatter.3 (input_0: bf16[64,8]) -> bf16[8,8] {
@@ -73,7 +73,7 @@ def test_what_is_sent_besides_gradients_is_named():
 
     def step(weight, x):
         def loss(weight):
-            mixed = x + jnp.roll(x, 1, axis=0)  # of other images: across devices
+            mixed = x + jnp.roll(x, 1, axis=0)  # mixes images of different devices
             return jnp.tanh(mixed @ weight).sum()
 
         return jax.grad(loss)(weight)

@@ -1,4 +1,4 @@
-"""Training from tfds' ImageNet layout: small, but of real photographs in the real format."""
+"""Training from a small ImageNet: real photographs in the real formats."""
 
 import dataclasses
 import functools
@@ -73,7 +73,7 @@ def test_32_images_are_learnt_by_heart(imagenet, tmp_path):
     config.train.update(label_smoothing=0.0, epochs=140.0, eval_every=140.0)
     config.optim.update(lr=0.05, warmup_epochs=5.0, weight_decay=0.0)
     run = setup.prepare(config, Workdir(tmp_path))
-    # It is the same pixels every time: without this, 140 decodings of each photo take the longest.
+    # The pixels are the same every time. Decoding each photo 140 times would take the longest.
     rng = np.random.default_rng(0)
     once = functools.cache(lambda image: run.train_chunks.transform(image, rng))
     chunks = dataclasses.replace(run.train_chunks, transform=lambda image, _: once(image))
@@ -120,7 +120,7 @@ def save_initial(model, path):
 
 
 def test_part_of_the_data_for_the_same_number_of_images(imagenet, tmp_path):
-    """The paper's Table 2 is two flags."""
+    """Two flags give the setting of the paper's Table 2."""
     config = small(convit_ti.get_config())
     config.data.update(dir=str(imagenet / "array_record"), workers=0, repeats=1)
     config.train.update(epochs=10.0, batch_size=8)

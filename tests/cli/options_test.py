@@ -1,4 +1,4 @@
-"""What the commands share: configurations, overrides, and values of flags."""
+"""Parsing that all commands share: configurations, overrides, and values of flags."""
 
 import argparse
 

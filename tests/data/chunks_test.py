@@ -1,4 +1,4 @@
-"""The order of the batches: what a draw depends on, and what it does not."""
+"""The order of the batches: it depends on the seed, not on workers, processes or restarts."""
 
 import contextlib
 import itertools
@@ -24,7 +24,7 @@ NUM = 600
 
 
 def numbered(num: int = NUM) -> ArraySource:
-    """Images that say their number: 2 x 2 pixels, the number's two bytes twice."""
+    """Images that contain their number: 2 x 2 pixels, the number's two bytes twice."""
     number = np.arange(num)
     images = np.stack([number % 256, number // 256] * 2, axis=-1).astype(np.uint8)
     labels = (number % 10).astype(np.int32)
@@ -74,7 +74,7 @@ def test_every_epoch_has_every_image_once_in_a_new_order():
 
 
 def test_repeated_augmentation():
-    """Three draws in a row of an image, each augmented anew; epochs cut as DeiT's RASampler."""
+    """An image is drawn three times in a row, each augmented anew; epochs are cut as in DeiT."""
     assert draws_per_epoch(1_281_167, 3) == 1_281_024
     assert draws_per_epoch(1_281_167, 1) == 1_281_167
     assert draws_per_epoch(100, 3) == 100
@@ -91,7 +91,7 @@ def test_repeated_augmentation():
     noise = np.concatenate([batch["image"] for batch in seen])[:, 1]
     assert np.mean(np.all(noise[:510:3] == noise[1:510:3], axis=(1, 2))) < 0.05
     once = numbers(batches(epoch // 32, repeats=1))
-    np.testing.assert_array_equal(once[:170], first[:510:3])  # the same shuffle underneath
+    np.testing.assert_array_equal(once[:170], first[:510:3])  # both have the same shuffle
 
 
 def test_draws_depend_on_the_seed_alone():
@@ -106,7 +106,7 @@ def test_a_run_started_late_sees_what_it_would_have_seen():
 
 @pytest.mark.parametrize(("workers", "shared"), [(1, 0), (2, 2**16), (4, 0)])
 def test_workers_make_the_same_batches(workers, shared, monkeypatch):
-    """Through shared memory (every array from 0 bytes on) and through the pipe."""
+    """Batches come through shared memory (`shared` 0 sends every array so) or through the pipe."""
     monkeypatch.setattr(chunks, "_SHARED", shared)
     options = {"batch_size": 192, "repeats": 3}  # three chunks a batch
     assert chunks(**options).share.chunks == 3
@@ -133,7 +133,7 @@ def test_evaluation_sees_every_image_once(count):
             iterate(EvalChunks(numbered(), lambda image: image, share))
         ) as iterator:
             seen.append(list(iterator))
-    assert {len(part) for part in seen} == {5}  # as many batches in every process: none waits
+    assert {len(part) for part in seen} == {5}  # every process has as many batches, so none waits
     kept = [
         number
         for part in seen

@@ -1,4 +1,4 @@
-"""Names of classes: ImageNet's beside those of the packages that they come from."""
+"""Names of classes: ImageNet's are compared with those of the packages they come from."""
 
 import pytest
 import reference

@@ -1,4 +1,4 @@
-"""ImageNet from miniature tars: what tfds reads back, wrong tars, and runs that were killed."""
+"""ImageNet from small tars: tfds reads the result, bad tars are refused, killed runs continue."""
 
 import base64
 import errno
@@ -44,7 +44,7 @@ CMYK_16X24 = (
 
 
 def encode(seed: int, mode: str = "RGB", kind: str = "JPEG") -> bytes:
-    """A smooth picture of its own for each seed, a little larger than a JPEG block."""
+    """Encodes a smooth picture, different for each seed and a little larger than a JPEG block."""
     rng = np.random.default_rng(seed)
     channels = {"RGB": 3, "L": 1, "CMYK": 4}[mode]
     small = rng.integers(0, 256, (5, 6, channels), np.uint8)
@@ -67,7 +67,7 @@ def train_files() -> dict[str, dict[str, bytes]]:
 
 
 def validation_files() -> dict[str, bytes]:
-    numbers = [3, 1, 2, 6, 5, 4]  # the order in a tar is no promise
+    numbers = [3, 1, 2, 6, 5, 4]  # a tar need not be in order
     return {f"ILSVRC2012_val_{n:08d}.JPEG": encode(100 + n) for n in numbers}
 
 
@@ -159,7 +159,7 @@ def test_order_and_metadata_are_those_of_tfds(prepared):
     shards |= {f"imagenet2012-validation.array_record-{i:05d}-of-00002" for i in range(2)}
     metadata = {"dataset_info.json", "features.json", "label.labels.txt"}
     assert set(contents(prepared)) == shards | metadata
-    # What TensorFlow's run wrote here for the same tars, the lengths of the records included.
+    # The values that tfds with TensorFlow wrote for the same tars: the bytes of all records.
     splits = json.loads((prepared / "dataset_info.json").read_text())["splits"]
     assert [split["numBytes"] for split in splits] == ["18620", "7952"]
 
@@ -167,7 +167,7 @@ def test_order_and_metadata_are_those_of_tfds(prepared):
 def test_default_shards_are_those_tfds_chooses():
     config = tfds.core.utils.shard_utils.ShardConfig
     defaults = imagenet.prepare_imagenet.__kwdefaults__
-    # The tars are 0.5% larger than their images: no shard limit is that close.
+    # The tars are 0.5% larger than their images, which does not change the number of shards.
     assert config.calculate_number_shards(147_897_477_120, 1_281_167) == defaults["train_shards"]
     assert config.calculate_number_shards(6_744_924_160, 50_000) == defaults["validation_shards"]
     assert len(imagenet_tars.encoded_by_tfds()) == 23
@@ -181,7 +181,7 @@ def test_special_images_decode_as_rgb(prepared):
         image = Image.open(io.BytesIO(images[name]))
         assert (image.format, image.mode) == ("JPEG", "RGB")
         expected = np.asarray(Image.open(io.BytesIO(original)).convert("RGB"), np.float32)
-        # 4:2:0 at quality 100 on a picture of strong colours.
+        # The error of 4:2:0 at quality 100 on a picture of strong colours.
         assert np.abs(np.asarray(image) - expected).mean() < 2.5
     assert Image.open(io.BytesIO(images[GREY])).mode == "L"
 
@@ -194,7 +194,7 @@ def test_special_images_decode_as_rgb(prepared):
     ],
 )
 def test_cmyk_gives_the_bytes_of_tensorflow(adobe, expected):
-    # The hashes of what tfds.core.utils.jpeg_cmyk_to_rgb returned under TensorFlow 2.21.
+    # Hashes of the bytes that tfds.core.utils.jpeg_cmyk_to_rgb returned with TensorFlow 2.21.
     data = base64.b85decode(CMYK_16X24)
     if not adobe:
         start = data.index(b"\xff\xee\x00\x0eAdobe")
@@ -287,7 +287,7 @@ def test_wrong_tars_are_named_and_nothing_is_written(tmp_path, damage, named):
 def test_every_cut_of_a_tar_is_noticed(tmp_path):
     folder = write_tars(tmp_path / "tars")
     whole = (folder / TRAIN).read_bytes()
-    # The last image ends 1,024 bytes of end marks, padding and 2 ends of tars before the end.
+    # The file ends in padding and the end marks of two tars, 1,024 bytes each: no image is there.
     for size in range(0, len(whole) - 20_480, 512):
         (folder / TRAIN).write_bytes(whole[:size])
         with pytest.raises(ValueError, match=TRAIN):
@@ -419,7 +419,7 @@ def test_finished_data_set_is_left_alone(tars, prepared, tmp_path):
     assert {path: path.stat().st_mtime_ns for path in prepared.iterdir()} == before
     with pytest.raises(FileExistsError, match=r"5.1.0: expected no folder, or .*'train': 12"):
         run(tars, prepared.parents[1], train_images=12)
-    # tfds' default format at the same place.
+    # The same folder holds the data set in tfds' default format.
     folder = tmp_path / "imagenet2012" / "5.1.0"
     folder.mkdir(parents=True)
     with pytest.raises(FileExistsError, match="found nothing that tfds reads"):

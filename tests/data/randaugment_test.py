@@ -1,4 +1,4 @@
-"""RandAugment: every operation and the distribution of the draws, beside timm's."""
+"""RandAugment: every operation and the distribution of the draws, compared with timm's."""
 
 import collections
 
@@ -12,7 +12,7 @@ from sklearn import datasets
 from convit_jax.data import randaugment
 
 GEOMETRIC = ("Rotate", "ShearX", "ShearY", "TranslateXRel", "TranslateYRel")
-BLENDED = ("Color", "Sharpness")  # the rest is tables: identical
+BLENDED = ("Color", "Sharpness")  # the others use tables and are exact
 SIZES = ((224, 224), (160, 197))  # height, width
 
 
@@ -98,7 +98,7 @@ def test_operations_at_their_limits(name, monkeypatch):
 
 
 def timm_draws(count):
-    """Per image the list of (operation, magnitude) that timm applies."""
+    """Returns, for each image, the list of (operation, magnitude) that timm applies."""
     reference.import_timm()
     import random
 
@@ -124,7 +124,7 @@ def our_draws(count, monkeypatch):
 
 
 def p_value(left, right):
-    """Of a chi-square test that two samples of a discrete variable have one distribution."""
+    """P-value of a chi-square test that two samples have the same discrete distribution."""
     counts = collections.Counter(left), collections.Counter(right)
     values = sorted(counts[0] | counts[1])
     return stats.chi2_contingency([[c[value] for value in values] for c in counts]).pvalue
@@ -137,10 +137,10 @@ def test_draws_are_distributed_as_those_of_timm(monkeypatch):
     assert p_value(map(len, theirs), map(len, ours)) > 0.01
     timm_flat = [op for ops in theirs for op in ops]
     assert p_value([i for i, _ in timm_flat], [i for i, _, _ in flat]) > 0.01
-    # With replacement: the same operation twice in an image, in one of 15.
+    # Operations are drawn with replacement, so one image in 15 gets the same one twice.
     twice = [[len({name for name, _ in ops}) for ops in d if len(ops) == 2] for d in (theirs, ours)]
     assert p_value(*twice) > 0.01
-    # A cell of its own for what is clipped to 10.
+    # Magnitudes that are clipped to 10 have their own bin.
     edges = [8.0, 8.25, 8.5, 8.75, 9.0, 9.25, 9.5, 9.75, 10.0]
     levels = [np.digitize([op[1] for op in draws], edges) for draws in (timm_flat, flat)]
     assert p_value(levels[0].tolist(), levels[1].tolist()) > 0.01

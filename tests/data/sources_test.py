@@ -1,4 +1,4 @@
-"""Sources: that every layout gives the same images, and what is said where one is broken."""
+"""Sources: every layout gives the same images, and errors say what is wrong with a broken one."""
 
 import concurrent.futures
 import json
@@ -30,7 +30,7 @@ def examples():
 
 @pytest.fixture(scope="session")
 def disk(tmp_path_factory, examples):
-    """The small ImageNet in all layouts; not to be changed."""
+    """The small ImageNet in all layouts; tests must not change it."""
     root = tmp_path_factory.mktemp("imagenet")
     for file_format in FORMATS:
         make_imagenet.write_tfds(root / file_format, examples, file_format)
@@ -56,7 +56,7 @@ def open_any(disk, layout, split, **options):
 
 
 def contents(source):
-    """{file name: (class name, bytes)}; labels of a folder count only the classes it has."""
+    """Returns {file name: (class name, bytes)}: labels differ, as a folder has fewer classes."""
     return {
         os.path.basename(item["name"]): (source.class_names[item["label"]], item["image"])
         for item in (source[i] for i in range(len(source)))
@@ -121,14 +121,14 @@ def test_sources_travel_to_fresh_processes_which_need_no_tfds(disk):
     opened = [open_any(disk, layout, "train") for layout in (*FORMATS, "folder")]
     opened.append(open_any(disk, "tfrecord", "train", sampling_ratio=0.5))
     for source in opened:
-        source[0]  # files are open, as far as they ever are
+        source[0]  # opens files, if this source keeps any open
     context = multiprocessing.get_context("spawn")
     with concurrent.futures.ProcessPoolExecutor(1, mp_context=context) as pool:
         for source in opened:
             assert pool.submit(operator.getitem, source, 5).result() == source[5]
         loaded = "[m for m in __import__('sys').modules if m.startswith('tensorflow')]"
         assert pool.submit(eval, loaded).result() == []
-        # To open a data set takes tfds, but never TensorFlow.
+        # Opening a data set imports tfds, but never TensorFlow.
         future = pool.submit(open_source, NAME, "test", data_dir=str(disk / "tfrecord"))
         assert len(future.result()) == 8
         modules = pool.submit(eval, loaded).result()
@@ -158,7 +158,7 @@ def test_another_tfds_set_with_png_images_and_no_validation_split(disk, tmp_path
 
 
 def test_checksums_are_crc32c():
-    # RFC 3720, B.4, and the usual check value; TFRecord's mask undone.
+    # Values of RFC 3720, B.4, and the usual check value, without TFRecord's mask.
     for data, crc in ((b"123456789", 0xE3069283), (bytes(32), 0x8A9136AA)):
         masked = ((crc >> 15 | crc << 17) + 0xA282EAD8) & 0xFFFFFFFF
         assert make_imagenet.masked_crc32c(data) == masked
@@ -188,7 +188,7 @@ def test_examples_are_parsed_as_their_protos_say():
         names = {"image", "label", "negative", "wide", "é", "floats", "none", "absent"}
         assert tf_example.parse_example(record, names) == want
         assert tf_example.parse_example(record, {"label"}) == {"label": want["label"]}
-    # Not packed: a tag for each value, which nobody writes but a parser has to take.
+    # Integers that are not packed have a tag each. Nobody writes them, but parsers must read them.
     unpacked = b"\x0a\x0d\x0a\x0b\x0a\x05label\x12\x02\x1a\x00"
     assert tf_example.parse_example(unpacked, {"label"}) == {}
     unpacked = b"\x0a\x0f\x0a\x0d\x0a\x05label\x12\x04\x1a\x02\x08\x05"
@@ -205,7 +205,7 @@ def test_garbage_is_not_an_example():
         with pytest.raises(ValueError, match=r"not a tf\.train\.Example"):
             tf_example.parse_example(record[:end], {"label"})
     rng = np.random.default_rng(0)
-    for _ in range(2000):  # no other error, no hang
+    for _ in range(2000):  # other damage raises no other error and does not hang
         damaged = bytearray(record)
         damaged[rng.integers(len(record))] = rng.integers(256)
         try:
@@ -249,7 +249,7 @@ def test_the_index_is_kept_until_the_shards_change(broken, tmp_path, monkeypatch
 
 
 def damage(path, kind):
-    """Breaks a TFRecord shard of 16 records; returns the record at which that shows."""
+    """Breaks a TFRecord shard of 16 records; returns the record at which it is noticed."""
     content = path.read_bytes()
     starts = records.index_shard(os.fspath(path), 16)[:, 0] - records.HEADER
     if kind == "cut in a payload":
@@ -316,7 +316,7 @@ def test_a_damaged_array_record_shard_is_named(broken):
     changed = bytearray(content)
     changed[len(content) // 2 : len(content) // 2 + 64] = bytes(64)
     path.write_bytes(changed)
-    with pytest.raises(ValueError, match="record ") as caught:  # in the middle, seen when read
+    with pytest.raises(ValueError, match="record ") as caught:  # found when read
         contents(source)
     assert str(path) in str(caught.value)
 
@@ -500,7 +500,7 @@ def test_folders_are_read_as_image_folder_reads_them(tmp_path):
     assert list(ours.class_names) == theirs.classes
     assert [(ours[i]["name"], ours[i]["label"]) for i in range(len(ours))] == theirs.samples
     assert ours[0]["image"] == pathlib.Path(ours[0]["name"]).read_bytes()
-    # val/ has one class alone, and it keeps the number that train/ gives it.
+    # val/ has only one class, which keeps the number that it has in train/.
     assert open_source(f"folder:{tmp_path}", "test")[0]["label"] == 3
 
 
@@ -510,7 +510,7 @@ def test_held_out_folders(tmp_path, name):
     test = open_source(f"folder:{tmp_path}", "test")
     assert [os.path.basename(test[i]["name"]) for i in range(len(test))] == ["9.jpg", "8.jpg"]
     shutil.rmtree(tmp_path / "train")
-    assert len(open_source(f"folder:{tmp_path}", "test")) == 2  # to evaluate takes no more
+    assert len(open_source(f"folder:{tmp_path}", "test")) == 2  # an evaluation needs no train/
     with pytest.raises(FileNotFoundError, match=f"expected train/ for the train split.* {name}/"):
         open_source(f"folder:{tmp_path}", "train")
 
@@ -587,7 +587,7 @@ def test_digits_are_split_without_overlap():
     assert train.images.shape == (1437, 8, 8, 1)
     assert train.images.dtype == np.uint8
     assert (train.images.min(), train.images.max()) == (0, 255)
-    assert np.bincount(test.labels).min() >= 34  # 360 over 10 classes, in their shares
+    assert np.bincount(test.labels).min() >= 34  # 360 images of 10 classes
     images = [image.tobytes() for source in (train, test) for image in source.images]
     assert len(set(images)) == len(images) == 1797
     assert len({*train.names} | {*test.names}) == 1797

@@ -1,4 +1,4 @@
-"""Decoding, crops and the two transforms, beside Pillow, torchvision and timm."""
+"""Decoding, crops and the two transforms, compared with Pillow, torchvision and timm."""
 
 import functools
 import io
@@ -35,7 +35,7 @@ def encode(picture, kind="JPEG", **options):
 
 def orientation():
     exif = Image.Exif()
-    exif[0x0112] = 6  # to be shown turned by 90 degrees; timm and upstream do not
+    exif[0x0112] = 6  # asks viewers to turn it by 90 degrees; timm and upstream do not
     return exif
 
 
@@ -73,7 +73,7 @@ def test_decoding_gives_the_pixels_of_pillow(name):
         part = read(rows)
         assert rows <= len(part) <= height
         np.testing.assert_array_equal(part[:rows], expected[:rows])
-    # Only what is needed is decoded, where the format allows it.
+    # Rows below the needed ones are not decoded, if the format allows that.
     can_stop = ("444", "422", "420", "portrait", "exif", "grey", "rgb", "left over")
     assert (len(read(100)) < height) == (name in can_stop)
 
@@ -84,7 +84,7 @@ def test_damage_that_pillow_accepts_gives_its_pixels():
     for place in rng.integers(1000, len(data) - 2, size=20):
         damaged = bytes(data[:place]) + rng.bytes(3) + bytes(data[place + 3 :])
         if b"\xff" in damaged[place - 1 : place + 4]:
-            continue  # a marker, perhaps
+            continue  # this may be a marker
         expected = np.asarray(opened(damaged))
         np.testing.assert_array_equal(decode(damaged), expected)
         np.testing.assert_array_equal(open_image(damaged)[2](200)[:200], expected[:200])
@@ -154,7 +154,7 @@ def test_exact_training_transform_gives_the_pixels_of_timm(seed):
     data = encode(photo("china", 375, 500))
     actual = TrainTransform((192, 224), backend="exact")(data, np.random.default_rng(seed))
     assert actual.dtype == np.uint8
-    # The same draws, handed to torchvision's and timm's functions.
+    # torchvision's and timm's functions get the same draws.
     rng = np.random.default_rng(seed)
     box = transforms.random_box(375, 500, rng)
     image = functional.resized_crop(opened(data), *box, (192, 224), InterpolationMode.BICUBIC)
@@ -170,7 +170,7 @@ def test_exact_training_transform_gives_the_pixels_of_timm(seed):
 
 @pytest.mark.parametrize("size", [(224, 320), (320, 224), 224])
 def test_training_crops_of_rectangles_are_those_of_timm(size, monkeypatch):
-    """timm's whole transform for such an input, handed our boxes."""
+    """timm's whole transform for an input of this size gets our boxes."""
     reference.import_timm()
     from timm.data import create_transform
     from timm.data.transforms import RandomResizedCropAndInterpolation as TimmCrop
@@ -213,7 +213,7 @@ def test_jitter_is_that_of_torchvision(backend):
             theirs = {"Color": "saturation"}.get(name, name.lower())
             expected = getattr(functional, f"adjust_{theirs}")(expected, factor)
         error = np.abs(actual - np.asarray(expected).astype(int))
-        # fast: one grey level in the saturation, and what the operations after it make of that.
+        # "fast" is one grey level off in the saturation, and later operations change that error.
         assert error.mean() <= (0 if backend == "exact" else 0.5)
     assert len(seen) == 6  # orders
 
@@ -267,7 +267,7 @@ def test_backends_make_the_same_choices():
             generators.append(np.random.default_rng(seed))
             outs.append(TrainTransform(224, backend=backend)(data, generators[-1]).astype(int))
         assert generators[0].random() == generators[1].random()
-        # Tables with steps (Equalize, Solarize, Posterize) enlarge what resizing leaves.
+        # Tables with steps (Equalize, Solarize, Posterize) enlarge the error of resizing.
         assert np.abs(outs[0] - outs[1]).mean() <= 3.0
 
 
@@ -309,7 +309,7 @@ def test_evaluation_transform_gives_the_pixels_of_timm(name):
         expected = theirs(opened(data)).numpy().transpose(1, 2, 0)
         actual = EvalTransform(size, crop_pct)(data)
         np.testing.assert_array_equal(actual, expected)
-        # Training without augmentation is the same.
+        # Training without augmentation gives the same pixels.
         plain = TrainTransform(size, crop="none", flip=0.0, crop_pct=crop_pct, **PLAIN)
         np.testing.assert_array_equal(plain(data, np.random.default_rng(0)), expected)
 

@@ -2,9 +2,9 @@
 
     python tests/golden/make.py
 
-Needs torch and timm (made with torch 2.13.0 and timm 1.0.31). Every array of a file is one of
-"images" (B, height, width, 3), "logits", "state/NAME" or "grad/NAME" for the tensors of the
-state dict; the gradient is that of sum(logits * cos(0, 1, 2, ...)).
+Needs torch and timm (the stored files are by torch 2.13.0 and timm 1.0.31). A file has the arrays
+"images" (B, height, width, 3) and "logits", and for each tensor of the state dict "state/NAME" and
+"grad/NAME", the gradient of sum(logits * cos(0, 1, 2, ...)).
 """
 
 import pathlib

@@ -88,7 +88,7 @@ def test_gate_at_infinity_leaves_one_part(form):
 @pytest.mark.parametrize("form", POSITIONAL_FORMS)
 @pytest.mark.parametrize(("num_heads", "kernel_size"), [(1, 1), (9, 3), (25, 5)])
 def test_strong_locality_is_a_convolution(form, num_heads, kernel_size):
-    """Section 3 of the paper: k x k heads, each on its own patch, are a k x k convolution."""
+    """Section 3 of the paper: k x k heads that each look at one patch make a k x k convolution."""
     grid, head = (9, 8), 3
     width = head * num_heads
     module = GPSA(num_heads, locality_strength=100.0, positional=form)
@@ -119,7 +119,7 @@ def test_strong_locality_is_a_convolution(form, num_heads, kernel_size):
 
 @pytest.mark.parametrize("size", [14, 64])
 def test_bfloat16_leaves_positions_and_gates_exact(size):
-    """On a 14 x 14 grid squared distances reach 338, on 64 x 64 7,938: bfloat16 holds neither."""
+    """bfloat16 holds no such squared distances: up to 338 on a 14 x 14 grid, 7,938 on 64 x 64."""
     grid = (size, size)
     params = random_params(GPSA(1), 4, grid)
     params["pos_proj"]["kernel"] = jnp.float32([[0.7], [-0.4], [-0.05]])
@@ -142,7 +142,7 @@ def test_bfloat16_leaves_positions_and_gates_exact(size):
 
 
 def test_no_map_is_made_unless_asked_for():
-    """Without an (N, N) content part, "contract" holds no (N, N) array; no form a (N, N, 3)."""
+    """Without an (N, N) content part, "contract" makes no (N, N) array. No form makes (N, N, 3)."""
     grid, size = (6, 8), 48
     x = jnp.zeros((2, size, 16))
 
@@ -156,7 +156,7 @@ def test_no_map_is_made_unless_asked_for():
     assert not [s for s in shapes(contract, False) if s[-2:] == (size, size)]
     assert [s for s in shapes(contract, True) if s[-2:] == (size, size)]
     blend = shapes(GPSA(4, positional="blend"), False)
-    assert (4, size, size) in blend  # the positional part: for the layer, not for each image
+    assert (4, size, size) in blend  # the positional part, once for all images
     assert not [s for s in blend if len(s) > 2 and s[-1] == 3]
 
 
@@ -223,14 +223,14 @@ def test_dropout_acts_on_the_blended_map_and_the_output():
         assert not np.allclose(still, moved, atol=1e-3)
         zeros = np.mean(moved == 0)
         assert 0.4 < zeros < 0.6 if module.dropout else zeros == 0
-    # The mean over many draws of the map is the map: dropout scales what it keeps.
+    # The mean over many draws is the map itself, because dropout scales the entries it keeps.
     module = GPSA(4, attn_dropout=0.3)
     params = init(module, x, grid)
     keys = jax.random.split(jax.random.key(5), 2000)
     draw = jax.vmap(lambda k: apply(module, params, x, grid, train=True, rngs={"dropout": k}))
     still = apply(module, params, x, grid)
     np.testing.assert_allclose(draw(keys).mean(0), still, atol=0.01)
-    # Dropout of the output draws the same in both forms.
+    # Both forms draw the same dropout of the output.
     blend, contract = (
         apply(GPSA(4, dropout=0.5, positional=form), params, x, grid, train=True, rngs=rngs)
         for form in POSITIONAL_FORMS

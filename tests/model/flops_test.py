@@ -1,4 +1,4 @@
-"""FLOPs of a model against the paper's, XLA's and its own matrix products; peaks of devices."""
+"""FLOPs of a model, compared with the paper, XLA and its own matrix products; peaks of devices."""
 
 import math
 import types
@@ -20,7 +20,7 @@ def lowered(model):
 
 
 def multiplications(jaxpr):
-    """Of the matrix products and convolutions of a jaxpr, the bodies of its loops included."""
+    """Multiplications in the matrix products and convolutions of a jaxpr, loop bodies included."""
     total = 0
     for equation in jaxpr.eqns:
         output = math.prod(equation.outvars[0].aval.shape)
@@ -37,9 +37,9 @@ def multiplications(jaxpr):
     return total
 
 
-# Table 1 has GFLOPs, by which it means multiply-adds, rounded; "S" is 6% less than the formula,
-# which timm's ConViT-S confirms (5.747e9 multiply-adds by torch.utils.flop_counter, with 0.010e9
-# of a linear layer over all pairs of positions that our factors of the positional map replace).
+# The GFLOPs of the paper's Table 1 are multiply-adds, rounded. Its number for "S" is 6% less than
+# our formula. timm's ConViT-S confirms the formula: torch.utils.flop_counter counts 5.747e9
+# multiply-adds, of which 0.010e9 are a linear layer over all pairs of positions, which we replace.
 @pytest.mark.parametrize(
     ("name", "giga"),
     [
@@ -58,9 +58,9 @@ def test_models_of_the_paper(name, giga):
 
 
 def test_timms_count():
-    """timm 1.0.31, torch.utils.flop_counter; less 196 x 196 x 3 x heads in each of 10 layers.
+    """Counts of timm 1.0.31 by torch.utils.flop_counter, less 196 x 196 x 3 x heads in 10 layers.
 
-    timm computes all tokens of the last block, as pooling "avg" makes ours do.
+    timm computes all tokens of the last block; ours does so with pooling "avg".
     """
     for name, products, heads in (
         ("convit_tiny", 1_252_360_320, 4),

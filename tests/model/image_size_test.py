@@ -1,4 +1,4 @@
-"""The one syntax of an image size."""
+"""The syntax of an image size, which is the same everywhere."""
 
 import pytest
 

@@ -52,7 +52,7 @@ def apply(model, variables, images=IMAGES, **options):
     ],
 )
 def test_parameter_counts(name, count):
-    """Of the paper's Table 1, exact; of the DeiT "+" sizes, timm's VisionTransformer at them."""
+    """Exact counts for the models of the paper's Table 1; timm's ViT for the DeiT "+" sizes."""
     assert len(VARIANTS) == 12
     shapes = jax.eval_shape(create_model(name).init, jax.random.key(0), jnp.zeros((1, 224, 224, 3)))
     assert sum(leaf.size for leaf in jax.tree.leaves(shapes)) == count
@@ -124,7 +124,7 @@ def test_forms_of_the_positional_part_agree():
 
 
 def test_drop_path_drops_whole_samples_at_each_layers_rate():
-    """Block i adds 1 to channel i and nothing else, so the features say which were dropped."""
+    """Block i only adds 1 to channel i, so the features tell which blocks were dropped."""
     depth, samples = 4, 1000
     model = ConViT(**SMALL | {"num_classes": 0}, drop_path=0.6, global_pool="none")
     params = jax.tree.map(jnp.zeros_like, init(model)["params"])
@@ -148,7 +148,7 @@ def test_drop_path_drops_whole_samples_at_each_layers_rate():
 
 
 def test_attention_maps_come_from_the_layers_true_inputs():
-    """Against timm: each block's get_attention on what the block is fed in a forward pass."""
+    """Compared with timm: get_attention of each block, on its input in a forward pass."""
     _, torch = reference.import_timm()
     from timm.models.convit import ConVit
 
@@ -172,7 +172,7 @@ def test_attention_maps_come_from_the_layers_true_inputs():
     assert maps["gpsa_blocks"]["gate"].shape == (2, 4)
     assert maps["blocks"]["content"].shape == (1, 2, 4, 17, 17)
     np.testing.assert_allclose(maps["blocks"]["content"].sum(-1), 1, atol=2e-6)
-    # Without maps the last block computes one token only: other shapes, other rounding.
+    # Without maps the last block computes one token only, so rounding differs.
     without_maps = apply(model, {"params": params}, images)
     np.testing.assert_allclose(logits, without_maps, rtol=1e-5, atol=1e-6)
 
@@ -197,7 +197,7 @@ def test_bfloat16_is_near_float32():
 @pytest.mark.slow
 @pytest.mark.parametrize("family", ["convit", "deit"])
 def test_initialisation_statistics_are_timms(family):
-    """Layer by layer, through the stacked axis: exact where the values are, else distributions."""
+    """Each layer is compared: fixed values exactly, and random values by their distribution."""
     _, torch = reference.import_timm()
     torch.manual_seed(0)
     theirs = {k: v.numpy() for k, v in peer.make(f"{family}_tiny").state_dict().items()}
@@ -210,14 +210,14 @@ def test_initialisation_statistics_are_timms(family):
         if np.ptp(expected) == 0 or key.endswith("attn.v.weight"):
             np.testing.assert_array_equal(value, expected, err_msg=key)
         elif key.endswith("pos_proj.weight"):
-            np.testing.assert_array_equal(value, expected, err_msg=key)  # 4 heads: all of them set
+            np.testing.assert_array_equal(value, expected, err_msg=key)  # 4 heads: all are set
         else:
             p = stats.ks_2samp(value.ravel(), expected.ravel()).pvalue
             assert p > 1e-5, (key, p)
     bound = 768**-0.5
     patches = ours["patch_embed.proj.weight"]
     assert 0.999 * bound < np.abs(patches).max() <= bound
-    # PyTorch's bounds of +-2 are absolute: values beyond 2 standard deviations are there.
+    # PyTorch's bounds of +-2 are absolute, so values beyond 2 standard deviations do occur.
     weights = ours["blocks.0.mlp.fc1.weight"]
     assert 0.03 < np.mean(np.abs(weights) > 0.04) < 0.06
     # Every layer has values of its own.

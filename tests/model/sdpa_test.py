@@ -13,7 +13,7 @@ from convit_jax import GPSA, SelfAttention
 from convit_jax.model import sdpa
 from convit_jax.model.attention import choose_forms
 
-# Chunks of 8 and 5 queries: several of them, and a last one that is filled up.
+# Chunks of 8 and 5 queries make several chunks, the last one padded.
 CHUNKS = {f"chunks of {n}": functools.partial(sdpa.chunked_attention, chunk=n) for n in (8, 5)}
 FORMS = {
     "blend": {"positional": "blend"},
@@ -37,7 +37,7 @@ def random_params(module, x, grid=None, seed=0):
 
 
 def value_and_grads(module, params, x, grid, target, **options):
-    """The loss <sin(out), target> and its gradients by the parameters and by x."""
+    """The loss <sin(out), target> and its gradients with respect to the parameters and x."""
 
     def loss(params, x):
         out = module.apply({"params": params}, x, grid=grid, **options)
@@ -47,7 +47,7 @@ def value_and_grads(module, params, x, grid, target, **options):
 
 
 def slopes(definition, params, x, target, seed=0):
-    """Along one random direction for each array: (direction, slope of the loss), in float64."""
+    """Returns (direction, slope of the loss) for a random direction of each array, in float64."""
     loss = lambda params, x: np.sum(np.sin(definition(params, x)) * target)  # noqa: E731
     leaves, treedef = jax.tree.flatten((params, x))
     leaves = [np.asarray(leaf, np.float64) for leaf in leaves]
@@ -63,9 +63,11 @@ def slopes(definition, params, x, target, seed=0):
 
 
 def assert_is(definition, module, params, x, grid, tolerance, **options):
-    """The module's value and its gradients, along one direction for each array, are those of a
-    definition in float64. `tolerance` is relative to the largest output, and to the length of
-    a gradient: what a random direction sees of its error."""
+    """Asserts that a module's value and gradients are those of a definition in float64.
+
+    Each gradient is compared along one random direction. `tolerance` is relative to the largest
+    output, and to the length of a gradient.
+    """
     out = jax.jit(functools.partial(module.apply, grid=grid, **options))({"params": params}, x)
     expected = definition(params, x)
     error = np.abs(np.asarray(out, np.float64) - expected).max()
@@ -99,7 +101,7 @@ def test_gpsa_equals_the_definition(form, head, grid):
 
 @pytest.mark.parametrize("form", FORMS)
 def test_gpsa_in_bfloat16(form):
-    """8 bits of mantissa: 2^-8 for each of a handful of roundings, forward and backward."""
+    """bfloat16 has 8 bits of mantissa: each of a handful of roundings costs 2^-8."""
     grid, heads = (3, 7), 2
     module = GPSA(heads, dtype=jnp.bfloat16, **FORMS[form])
     x = jax.random.normal(jax.random.key(1), (2, 21, 96)).astype(jnp.bfloat16).astype(jnp.float32)
@@ -140,7 +142,7 @@ def test_attention_from_the_first_tokens_alone(queries):
 
 
 def test_with_its_result_kept_the_backward_pass_averages_no_values_again():
-    """Two products forward, the scores again, four gradients; an eighth would be the average."""
+    """Seven products: two forward, the scores again, four gradients. An eighth would repeat one."""
 
     def products(policy):
         attend = functools.partial(sdpa.xla_attention, scale=1.0)
@@ -154,8 +156,11 @@ def test_with_its_result_kept_the_backward_pass_averages_no_values_again():
 
 
 def test_dropout_takes_entries_of_the_blended_map():
-    """With v = identity the output is the map: each entry is 0 or its own over 1 - rate. With the
-    entries that it took known, value and gradients are those of the definition."""
+    """With v = identity the output is the map, so it shows which entries dropout took.
+
+    Each entry is 0 or its own value over 1 - rate. Given the entries that dropout took, value and
+    gradients are those of the definition.
+    """
     grid, heads, size, rate = (3, 4), 2, 12, 0.4
     module = GPSA(heads, attn_dropout=rate)
     x = jnp.tile(jax.random.normal(jax.random.key(1), (1, size, heads * size)), (2, 1, 1))
@@ -178,7 +183,7 @@ def test_dropout_takes_entries_of_the_blended_map():
 
 
 def largest_arrays(function, *args):
-    """Shapes of all that a compiled program computes."""
+    """Shapes of all arrays that a compiled program computes."""
     text = jax.jit(function).lower(*args).compile().as_text()
     shapes = re.findall(r"\b[a-z]+\d+\[([\d,]+)\]", text)
     return {tuple(int(n) for n in shape.split(",")) for shape in shapes}
@@ -186,7 +191,7 @@ def largest_arrays(function, *args):
 
 @pytest.mark.parametrize("backward", [False, True])
 def test_chunked_holds_no_map(backward):
-    """No array has as many elements as one head's N x N map; that of all heads is made by "xla"."""
+    """No array has as many elements as the N x N map of one head; "xla" makes that of all heads."""
     grid, heads = (40, 48), 2
     size = grid[0] * grid[1]
     x = jnp.zeros((1, size, 8))
@@ -226,7 +231,7 @@ def test_cudnn_says_what_it_needs():
 
 
 def test_cudnn_pads_heads_to_what_the_kernel_takes(monkeypatch):
-    """The kernel itself needs a GPU: here XLA's attention stands in its place."""
+    """The kernel itself needs a GPU, so XLA's attention replaces it here."""
     plain, seen = jax.nn.dot_product_attention, []
 
     def kernel(q, k, v, *, scale, implementation):

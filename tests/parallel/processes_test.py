@@ -1,4 +1,4 @@
-"""Processes of one run on this machine, connected, refused, missed and killed."""
+"""Processes of one run on this machine: they connect, are refused, are missing or are killed."""
 
 import contextlib
 import http.server
@@ -63,7 +63,7 @@ distributed.initialize()
 with processes.failing_together():
     processes.check_devices()
 """
-    # JAX takes the port from the job's number.
+    # JAX computes the port from the number of the job.
     job = free_port(start=62000) - (2**16 - 2**12)
     pair = [
         start(
@@ -86,7 +86,7 @@ with processes.failing_together():
         assert (
             f"error: process {process} of 2 stopped. If another process stopped before, its" in text
         )
-        assert "Check failure stack trace" not in text  # of JAX, when its coordinator is gone
+        assert "Check failure stack trace" not in text  # JAX prints it when its coordinator is gone
 
 
 def test_process_that_never_comes():
@@ -106,7 +106,7 @@ def test_process_that_never_comes():
     assert "error: process 1 of 2 waited 2 s for process 0 at 127.0.0.1:" in second
     assert "Check failure stack trace" not in first + second
     assert stopped.returncode == -signal.SIGINT
-    # The second is JAX 0.7's, which does not notice.
+    # JAX 0.7 does not notice that the port is taken, and waits: the second message.
     assert re.search("OSError: process 0 of 2 cannot use 127|waited 2 s for the oth", port_taken)
 
 
@@ -179,7 +179,7 @@ def test_launchers():
     assert launcher.detect({}) is None
     assert launcher.detect({}, "host:1", 1, 0) is None
     assert launcher.detect(SLURM) == launcher.Launch("slurm", 4, 3)
-    # Two tasks a node: one device each. With a GPU of its own, that one, whatever its number.
+    # With two tasks a node, a process uses one device. If it has its own GPU, it uses that one.
     packed = {**SLURM, "SLURM_STEP_NUM_NODES": "2"}
     assert not launcher.detect({**packed, "CUDA_VISIBLE_DEVICES": "0,1"}).owns_devices
     assert launcher.detect({**packed, "CUDA_VISIBLE_DEVICES": "1"}).owns_devices
@@ -199,7 +199,7 @@ def test_launchers():
 
 @contextlib.contextmanager
 def metadata_server(attributes: dict[str, str]):
-    """What a virtual machine of Google Cloud has at metadata.google.internal."""
+    """Serves attributes as metadata.google.internal does for a virtual machine of Google Cloud."""
 
     class Handler(http.server.BaseHTTPRequestHandler):
         def do_GET(self):

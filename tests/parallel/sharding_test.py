@@ -1,4 +1,4 @@
-"""The mesh and how a state lies on it."""
+"""The mesh, and how a state is sharded over it."""
 
 import jax
 import jax.numpy as jnp
@@ -30,7 +30,7 @@ def test_a_mesh_that_cannot_be_is_refused(fsdp):
 
 def test_arrays_are_split_along_their_longest_axis():
     tree = {
-        "kernel": jnp.zeros((10, 192, 768)),  # stacked layers stay together
+        "kernel": jnp.zeros((10, 192, 768)),  # not split between layers
         "square": jnp.zeros((256, 256)),
         "odd": jnp.zeros((300, 127)),  # 8 divides neither
         "long and odd": jnp.zeros((1001, 64)),
@@ -51,7 +51,7 @@ def test_arrays_are_split_along_their_longest_axis():
 
 
 def test_convit_base_needs_an_eighth_of_the_memory():
-    """The whole state: parameters, both moments of Adam, the average."""
+    """The whole state is counted: parameters, both moments of Adam, the average."""
     config = convit_b.get_config()
     config.model.num_classes = 1000
     config.optim.ema_decay = 0.99996
@@ -63,7 +63,7 @@ def test_convit_base_needs_an_eighth_of_the_memory():
             x.dtype.itemsize * np.prod(x.sharding.shard_shape(x.shape), dtype=int)
             for x in jax.tree.leaves(state)
         )
-    assert sizes[1] == pytest.approx(4 * 4 * 86_540_040, abs=100)  # and some counters
+    assert sizes[1] == pytest.approx(4 * 4 * 86_540_040, abs=100)  # plus some counters
     assert sizes[8] / sizes[1] == pytest.approx(1 / 8, rel=0.02)
     tree = {"x": jax.device_put(jnp.zeros((256, 256)), sharding.over_batch(sharding.make_mesh()))}
     assert sharding.bytes_per_device(tree) == 4 * 256 * 256 / 8

@@ -1,4 +1,4 @@
-"""Signals: one stops the run after a step, on all processes after the same; workers are spared."""
+"""Signals: one stops a run, all its processes after the same step; workers do not get it."""
 
 import contextlib
 import os
@@ -66,7 +66,7 @@ def test_signal_to_one_process_stops_all_at_the_same_step():
 
 @contextlib.contextmanager
 def handlers():
-    """Handlers of SIGTERM and SIGINT that count, in place of those of pytest."""
+    """Replaces pytest's handlers of SIGTERM and SIGINT by handlers that count."""
     counts = {signal.SIGTERM: 0, signal.SIGINT: 0}
 
     def count(number, frame):
@@ -87,7 +87,7 @@ def test_first_signal_is_a_wish_and_the_second_an_order(number, monkeypatch, cap
             assert not asked.requested()
             signal.raise_signal(number)
             assert asked.requested()
-            signal.raise_signal(number)  # at once: what `timeout` does
+            signal.raise_signal(number)  # immediately, as `timeout` does
             assert counts == {signal.SIGTERM: 0, signal.SIGINT: 0}
             monkeypatch.setattr(signals, "_SAME_WISH", 0.0)
             signal.raise_signal(number)
@@ -95,7 +95,7 @@ def test_first_signal_is_a_wish_and_the_second_an_order(number, monkeypatch, cap
             assert asked.requested()
         signal.raise_signal(signal.SIGTERM)
         signal.raise_signal(signal.SIGINT)
-        assert sum(counts.values()) == 3  # those that were there before are back
+        assert sum(counts.values()) == 3  # the previous handlers are back
     name = signal.Signals(number).name
     assert caplog.messages == [f"{name}: stopping after this step; send it again to stop at once"]
 

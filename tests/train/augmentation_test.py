@@ -1,4 +1,4 @@
-"""Erasing, mixup and CutMix against timm's; distributions, groups, and eight devices."""
+"""Erasing, mixup and CutMix compared with timm's; distributions, groups and eight devices."""
 
 import functools
 import math
@@ -18,12 +18,12 @@ from convit_jax.train import augmentation
 
 RECIPE = {"mixup": 0.8, "cutmix": 1.0, "prob": 1.0, "switch_prob": 0.5, "group_size": 128}
 OPTIONS = {**RECIPE, "smoothing": 0.1, "erase_prob": 0.25, "erase_mode": "pixel"}
-# Of a test of a distribution with a fixed seed; a right one fails it with one seed in a thousand.
+# For tests of distributions with a fixed seed; a correct one fails with one seed in a thousand.
 P_VALUE = 1e-3
 
 
 def partners(batch: int) -> np.ndarray:
-    """The rule written out: the index of every image's partner."""
+    """Returns the index of every image's partner, by the rule of the docstring."""
     i = np.arange(batch)
     return (i + batch // 2) % batch if batch % 8 else i // 8 * 8 + (i + 4) % 8
 
@@ -33,9 +33,9 @@ def jit_mix(**options):
 
 
 def observe(mix, batch: int, height: int, width: int, key: jax.Array):
-    """What was drawn: the share left of every image at every pixel, and of its label.
+    """Returns what `mix` drew: the share left of every image at every pixel, and of its label.
 
-    Each pair of partners holds a 0 and a 1, as pixels and as labels.
+    Of each pair of partners, one has pixels and label 0 and the other 1.
     """
     ones = (np.arange(batch) < partners(batch)).astype(np.float32)
     images = np.broadcast_to(ones[:, None, None, None], (batch, height, width, 1))
@@ -68,15 +68,15 @@ def test_partners(batch):
     found = np.asarray(augmentation.partner(jnp.arange(batch)))
     np.testing.assert_array_equal(found, partners(batch))
     assert sorted(found) == list(range(batch))
-    if batch >= 7:  # no two draws of an image under repeated augmentation
+    if batch >= 7:  # never copies of an image by repeated augmentation
         assert np.abs(found - np.arange(batch)).min() >= 3
 
 
 @pytest.mark.parametrize(("batch", "group_size"), [(40, 16), (20, 128)])
 def test_mix_equals_timms(batch, group_size, monkeypatch):
-    """In a group there is one kind, one lambda and one box; no two groups have the same.
+    """Each group has one kind of mixing, one lambda and one box, and no two groups have the same.
 
-    timm is given a group and, in reverse, its partners, so that its flip pairs them as ours.
+    timm gets a group and then its partners in reverse order, so that its flip makes our pairs.
     """
     import_timm()
     import timm.data.mixup as theirs
@@ -98,7 +98,7 @@ def test_mix_equals_timms(batch, group_size, monkeypatch):
             cut = bool(np.isin(left[start], (0, 1)).all())
             kinds.add(cut)
             box = bounds(left[[start]] == 0)[0] if cut else None
-            lam = 0.5 if cut else float(share[start])  # CutMix's is corrected by timm itself
+            lam = 0.5 if cut else float(share[start])  # timm corrects CutMix's itself
             lams += [] if cut else [lam]
             peer = theirs.Mixup(0.8, 1.0, label_smoothing=0.1, num_classes=5)
             monkeypatch.setattr(peer, "_params_per_batch", lambda lam=lam, cut=cut: (lam, cut))
@@ -129,7 +129,7 @@ def test_cutmix_boxes_equal_timms(monkeypatch):
 
 
 def test_distribution_of_mixing():
-    """4096 groups of one image, against the Beta of scipy and the boxes of timm."""
+    """4096 groups of one image, compared with scipy's Beta distribution and timm's boxes."""
     import_timm()
     from timm.data.mixup import rand_bbox
 
@@ -164,7 +164,7 @@ def test_distribution_of_mixing():
 
 
 def test_the_copies_of_an_image_are_mixed_otherwise():
-    """Repeated augmentation puts three copies in a row; with groups as in DeiT they differ."""
+    """The three copies that repeated augmentation puts in a row get different draws, as in DeiT."""
     draws = []
     for seed in range(64):
         mix = jit_mix(cutmix=0.0, group_size=128)
@@ -192,7 +192,7 @@ def test_off_is_free():
 
 
 def test_integers_stay_in_range():
-    """The largest float32 draw is 1 - 2^-23: times n it must not round to n."""
+    """The largest float32 draw is 1 - 2^-23; its product with n must not round to n."""
     count = jnp.arange(1, 5000)
     np.testing.assert_array_equal(augmentation._integer(jnp.float32(1 - 2**-23), count), count - 1)
     draws = augmentation._integer(jax.random.uniform(jax.random.key(0), (7000,)), 7)
@@ -203,7 +203,7 @@ def test_integers_stay_in_range():
 
 
 def stub_random(uniforms, integers=None, random=0.0):
-    """Python's `random`, as timm uses it, giving back these values in turn; a corner otherwise."""
+    """Replaces Python's `random` in timm: returns these values in turn, and then a corner."""
     uniforms, integers = iter(uniforms), iter(integers if integers is not None else [])
     return SimpleNamespace(
         random=lambda: random,
@@ -214,7 +214,7 @@ def stub_random(uniforms, integers=None, random=0.0):
 
 @pytest.mark.parametrize(("height", "width"), [(48, 20), (20, 48), (40, 3), (224, 224)])
 def test_erased_sizes_equal_timms(height, width, monkeypatch):
-    """The same ten tries each; in narrow images none of them may fit."""
+    """Both get the same ten tries; in narrow images, possibly none of them fits."""
     import_timm()
     import timm.data.random_erasing as theirs
     import torch
@@ -236,7 +236,7 @@ def test_erased_sizes_equal_timms(height, width, monkeypatch):
 
 
 def test_distribution_of_erasing():
-    """Areas, aspects and places of 3,072 boxes against timm's; and every fourth image whole."""
+    """Areas, aspects and places of 3,072 boxes are timm's; a fourth of the images is not erased."""
     import_timm()
     import random
 
@@ -268,7 +268,7 @@ def test_distribution_of_erasing():
 
 
 def test_what_is_put_in_the_box(monkeypatch):
-    """Zeros, one colour or noise, in the box where timm erases with its draws; else untouched."""
+    """The box has zeros, one colour or noise, as timm's with the same draws; the rest is kept."""
     import_timm()
     import timm.data.random_erasing as theirs
     import torch
@@ -325,7 +325,7 @@ def batch():
 
 
 def test_devices_change_nothing_and_send_nothing(batch):
-    """Sixteen images a device and groups of 24, so that groups lie across devices."""
+    """Each device has sixteen images and a group has 24, so that groups span devices."""
     results, key = [], jax.random.key(3)
     for count in (1, 8):
         mesh = sharding.make_mesh(devices=jax.devices()[:count])
@@ -349,7 +349,7 @@ def test_devices_change_nothing_and_send_nothing(batch):
 
 
 def test_devices_with_less_than_a_unit_of_images(batch):
-    """Four images each: partners are sent. See the module's docstring for the last bit."""
+    """With four images each, partners are sent; results may differ by 1 ulp (see the module)."""
     images, labels, key = batch[0][:32], batch[1][:32], jax.random.key(1)
     results = []
     for count in (1, 8):
@@ -361,7 +361,7 @@ def test_devices_with_less_than_a_unit_of_images(batch):
 
 
 def test_images_are_erased_before_they_are_mixed(batch):
-    """timm erases in the loader and mixes in the loop: a box is mixed with its noise in it."""
+    """timm erases in the loader and mixes in the loop, so the noise of a box is mixed too."""
     key = jax.random.key(0)
     stages = [
         augment(mixup=0.0, cutmix=0.0, erase_prob=0.0),
@@ -370,7 +370,7 @@ def test_images_are_erased_before_they_are_mixed(batch):
     ]
     together = jax.jit(lambda *args: [stage(*args) for stage in stages])
     (whole, _), (erased, labels), (mixed, mixed_labels) = jax.device_get(together(*batch, key))
-    touched = (np.abs(erased - whole) > 1e-3).any(axis=(1, 2, 3))  # 1 ulp: fused otherwise
+    touched = (np.abs(erased - whole) > 1e-3).any(axis=(1, 2, 3))  # more than 1 ulp of fusion
     assert near(touched.sum(), 128, 0.5)
     smooth = 0.9 * np.eye(10)[batch[1]] + 0.01
     np.testing.assert_allclose(labels, smooth, atol=1e-7)
@@ -385,7 +385,7 @@ def test_images_are_erased_before_they_are_mixed(batch):
     assert 0.02 < lam < 0.98
     np.testing.assert_allclose(mixed_labels[differ, theirs], 0.91 - 0.9 * lam, atol=1e-6)
     expected = lam * erased + (1 - lam) * erased[other]
-    np.testing.assert_allclose(mixed, expected, atol=1e-5)  # lambda is known to some 1e-7 only
+    np.testing.assert_allclose(mixed, expected, atol=1e-5)  # lambda is only exact to some 1e-7
     np.testing.assert_allclose(mixed_labels, lam * labels + (1 - lam) * labels[other], atol=1e-6)
 
 

@@ -1,4 +1,4 @@
-"""main.py --mode=eval: weights beside timm, image by image; runs; other sizes; what is refused."""
+"""Evaluation of weights (compared with timm image by image), of runs, at other sizes; refusals."""
 
 import io
 import json
@@ -43,7 +43,7 @@ def imagenet(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def small(tmp_path_factory):
-    """timm's ConViT, small, random in every tensor: its state dict, and a .pth of it."""
+    """A small ConViT of timm with random values in every tensor: its state dict and .pth file."""
     _, torch = reference.import_timm()
     model = make_timm(64)
     reference.randomise(model, torch, seed=2)
@@ -59,7 +59,7 @@ def make_timm(size):
 
 
 def timm_logits(state_dict, size, imagenet):
-    """(IMAGES, 1000), by timm's transform and model; and the labels."""
+    """Returns the logits (IMAGES, 1000) by timm's transform and model, and the labels."""
     timm, torch = reference.import_timm()
     from timm.layers import resample_abs_pos_embed
 
@@ -80,7 +80,7 @@ def timm_logits(state_dict, size, imagenet):
 
 
 def assert_is_timms(folder, result, logits, labels):
-    """Every image's five classes in order, and the figures that follow from them."""
+    """Asserts that the five classes of every image and the resulting figures are timm's."""
     lines = [json.loads(line) for line in (folder / "predictions.jsonl").read_text().splitlines()]
     lines = [line for line in lines if line["image_size"] == result["image_size"]]
     order = np.argsort(-logits, axis=-1)[:, :5]
@@ -123,7 +123,7 @@ def test_every_image_gets_timms_prediction_on_one_device_and_of_two_processes(
 
 
 def test_other_sizes_are_timms_too_on_eight_devices(imagenet, small, tmp_path, capsys):
-    """A rectangle, which timm's ConViT does not take, against the model that `load` makes."""
+    """timm's ConViT takes no rectangles, so those are compared with the model that `load` makes."""
     state_dict, path = small
     config = small_config(imagenet, path)
     sizes = ((96, 96), (64, 96))
@@ -205,7 +205,7 @@ def test_a_run_is_evaluated_as_it_evaluated_itself(run_of_digits):
 
 @pytest.mark.slow
 def test_a_run_on_other_devices_and_weights_without_a_workdir(run_of_digits):
-    """Of a run split over eight devices: on one, on two processes of two; and its weights alone."""
+    """A run of eight devices is evaluated on one device, by two processes, and by its weights."""
     newest = runs.steps_saved(run_of_digits)[-1]
     expected = evaluations(run_of_digits)[newest]
     given = ("--mode=eval", "--checkpoint=newest")
@@ -233,7 +233,7 @@ def test_a_run_on_other_devices_and_weights_without_a_workdir(run_of_digits):
     assert done.returncode == 0, done.stderr
     header, row = done.stdout.splitlines()
     assert header.split() == ["image", "top-1", "top-5", "loss", "images", "images/s"]
-    # The averaged weights are what a run leaves at its end.
+    # The weights that a run writes at its end are the averaged ones.
     assert row.split()[3:6] == [
         f"{expected['ema_top1']:.3%}", f"{expected['ema_top5']:.3%}",
         f"{expected['ema_loss']:.4f}",

@@ -1,4 +1,4 @@
-"""Evaluation: every image counts once, whatever the batch size and the devices."""
+"""Evaluation: every image counts once, for any batch size and any number of devices."""
 
 import flax.linen as nn
 import jax
@@ -14,7 +14,7 @@ from convit_jax.train import evaluation
 
 
 class Brightness(nn.Module):
-    """Logits that are a known function of the image: no parameters."""
+    """A model without parameters whose logits are a known function of the image."""
 
     def __call__(self, images):
         value = images.reshape(len(images), -1).sum(-1, keepdims=True)

@@ -1,4 +1,4 @@
-"""Fine-tuning by configs/finetune.py: from PyTorch's weights to other images of another size."""
+"""Fine-tuning with configs/finetune.py: PyTorch's weights, other images, another size."""
 
 import json
 
@@ -50,7 +50,7 @@ def make_config(pretrained, folder):
     config.data.update(source=f"folder:{folder}", workers=0)
     config.model.update(image_size=32, depth=2, embed_dim=32, local_up_to_layer=1)
     config.train.update(epochs=EPOCHS, batch_size=32, eval_every=3.0, log_every=1)
-    # 24 steps from weights that know nothing: nothing to make it harder, and a high rate.
+    # Random weights must learn in 24 steps: no regularisation, and a high learning rate.
     config.augment.update(crop="none", flip=0.0, randaugment_ops=0, color_jitter=0.0)
     config.mixup.erase_prob = 0.0
     config.train.label_smoothing = 0.0
@@ -88,7 +88,7 @@ def test_the_loss_falls_and_a_stopped_run_goes_on(
         patch.setattr(signals.Interruption, "requested", lambda self: next(calls) == 6)
         assert loop.train(setup.prepare(config, Workdir(tmp_path / "cut"))) is None
     assert 1 < runs.steps_saved(tmp_path / "cut")[-1] < 12
-    # What was fine-tuned counts, not what it started from, which need not be there any more.
+    # The run is evaluated, not the weights that it started from, which may be gone.
     config.init_from = str(pretrained)
     resumed = setup.prepare(config, Workdir(tmp_path / "cut"))
     assert resumed.init_params is None

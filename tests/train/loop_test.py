@@ -1,4 +1,4 @@
-"""The train step on one and on eight devices, the loop, and what is refused before it."""
+"""The training step on one and on eight devices, the loop, and errors before it starts."""
 
 import itertools
 import json
@@ -23,7 +23,7 @@ from convit_jax.workdir.folder import Workdir
 
 
 def small_config(**train_options):
-    """Half a second to compile: 4 patches, 2 blocks, width 8."""
+    """A model that compiles in half a second: 4 patches, 2 blocks, width 8."""
     config = digits.get_config()
     config.model.update(patch_size=4, embed_dim=8, num_heads=4, depth=2, local_up_to_layer=1)
     config.train.update(**{"epochs": 1.0, "batch_size": 64, "log_every": 5, **train_options})
@@ -40,20 +40,20 @@ def make_step(config, num_devices):
 
 
 def digits_batches(number, batch_size=64):
-    """Batches of the digits, of the step's own kind."""
+    """Batches of the digits as the training step takes them."""
     source = open_source("digits", "train")
     chunks = TrainChunks(source, lambda image, rng: image, Share(batch_size), seed=0)
     return list(itertools.islice(iterate(chunks), number))
 
 
 def test_eight_devices_equal_one():
-    """The whole recipe on. Tolerances: sums over the batch in another order."""
+    """With the whole recipe on. Tolerances allow for another order of sums over the batch."""
     config = small_config()
     config.model.update(dropout=0.1, drop_path=0.2)
     config.mixup.update(mixup=0.8, cutmix=1.0, erase_prob=0.25, group_size=24)
     config.optim.ema_decay = 0.9
-    # Adam divides a gradient by its size: where that is rounding noise, so is the update. An
-    # eps above the noise leaves a comparison of what the gradients say.
+    # Adam divides a gradient by its size, so gradients that are rounding noise give updates that
+    # are noise. With an eps above the noise, only real gradients are compared.
     config.optim.eps = 1e-4
     results = []
     for devices in (1, 8):
@@ -63,7 +63,7 @@ def test_eight_devices_equal_one():
             assert len(batch["image"].sharding.device_set) == devices
             before = state
             state, metrics = step(state, batch)
-            assert all(x.is_deleted() for x in jax.tree.leaves(before))  # its memory is used again
+            assert all(x.is_deleted() for x in jax.tree.leaves(before))  # its memory was reused
         assert int(state.step) == 3
         assert len(state.params["cls_token"].sharding.device_set) == devices
         results.append(jax.device_get(((state.params, state.ema), metrics)))
@@ -81,7 +81,7 @@ def test_randomness_is_that_of_seed_and_step():
     batch = sharding.put_batch(digits_batches(1)[0], mesh)
 
     def loss_at(number):
-        copy = jax.tree.map(jnp.copy, state)  # the step takes its state's memory
+        copy = jax.tree.map(jnp.copy, state)  # the step donates its state
         return float(step(copy.replace(step=jnp.asarray(number, jnp.int32)), batch)[1]["loss"])
 
     assert loss_at(3) == loss_at(3)
@@ -115,7 +115,7 @@ def test_a_run_learns_and_leaves_its_metrics(tmp_path, caplog):
     assert training[0]["learning_rate"] < training[3]["learning_rate"]
     assert json.loads((workdir / "config.json").read_text())["model"]["embed_dim"] == 16
 
-    # The weights that were left are those of the last checkpoint, with what belongs to them.
+    # The exported weights, and the data stored with them, are those of the checkpoint.
     left = read_weights(workdir / "weights.safetensors")
     there = read_weights(workdir)
     assert left.class_names == there.class_names == tuple("0123456789")
@@ -125,7 +125,7 @@ def test_a_run_learns_and_leaves_its_metrics(tmp_path, caplog):
     if result["top1"] == max(line["top1"] for line in evaluations):
         jax.tree.map(np.testing.assert_array_equal, left.params, there.params)
 
-    # They start another run where this one ended; its own state goes first.
+    # Another run can start from them; once it has a checkpoint, it continues from that instead.
     config = small_config(epochs=0.05)
     config.model.embed_dim = 16
     config.optim.update(lr=1e-9, warmup_lr=1e-9, min_lr=1e-9, weight_decay=0.0, ema_decay=0.5)
@@ -136,7 +136,7 @@ def test_a_run_learns_and_leaves_its_metrics(tmp_path, caplog):
         assert again["top1"] == again["ema_top1"] == result["top1"]
         assert start in caplog.text
 
-    # What has ended says so again, and nothing is done anew.
+    # A finished run returns its result again and does no work.
     before = (workdir / "metrics.jsonl").read_text()
     assert loop.train(run) == result
     assert (workdir / "metrics.jsonl").read_text() == before
@@ -145,7 +145,7 @@ def test_a_run_learns_and_leaves_its_metrics(tmp_path, caplog):
 
 
 def test_an_evaluation_that_was_interrupted_is_finished_by_the_next_start(tmp_path, monkeypatch):
-    """And is that of its checkpoint from then on, wherever the next start was killed."""
+    """The evaluation is then stored with its checkpoint, wherever the next start was killed."""
     config = small_config(epochs=2.0, eval_every=1.0)
     run = setup.prepare(config, Workdir(tmp_path))
     assert run.total_steps == 44
@@ -171,7 +171,7 @@ def test_an_evaluation_that_was_interrupted_is_finished_by_the_next_start(tmp_pa
     assert top1_of(22) is None
     assert evaluations()[0] == {}
     stop[0] = False
-    with monkeypatch.context() as patch:  # evaluated, and said so, but not noted in the checkpoint
+    with monkeypatch.context() as patch:  # the line is written, the checkpoint not updated
         patch.setattr(Checkpoints, "_add_metrics", killed)
         with pytest.raises(KeyboardInterrupt):
             loop.train(run)
@@ -195,7 +195,7 @@ def test_each_step_is_compiled_once(tmp_path, caplog):
 
 
 def test_a_split_state_trains_the_same():
-    """fsdp=8 and 4 beside 1, on eight devices. Tolerances: sums in another order."""
+    """fsdp=8 and 4 are compared with 1, on eight devices; sums are in another order."""
     results = {}
     for fsdp in (1, 4, 8):
         config = small_config()
@@ -219,12 +219,12 @@ def test_a_split_state_trains_the_same():
 
 
 def test_bfloat16_remat_and_accumulation_work_together():
-    """Split over the devices too: beside float32 with none of it."""
+    """All three, with a split state, are compared with plain float32."""
     losses = {}
     for options in ({}, {"dtype": "bfloat16", "remat": "block", "accum_steps": 4}):
         config = small_config(**options)
         config.mesh.fsdp = 8 if options else 1
-        config.model.update(embed_dim=64, drop_path=0.0)  # which the parts would draw anew
+        config.model.update(embed_dim=64, drop_path=0.0)  # parts of a batch would draw it anew
         step, state, mesh = make_step(config, 8)
         if options:
             batch = sharding.put_batch(digits_batches(1)[0], mesh)
@@ -271,7 +271,7 @@ def test_a_loss_that_is_not_finite_stops_the_run(tmp_path):
 
 
 def test_weights_that_are_not_finite_are_not_saved(tmp_path, monkeypatch):
-    """Of a step whose own loss is finite."""
+    """The loss of the step itself is finite."""
     config = small_config(log_every=100)
     config.checkpoint.every = 1
 
@@ -326,7 +326,7 @@ def test_what_cannot_be_trained_is_refused_before_anything_is_written(tmp_path, 
 
 
 def test_what_a_checkpoint_carries_is_not_changed_by_later_steps():
-    """It is written while training goes on."""
+    """A checkpoint is written while training continues."""
     windows = Windows(metrics=None, step=3, values=[])
     windows.add({"loss": jnp.float32(0.5)})
     carried = windows.carried()

@@ -1,4 +1,4 @@
-"""What a run leaves in its files and shows: rates, restarts, failing disks, the terminal."""
+"""Metrics in files and on the terminal: rates, restarts, failing disks."""
 
 import contextlib
 import errno
@@ -74,7 +74,7 @@ def test_files_hold_what_was_measured(tmp_path, clock, caplog):
             clock[0] += 1000.0
         metrics.evaluation(25, {"top1": 0.25, "loss": 2.0, "images": 9, "ema_top1": 0.5})
         clock[0] += 3.0
-        metrics.train(30, {"loss": 1.25, "data_seconds": 5.0})  # in part, before the last call
+        metrics.train(30, {"loss": 1.25, "data_seconds": 5.0})  # partly before the last call
         clock[0] += 2.0
         metrics.train(40, {"loss": 1.125, "data_seconds": 0.0})
 
@@ -137,7 +137,7 @@ def write_steps(workdir, start_step, steps, loss):
 
 
 def test_a_restart_removes_what_is_trained_again(tmp_path, caplog):
-    """Killed at step 45 with the checkpoint of step 20, in the middle of a line."""
+    """The run was killed at step 45, while it wrote a line; its last checkpoint is of step 20."""
     caplog.set_level(logging.INFO)
     with Metrics(Workdir(tmp_path), 100, 64) as metrics:
         metrics.write("eval", 0, {"loss": 0.0})
@@ -150,10 +150,10 @@ def test_a_restart_removes_what_is_trained_again(tmp_path, caplog):
         (0, 0.0), (10, 1.0), (20, 1.0), (30, 2.0), (40, 2.0),
     ]  # fmt: skip
     assert f"{path}: removed 5 lines of what came after step 20" in caplog.messages
-    # TensorBoard drops what earlier files have from the step of the last file's start.
+    # TensorBoard ignores events of earlier files from the step at which the last file starts.
     assert [file[1].step for file in event_files(tmp_path)] == [0, 21]
 
-    # A run that goes on from its last line keeps all of them.
+    # A run that continues from its last line keeps all lines.
     before = path.stat().st_ino
     write_steps(tmp_path, 40, (50,), loss=3.0)
     assert path.stat().st_ino == before
@@ -167,7 +167,7 @@ def test_a_restart_removes_what_is_trained_again(tmp_path, caplog):
 
 
 def test_a_restart_removes_an_evaluation_that_is_done_again(tmp_path):
-    """Killed when it was written, but not in the checkpoint yet."""
+    """The run was killed when the line was written but the checkpoint was not updated."""
     write_steps(tmp_path, 0, (40,), loss=1.0)
     with Metrics(Workdir(tmp_path), 100, 64, 40) as metrics:
         metrics.write("eval", 40, {"loss": 3.0})
@@ -178,7 +178,7 @@ def test_a_restart_removes_an_evaluation_that_is_done_again(tmp_path):
 
 @contextlib.contextmanager
 def files_of_at_most(size):
-    """The system refuses to let any file of this process grow beyond it."""
+    """Makes the system refuse to let any file of this process grow beyond a size."""
     limits = resource.getrlimit(resource.RLIMIT_FSIZE)
     resource.setrlimit(resource.RLIMIT_FSIZE, (size, limits[1]))
     try:
@@ -189,7 +189,7 @@ def files_of_at_most(size):
 
 @pytest.mark.parametrize(
     ("gates", "file"),
-    # Gates take more room in a line of JSON, short numbers in an event.
+    # Gates make the line of JSON longer than the event; short numbers make the event longer.
     [([1 / 3] * 20, r"metrics\.jsonl"), ((), r"events\.out\.tfevents\.\d+")],
 )
 def test_a_failing_write_ends_the_run_and_names_the_file(tmp_path, gates, file):
@@ -206,7 +206,7 @@ def test_a_failing_write_ends_the_run_and_names_the_file(tmp_path, gates, file):
     with pytest.raises(OSError, match=rf"\[Errno {errno.EFBIG}\] .*: '{tmp_path}/{file}'"):
         run()
     assert done > 3
-    # The restart finds room again, and what is left of the last line is not in its way.
+    # After a restart with enough room, the rest of the broken last line does no harm.
     write_steps(tmp_path, done, (done + 1,), loss=2.0)
     assert [line["step"] for line in json_lines(tmp_path)] == list(range(1, done + 2))
 
@@ -266,7 +266,7 @@ def test_a_terminal_gets_bars(tmp_path, monkeypatch):
     assert bars
     assert "ETA 00:00  data wait 0%]" in bars[0]
     assert any(text.startswith("evaluation:  67%|") and " 2/3 " in text for text in drawn)
-    # On a line of its own, the bar drawn again below; and no lines of training.
+    # The message has its own line, with the bar redrawn below it; there are no lines of training.
     assert "step 20/40  test top-1 25.00%  loss 2.0000" in drawn
     assert not any(text.startswith("step 40/40") for text in drawn)
     assert drawn[-2].startswith("100%|")

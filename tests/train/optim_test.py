@@ -1,4 +1,4 @@
-"""Schedule, decay groups, update and average against PyTorch and timm; accumulated gradients."""
+"""Schedule, decay groups, update and average, compared with PyTorch and timm; accumulation."""
 
 import functools
 import re
@@ -56,7 +56,7 @@ def test_schedule_equals_timms(batch_size, steps_per_epoch, epochs):
         theirs.step_update(step)
         expected.append(theirs.optimizer.param_groups[0]["lr"])
     ours = optim.learning_rate(OPTIM, batch_size, steps_per_epoch, total)(np.arange(len(steps)))
-    # 1 + cos near its zero is exact to 1e-7, so the rate to 1e-7 of the peak.
+    # Near its zero, 1 + cos is exact to 1e-7, so the rate is exact to 1e-7 of the peak.
     np.testing.assert_allclose(ours, expected, rtol=1e-6, atol=1e-7 * peak)
 
 
@@ -165,7 +165,7 @@ def accumulated():
     config = recipe.get_config()
     config.mixup.update(mixup=0.0, cutmix=0.0, erase_prob=0.0)
     config.train.batch_size = 64
-    # Where a gradient is rounding noise, Adam's update is so too: an eps above the noise.
+    # If a gradient is rounding noise, so is Adam's update; therefore eps is above the noise.
     config.optim.update(eps=1e-4, clip_norm=0.1, ema_decay=0.5)
     mesh = sharding.make_mesh()
     model = MODEL.clone(depth=2, local_up_to_layer=1)
@@ -182,7 +182,7 @@ def accumulated():
     results = {}
     for accum_steps in (1, 2, 4):
         config.train.accum_steps = accum_steps
-        state = jax.tree.map(jnp.copy, initial)  # the step takes its state's memory
+        state = jax.tree.map(jnp.copy, initial)  # the step donates its state
         step = Program(config, model, optimizer, schedule, mesh).jitted_step()
         step = step.lower(state, batch).compile()
         for _ in range(3):
@@ -193,7 +193,7 @@ def accumulated():
 
 @pytest.mark.parametrize("accum_steps", [2, 4])
 def test_accumulated_gradients_update_as_the_whole_batch(accumulated, accum_steps):
-    """Sums over the batch in another order: rounding is all that may differ."""
+    """Sums over the batch are in another order, so only rounding may differ."""
     (whole, whole_metrics), (parts, parts_metrics) = accumulated[1][1], accumulated[accum_steps][1]
     for name in ("loss", "grad_norm"):
         np.testing.assert_allclose(parts_metrics[name], whole_metrics[name], rtol=1e-6)
@@ -203,7 +203,7 @@ def test_accumulated_gradients_update_as_the_whole_batch(accumulated, accum_step
 
 
 def test_accumulation_moves_no_images_and_saves_memory(accumulated):
-    """Each part is an equal share of every device's images: gradients alone are sent."""
+    """Each part has an equal share of every device's images, so only gradients are sent."""
     pattern = r" (all-\w+|collective-\w+|reduce-scatter|ragged-all-to-all)\("
     collectives = {n: re.findall(pattern, step.as_text()) for n, (step, _) in accumulated.items()}
     assert set(collectives[1]) == {"all-reduce"}
@@ -215,7 +215,7 @@ def test_accumulation_moves_no_images_and_saves_memory(accumulated):
 
 
 def test_parts_have_their_own_randomness():
-    """Of equal images, one half would be dropped as the other if the parts shared a key."""
+    """If the parts shared a key, dropout would be the same in both halves of equal images."""
     batch = {"x": jnp.ones((8, 100))}
 
     def loss_fn(params, batch, key):

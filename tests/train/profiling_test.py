@@ -1,4 +1,4 @@
-"""The trace of `Profile`: which steps are in it, and that they are whole."""
+"""The trace of `Profile` holds the right steps, and all of each."""
 
 import gzip
 import json
@@ -14,7 +14,7 @@ from convit_jax.train.profiling import Profile
 
 @jax.jit
 def train_step(x):
-    """Some milliseconds, in one loop, for which the caller does not wait."""
+    """Runs for some milliseconds on the device, and the caller does not wait for it."""
     return jax.lax.fori_loop(0, 20, lambda i, x: jnp.sin(x @ x) / 100, x)
 
 

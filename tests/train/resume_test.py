@@ -1,4 +1,4 @@
-"""Runs of main.py that are killed, stopped and started again, and what becomes of their numbers."""
+"""Runs of main.py that are killed or stopped and started again get the same numbers."""
 
 import json
 import shutil
@@ -26,7 +26,7 @@ def flags(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def whole(flags, tmp_path_factory):
-    """The working directory of a run that nothing happened to."""
+    """The working directory of a run that was not interrupted."""
     workdir = tmp_path_factory.mktemp("whole") / "run"
     runs.finish(runs.start(workdir, *flags), workdir)
     assert runs.steps_saved(workdir)[-1] == 24
@@ -54,7 +54,7 @@ def reached(workdir, step):
 
 
 def assert_same(workdir, other):
-    """To the bit: parameters, optimiser state, averages, and every line of the metrics."""
+    """Asserts that two runs have the same state and the same lines of metrics, to the bit."""
     left, right = runs.state(workdir), runs.state(other)
     assert left.keys() == right.keys()
     for kind in ("params", "opt_state", "ema", "step"):
@@ -86,7 +86,7 @@ def test_killed_runs_end_as_the_one_that_was_not(flags, whole, tmp_path):
     second = runs.steps_saved(workdir)[-1]
     assert first < second < 24
 
-    # Past an evaluation, and on with another number of workers.
+    # After an evaluation; the run continues with another number of workers.
     process = runs.start(workdir, *flags)
     runs.wait_for(lambda path: runs.steps_saved(path)[-1] > max(second, 12), process, workdir)
     runs.kill(process)
@@ -120,10 +120,10 @@ def test_sigterm_saves_and_ends_well(stopped, flags, whole, tmp_path):
 
 
 def assert_close(workdir, other):
-    """As `assert_same` but for rounding.
+    """Asserts the same as `assert_same`, except for rounding.
 
-    Sums over the batch are taken in another order. Adam divides a gradient by its size, so where
-    it is rounding noise so are the steps of the weights, which the loss hardly sees.
+    Sums over the batch are taken in another order. Adam divides a gradient by its size, so
+    gradients that are rounding noise give steps that are noise, which hardly change the loss.
     """
     lines, others = runs.metrics(workdir), runs.metrics(other)
     assert [(x["kind"], x["step"]) for x in lines] == [(x["kind"], x["step"]) for x in others]

@@ -1,4 +1,4 @@
-"""Twenty steps of training beside PyTorch and timm: same weights, batches, recipe and losses."""
+"""Twenty training steps, compared with PyTorch and timm: same weights, batches, recipe, losses."""
 
 import jax
 import jax.numpy as jnp
@@ -18,7 +18,7 @@ STEPS_PER_EPOCH = 1  # 5 steps of warm-up, 15 of the cosine
 
 
 def make_config(**options):
-    """The recipe without augmentation, at a rate at which these few steps learn."""
+    """The recipe without augmentation, with a learning rate at which twenty steps learn."""
     config = recipe.get_config()
     config.mixup.update(mixup=0.0, cutmix=0.0, erase_prob=0.0)
     config.train.batch_size = BATCH_SIZE
@@ -28,7 +28,7 @@ def make_config(**options):
 
 
 def make_batches():
-    """uint8 images whose classes differ in their pattern, under noise; four batches in turn."""
+    """Four batches, used in turn, of uint8 images: a pattern for each class, with noise."""
     rng = np.random.default_rng(0)
     patterns = rng.uniform(size=(NUM_CLASSES, 32, 32, 3))
     labels = rng.integers(NUM_CLASSES, size=(4, BATCH_SIZE), dtype=np.int32)
@@ -54,7 +54,7 @@ def make_timms():
 
 
 def train_timms(config, model, batches):
-    """timm and torch at every part but the loop: (losses, norms, weights, averaged weights)."""
+    """Trains with timm and torch: returns losses, norms, weights and averaged weights."""
     _, torch = reference.import_timm()
     from timm.loss import LabelSmoothingCrossEntropy
     from timm.optim import param_groups_weight_decay
@@ -95,7 +95,7 @@ def train_timms(config, model, batches):
 
 
 def train_ours(config, state_dict, batches):
-    """The same from our training step on eight devices."""
+    """Returns the same from our training step on eight devices."""
     mesh = sharding.make_mesh()
     model = ConViT(
         image_size=32, patch_size=8, embed_dim=32, num_heads=4, depth=3, local_up_to_layer=2,
@@ -138,8 +138,8 @@ def test_trajectory_equals_timms(options):
     np.testing.assert_allclose(our_norms, norms, rtol=1e-3)
     for theirs, mine in ((weights, our_weights), (average, our_average)):
         for name in mine or ():
-            # A constant added to scores leaves their softmax as it is: the gradient of this bias
-            # is 0 here and rounding noise in torch, which Adam's division makes into steps.
+            # A constant added to scores does not change their softmax. So the gradient of this bias
+            # is 0 here and rounding noise in torch, which Adam turns into steps.
             if not name.endswith("pos_proj.bias"):
                 np.testing.assert_allclose(mine[name], theirs[name], atol=1e-5, err_msg=name)
     assert (our_average is None) == (config.optim.ema_decay == 0)

@@ -1,4 +1,4 @@
-"""From timm to here and back by the command: the same predictions on photos, the same bits."""
+"""Weights converted from timm and back: the same predictions on photos, and the same bits."""
 
 import io
 
@@ -14,12 +14,12 @@ from convit_jax.data.transforms import EvalTransform
 from convit_jax.weights.load import read_weights
 from convit_jax.weights.loaded import Loaded
 
-# Depth is cut where a test has to be quick; all else is as released.
+# Models of quick tests are less deep; all else is as released.
 SHALLOW = {"convit_small": (3, 2), "deit_tiny": (2, 0)}
 
 
 def photos(number: int) -> list[bytes]:
-    """JPEGs, each another part of one of five photos, of several sizes and shapes."""
+    """Returns JPEGs of several sizes and shapes, each another part of one of five photos."""
     whole = [Image.open(io.BytesIO(data)) for data in input_pipeline.photos()]
     boxes = [(0, 0, 500, 375), (0, 0, 260, 300), (200, 90, 500, 375), (120, 40, 420, 200)]
     files = []
@@ -106,6 +106,6 @@ def test_predictions_of_shallow_models(tmp_path, name):
 @pytest.mark.parametrize("name", peer.NAMES)
 def test_predictions_of_all_models(tmp_path, name):
     _, torch = reference.import_timm()
-    # Both kinds of file for each model; fewer photos where one takes long.
+    # Every model has both kinds of file; slow models have fewer photos.
     files = photos(20 if name.endswith("tiny") else 5 if "base" not in name else 2)
     check_round_trip(peer.make(name), torch, tmp_path, files, (".pth", ".safetensors"))

@@ -1,4 +1,4 @@
-"""PyTorch weights in and out: the same logits and gradients, nothing lost, nothing silent."""
+"""PyTorch weights in and out: same logits and gradients; every lost or unknown key is an error."""
 
 import pathlib
 
@@ -20,7 +20,7 @@ MODELS = {
 
 
 def load_golden(name):
-    """images, logits, state dict and gradients (see golden/make.py)."""
+    """Returns images, logits, state dict and gradients (see golden/make.py)."""
     with np.load(GOLDEN / f"{name}.npz") as arrays:
         parts = {"state": {}, "grad": {}}
         for key in arrays.files:
@@ -65,7 +65,7 @@ def test_logits_and_gradients_equal_the_golden_arrays(name, positional):
     ],
 )
 def test_logits_equal_timms(name):
-    """Random weights in every tensor; 224 x 224; float32 at precision 'highest'."""
+    """With random values in every tensor, at 224 x 224, in float32 with precision 'highest'."""
     _, torch = reference.import_timm()
     model, theirs = create_model(name), peer.make(name)
     reference.randomise(theirs, torch, seed=0)

@@ -1,4 +1,4 @@
-"""Checkpoints: which are kept, what becomes of broken ones and of a full disk."""
+"""Checkpoints: which ones are kept, broken ones, and a full disk."""
 
 import logging
 import os
@@ -13,8 +13,8 @@ import pytest
 from convit_jax.parallel import sharding
 from convit_jax.workdir.checkpoints import Checkpoints, best_step, newest_step
 
-# Where one of the files cannot be read or written, Orbax closes its event loop while others still
-# have to tell it that they are done: they complain of that to nobody.
+# If a file cannot be read or written, Orbax closes its event loop while work on other files has yet
+# to report to it. The errors of that work are never raised, and pytest would warn of them.
 pytestmark = pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")
 
 
@@ -66,7 +66,7 @@ def test_the_policy_decides_what_is_saved_and_what_stays(tmp_path):
     write(tmp_path, range(12), every=3, keep=2, also=(4, 7), top1=top1)
     assert steps(tmp_path) == [4, 7, 9]  # the two newest of 0, 3, 4, 6, 7, 9, and the best
     assert newest_step(tmp_path) == 9
-    write(tmp_path, [15, 18], every=3, keep=2)  # a later start knows the best still
+    write(tmp_path, [15, 18], every=3, keep=2)  # a later start still knows the best
     assert steps(tmp_path) == [4, 15, 18]
     with Checkpoints(tmp_path, every=3, also=(), keep=2) as checkpoints:
         assert not checkpoints.save(19, make_state(19), dict)
@@ -77,7 +77,7 @@ def test_the_policy_decides_what_is_saved_and_what_stays(tmp_path):
 def test_an_evaluation_that_ends_after_a_restart_belongs_to_its_checkpoint(tmp_path):
     write(tmp_path, [1, 2, 3], top1={1: 0.5})  # stopped during the evaluation of step 3
     unfinished = tmp_path / "3" / "metrics"
-    unfinished.mkdir()  # as a start that was killed while it wrote them leaves it
+    unfinished.mkdir()  # left by a start that was killed while writing it
     (unfinished / "part").write_text('{"top1": 0.')
     with Checkpoints(tmp_path, every=1, also=(), keep=1) as checkpoints:
         assert checkpoints.restore(like(sharding.make_mesh())).metrics is None
@@ -85,7 +85,7 @@ def test_an_evaluation_that_ends_after_a_restart_belongs_to_its_checkpoint(tmp_p
         assert not checkpoints.save(3, make_state(3), dict, metrics=found)
     with Checkpoints(tmp_path, every=1, also=(), keep=1) as checkpoints:
         assert checkpoints.restore(like(sharding.make_mesh())).metrics == found
-        assert not checkpoints.save(3, make_state(3), dict, metrics={"top1": 0.1})  # has its own
+        assert not checkpoints.save(3, make_state(3), dict, metrics={"top1": 0.1})  # evaluated
     write(tmp_path, [4, 5], keep=1, top1={4: 0.7})
     assert steps(tmp_path) == [3, 5]  # the best, the newest
 

@@ -1,4 +1,4 @@
-"""What is written down about a run and its starts."""
+"""The files that describe a run and its starts."""
 
 import json
 
@@ -33,7 +33,7 @@ def test_each_start_has_a_line(started):
 def test_the_revision_is_that_of_this_packages_own_checkout(started, monkeypatch, tmp_path):
     start = json.loads(started.starts.read_text())
     assert len((start["git_revision"] or 40 * "x").removesuffix("-dirty")) == 40
-    # Somebody else's repository, in which this package is installed and not tracked.
+    # The package is installed in a folder of another repository, which does not track it.
     site = tmp_path / "repository" / "venv"
     site.mkdir(parents=True)
     identity.subprocess.run(["git", "init", "-q", site.parent], check=True)
