@@ -1,4 +1,4 @@
-"""A data set held in memory, and scikit-learn's digits as an example of one."""
+"""Data sets held in memory, among them scikit-learn's digits."""
 
 import dataclasses
 

@@ -23,7 +23,7 @@ Transform = Callable[..., np.ndarray]
 
 _CHUNK = 64  # largest number of images that a worker makes, and holds in memory, at a time
 _ENDLESS = 2**40  # number of chunks in the endless stream, since a sequence needs a length
-_TRIES = 100  # images tried, one after another, until one is not corrupt
+_TRIES = 100  # most images tried in place of a corrupt one
 
 
 def draws_per_epoch(num_images: int, repeats: int) -> int:
@@ -81,7 +81,7 @@ class Share:
         return self.size // self.chunk
 
     def positions(self, chunk: int) -> range:
-        """Returns the positions in the global stream of the images of this process's chunk."""
+        """Returns the positions in the global stream of the images of one chunk of this process."""
         step, part = divmod(chunk, self.chunks)
         start = step * self.batch_size + self.index * self.size + part * self.chunk
         return range(start, start + self.chunk)

@@ -15,7 +15,7 @@ def decode(data: bytes) -> np.ndarray:
     """Decodes an image to (height, width, 3) uint8, the pixels of Pillow's convert("RGB").
 
     Raises:
-      ValueError: if the bytes are not an image, or a damaged one.
+      ValueError: if the bytes are not an image, or the image is damaged.
     """
     import simplejpeg
 
@@ -73,7 +73,7 @@ def _decode_rows(data: bytes, place: int, height: int, rows: int) -> np.ndarray:
     if rows + 2 < height:
         shorter = data[:place] + (rows + 2).to_bytes(2) + data[place + 2 :]
         try:
-            # Not strict, or the rows left over would be an error. Pillow is not strict either.
+            # Strict decoding would refuse the rows left over. Pillow is not strict either.
             return simplejpeg.decode_jpeg(shorter, strict=False)
         except (ValueError, RuntimeError):
             pass

@@ -44,7 +44,7 @@ def prepare_imagenet(
     """Writes ImageNet (ILSVRC2012) as the tfds data set imagenet2012 in ArrayRecord shards.
 
     Both tars are checked before anything is written. The shards are then written to a folder
-    `*.incomplete`, which is renamed when all of them are there: until then nothing can be read.
+    `*.incomplete`, which gets its final name when it is complete. Until then nothing can be read.
     An interrupted run continues after the last complete shard when it is started again, and writes
     the same bytes. Memory holds one shard (about 140 MB) and the index, below 1 GB in all. Images
     are read from the tars in random order. This takes under half an hour from a solid-state disk
@@ -217,7 +217,7 @@ def _complete_shards(folder: pathlib.Path, plan: _Plan, source: str) -> dict[str
     state = json.loads(path.read_text())
     if state["source"] != source:
         raise ValueError(
-            f"{folder}: expected shards of these tars, found some of other tars or in another "
+            f"{folder}: expected shards of these tars, found shards of other tars or in another "
             "number. Delete the folder to begin anew, or continue with the tars it was begun with"
         )
     return {

@@ -129,9 +129,9 @@ def index_validation(path: pathlib.Path, count: int) -> Images:
 def as_rgb_jpeg(data: bytes) -> bytes:
     """Encodes a PNG or a CMYK JPEG again as RGB JPEG, quality 100; returns other JPEGs unchanged.
 
-    The bytes are exactly those that tfds gets from TensorFlow's image operations: decoding with the
-    fast DCT, RGB as the product of the ink and black channels without colour profiles, chroma
-    subsampling 4:2:0 and 300 dots per inch.
+    The bytes are exactly those that tfds gets from TensorFlow's image operations. These decode with
+    the fast DCT, compute RGB as the inverted colour inks times the inverted black ink, without
+    colour profiles, and encode with chroma subsampling 4:2:0 and 300 dots per inch.
 
     Raises:
       ValueError, OSError: if the bytes are neither JPEG nor PNG, or cannot be decoded.
@@ -144,7 +144,7 @@ def as_rgb_jpeg(data: bytes) -> bytes:
     elif _jpeg_components(data) == 4:
         light = simplejpeg.decode_jpeg(data, "CMYK", fastdct=True, strict=False).astype(np.int32)
         if "adobe" not in Image.open(io.BytesIO(data)).info:
-            light = 255 - light  # only Adobe's files store the ink inverted, as light
+            light = 255 - light  # only Adobe's files store the inks inverted, as light
         pixels = (light[..., :3] * light[..., 3:] // 255).astype(np.uint8)
     else:
         return data

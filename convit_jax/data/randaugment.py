@@ -184,7 +184,8 @@ def _table(name: str, value: float) -> np.ndarray:
 def _blend_table(factor: float, grey: int) -> np.ndarray:
     """Returns (256,) uint8, every level blended with a grey level.
 
-    A factor of 0 is the grey level, 1 is the level itself, and a factor above 1 lies beyond it.
+    A factor of 0 gives the grey level, 1 gives the level itself, and a factor above 1 moves the
+    level further away from the grey level.
     """
     blend = np.float32(grey) + np.float32(factor) * (_LEVELS - np.float32(grey))
     # Truncated, not rounded, as in Pillow.
@@ -287,9 +288,9 @@ def _shear(image: np.ndarray, slope: float, axis: int) -> np.ndarray:
     height, width = image.shape[:2]
     shift = np.rint(slope * _PHASES * _centres(height)).astype(int)
     weights = _weights()[:, shift % _PHASES, None]
-    # The pixels that row y shows once it has moved, with one more in front and two behind, are
-    # consecutive in the image read as one line. Beyond the borders they belong to other rows, but
-    # there the output is filled.
+    # Read the image as one long line. A moved row is then a piece of it, with one more pixel in
+    # front and two behind for the taps. A piece that crosses a border runs into another row, but
+    # the output is filled there.
     moved = _pieces(image, shift // _PHASES, width + 3).astype(np.int16)
     # Sums are at most 1.5 * 64 * 255, which fits 16 bits.
     total = moved[:, : width * 3] * weights[0]
@@ -305,7 +306,7 @@ def _shear(image: np.ndarray, slope: float, axis: int) -> np.ndarray:
 
 
 def _pieces(image: np.ndarray, starts: np.ndarray, length: int) -> np.ndarray:
-    """Returns (height, 3 * length): `length` pixels of each row, from one before its `starts` on.
+    """Returns (height, 3 * length), `length` pixels of each row from one before its start.
 
     Edge pixels are repeated three times beyond the borders. Pixels further out are arbitrary.
     """

@@ -74,8 +74,8 @@ class TFRecords:
             raise OSError(f"{self.where(index)}: {error.strerror or error}") from error
         if len(record) < HEADER + length or int.from_bytes(record[:8], "little") != length:
             raise ValueError(
-                f"{self.where(index)}: expected {length:,} bytes, which are not there (any more): "
-                f"the shard was changed since it was indexed; start again"
+                f"{self.where(index)}: expected {length:,} bytes, which are missing: the shard was "
+                f"changed after it was indexed; start again"
             )
         return record[HEADER:]
 

@@ -139,8 +139,8 @@ def open_tfds(spec: str, split: str, data_dir: str, cache_dir: str | None) -> Re
     missing = [path for path in paths if not os.path.isfile(path)]
     if missing:
         raise FileNotFoundError(
-            f"{folder}: {len(missing):,} of {len(paths):,} shards of the {name} split are not "
-            f"there, {missing[0]} the first; copy them, or {_prepare_command(info.name, root)}"
+            f"{folder}: {len(missing):,} of {len(paths):,} shards of the {name} split are missing, "
+            f"the first is {missing[0]}; copy them, or {_prepare_command(info.name, root)}"
         )
     cache_name = f"{info.full_name}-{name}".replace("/", "-")
     shards: records.Records

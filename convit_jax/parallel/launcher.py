@@ -80,8 +80,8 @@ def _open_mpi(env: Mapping[str, str], coordinator: str | None) -> Launch | None:
         return None
     if coordinator is None and "OMPI_MCA_orte_hnp_uri" not in env:
         raise ValueError(
-            "--coordinator: expected HOST:PORT, the host of rank 0 and a free port there, which "
-            "Open MPI tells up to version 4 only"
+            "--coordinator: expected HOST:PORT, the host of rank 0 and a free port there; only "
+            "Open MPI up to version 4 tells them by itself"
         )
     return Launch(
         "ompi",

@@ -21,7 +21,7 @@ from jax.experimental import multihost_utils
 log = logging.getLogger(__name__)
 
 _SIGNALS = (signal.SIGTERM, signal.SIGINT)
-_SAME_WISH = 1.0  # seconds; a repeat within them is ignored: some launchers send signals twice
+_SAME_WISH = 1.0  # seconds; a repeat within them is ignored, as `timeout` and others send two
 
 
 class Interruption:
@@ -31,9 +31,10 @@ class Interruption:
     block: SIGINT raises KeyboardInterrupt and SIGTERM ends the process.
 
     With several processes, a signal to one of them stops all, through JAX's preemption service. The
-    service then handles SIGTERM, also if it comes again, as schedulers repeat it. SIGINT is passed
-    on to the service as SIGTERM. Enter the block on the main thread: Python sets signal handlers
-    only there.
+    service handles SIGTERM, also every later one, because schedulers repeat it. SIGINT is passed on
+    to the service as SIGTERM.
+
+    Enter the block on the main thread, the only one on which Python can set signal handlers.
     """
 
     # Shared by all blocks of the process, because the service expects one sequence of calls.

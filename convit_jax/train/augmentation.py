@@ -3,8 +3,8 @@
 The order is that of DeiT's recipe: normalise, erase, smooth the labels, mix. Everything is float32
 and a function of the batch and the key. The random numbers do not depend on the number of devices.
 The results do not either, to the bit, as long as each device holds a multiple of 8 images: then no
-device needs images of another. Otherwise partners are sent between devices, and XLA may fuse the
-other product of a x + b y into a multiply-add, which changes results by 1 ulp.
+device needs images of another. Otherwise partners are sent between devices, and XLA may choose the
+other product of a x + b y to fuse into a multiply-add, which changes results by 1 ulp.
 
 Shapes: B images, G groups; the images of a group are mixed with the same random numbers.
 """

@@ -146,7 +146,7 @@ def _weights(
             f"{workdir} holds no run (config.json)" if workdir else "no --workdir of a run is given"
         )
         raise ValueError(
-            f"nothing to evaluate: {there}, and no weights are (--config.init_from=WEIGHTS)"
+            f"nothing to evaluate: {there}, and no weights are named (--config.init_from=WEIGHTS)"
         )
     # The tensor shapes of a DeiT do not tell its number of heads, so the configuration does.
     model = setup.make_model(config)
@@ -175,7 +175,7 @@ def _check_model(model: ConViT, loaded: Loaded, any_size: bool) -> None:
         raise ValueError(
             f"the configuration's model is not that of {loaded.source}, which is {variant}:\n  "
             + "\n  ".join(problems)
-            + ("\nWithout --config a run is evaluated by its own." if loaded.step else "")
+            + ("\nWithout --config a run is evaluated with its own." if loaded.step else "")
         )
 
 

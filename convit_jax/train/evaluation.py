@@ -78,9 +78,9 @@ def evaluate(
       interrupted: called before every batch; the evaluation stops if it returns True.
 
     Returns:
-      For each of the weights the means "top1" and "top5", in [0, 1], and "loss", in nats, and the
-      number "images". If the step returns them, also "label" (images,) and "predictions"
-      (images, 5) in the order of the data. None if the evaluation was interrupted.
+      For each of the weights, the means "top1" and "top5" in [0, 1], the mean "loss" in nats, and
+      the number "images". If the step returns "label" (images,) and "predictions" (images, 5),
+      they are included, in the order of the data. None if the evaluation was interrupted.
 
     Raises:
       RuntimeError: if the number of evaluated images is not `num_images`.

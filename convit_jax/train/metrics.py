@@ -94,10 +94,10 @@ class Metrics:
     def train(self, step: int, metrics: Mapping[str, float], gates: Sequence[float] = ()) -> None:
         """Writes and shows the metrics of training for the steps since the last call.
 
-        Three metrics are added, all for the time since the last call without evaluations:
+        Three metrics are added, for the time since the last call without evaluations. They are
         "images_per_second"; "mfu", the share of the devices' peak FLOPs per second, if both FLOPs
-        are known; and "data_wait", the share of the time that `metrics["data_seconds"]` is, if
-        given.
+        are known; and "data_wait", the share of the time spent waiting for data, if `metrics` has
+        "data_seconds".
 
         Args:
           step: number of finished steps, more than at the last call.

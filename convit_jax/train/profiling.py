@@ -21,8 +21,8 @@ class Profile:
             for step in ...:
                 state, metrics = profile.step(step, train_step, state, batch)
 
-    The trace shows the work of the devices for the traced steps, and the work of the host from the
-    first of them to the last, the loading of batches in between included.
+    The trace shows what the devices do for the traced steps, and what the host does from the first
+    traced step to the last, including the loading of batches.
     """
 
     def __init__(

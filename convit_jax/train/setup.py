@@ -162,7 +162,7 @@ def _check_same_run(workdir: Workdir, config: ml_collections.ConfigDict) -> list
     if wrong:
         raise ValueError(
             f"{workdir} holds a run with another configuration: choose another --workdir, delete "
-            "it, or start with what it was made with:\n  " + "\n  ".join(wrong)
+            "this one, or start with the run's own values:\n  " + "\n  ".join(wrong)
         )
     return [*differences.values(), *recipe.changes_since(saved, config)]
 

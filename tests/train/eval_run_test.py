@@ -304,7 +304,7 @@ def test_mistakes_about_a_run_are_named(small, run_of_digits):
     _, path = small
     with pytest.raises(ValueError, match=r"model\.patch_size: .* 2, the weights 4\n") as error:
         eval_setup.prepare(digits.get_config(), Workdir(run_of_digits), eval_setup.Choices())
-    assert "Without --config a run is evaluated by its own." in str(error.value)
+    assert "Without --config a run is evaluated with its own." in str(error.value)
     config = digits.get_config()
     config.init_from = str(path)
     with pytest.raises(
