@@ -1,4 +1,7 @@
-"""Parameters fitted to another model: a new head, other image sizes, other input channels."""
+"""Fitting parameters to another model: a new head, another image size, other input channels.
+
+Shapes: D width.
+"""
 
 from collections.abc import Mapping
 import logging
@@ -24,17 +27,22 @@ def fit_params(
     seed: int = 0,
     grid: tuple[int, int] | None = None,
 ) -> dict[str, Any]:
-    """Fits loaded parameters to a model, by the named changes only; each is logged.
+    """Fits loaded parameters to a model and logs each change.
+
+    Makes no changes except those that the arguments allow.
 
     Args:
       params: nested dictionary of arrays.
-      model: to be initialised with them.
-      new_head: whether the head starts anew, as for other classes, or is left out where the model
-        has none.
+      model: the model that will use the parameters.
+      new_head: whether to replace the head by a newly initialised one. If the model has no head,
+        the head is dropped.
       resize_pos_embed: whether the position embedding may be interpolated to the model's grid.
       adapt_channels: whether the first convolution may be fitted to the model's input channels.
-      seed: of the new head.
-      grid: rows and columns of patches that `params` were made for; None: a square.
+      seed: seed of the new head's initialisation.
+      grid: rows and columns of the patch grid of `params`; None means a square.
+
+    Returns:
+      The fitted parameters, a new nested dictionary.
 
     Raises:
       ValueError: names every parameter whose shape is not the model's.
@@ -68,7 +76,7 @@ def fit_params(
 
 def _replace_head(params: dict[str, Any], shapes: dict[str, Any], model: ConViT, seed: int) -> None:
     if "head" in shapes:
-        # N(0, 0.02^2) and zero, as in ConViT.
+        # The initialisation of ConViT's head: weights from N(0, 0.02^2), biases 0.
         kernel = np.random.default_rng(seed).normal(0, 0.02, shapes["head"]["kernel"].shape)
         params["head"] = {
             "kernel": kernel.astype(np.float32),
@@ -85,18 +93,22 @@ def resample_pos_embed(
     num_prefix_tokens: int = 0,
     source_grid: tuple[int, int] | None = None,
 ) -> np.ndarray:
-    """Interpolates a position embedding to another grid, as timm's resample_abs_pos_embed.
+    """Interpolates a position embedding to another grid, as timm's resample_abs_pos_embed does.
 
-    Bicubic, antialiased; tokens in front of the patches keep theirs.
+    The interpolation is bicubic with antialiasing. Tokens in front of the patches keep their
+    embeddings.
 
     Args:
       pos_embed: (1, tokens, D).
-      grid: (rows, columns) wanted.
-      num_prefix_tokens: tokens in front of the patches.
-      source_grid: (rows, columns) of `pos_embed`; None: a square.
+      grid: (rows, columns) of the result.
+      num_prefix_tokens: number of tokens in front of the patches.
+      source_grid: (rows, columns) of `pos_embed`; None means a square.
 
     Returns:
-      (1, num_prefix_tokens + rows * columns, D); `pos_embed` itself if it has the grid already.
+      (1, num_prefix_tokens + rows * columns, D), or `pos_embed` itself if it has that grid already.
+
+    Raises:
+      ValueError: if `pos_embed` does not have the patches of `source_grid`.
     """
     prefix, patches = pos_embed[:, :num_prefix_tokens], pos_embed[:, num_prefix_tokens:]
     side = math.isqrt(patches.shape[1])
@@ -116,17 +128,22 @@ def resample_pos_embed(
 
 
 def adapt_input_conv(kernel: np.ndarray, in_channels: int) -> np.ndarray:
-    """The first convolution for other input channels, as timm's adapt_input_conv.
+    """Fits the first convolution to another number of channels, as timm's adapt_input_conv does.
 
-    For one channel, the sum over the channels: a grey image gives what it gave as RGB. For more,
-    red, green and blue in turn, scaled by 3 / in_channels.
+    For one channel, the kernel is summed over its channels, so a grey image has the same output
+    as before as RGB. For more channels, the kernels of red, green and blue are repeated in turn
+    and scaled by 3 / in_channels.
 
     Args:
       kernel: (height, width, channels, D).
-      in_channels: wanted.
+      in_channels: number of channels of the result.
+
+    Returns:
+      (height, width, in_channels, D), or `kernel` itself if it has that many channels already.
 
     Raises:
-      ValueError: if the channels are neither 3 nor what is wanted, and more than one is wanted.
+      ValueError: if `in_channels` is neither 1 nor the kernel's number of channels, and the kernel
+        does not have 3 channels.
     """
     channels = kernel.shape[2]
     if in_channels == channels:
@@ -135,7 +152,7 @@ def adapt_input_conv(kernel: np.ndarray, in_channels: int) -> np.ndarray:
         return kernel.sum(axis=2, keepdims=True)
     if channels != 3:
         raise ValueError(
-            f"in_channels: expected weights of 3 input channels to make {in_channels} of, got "
+            f"in_channels: expected weights of 3 input channels to make {in_channels} from, got "
             f"{channels}"
         )
     return kernel[:, :, np.arange(in_channels) % 3] * np.float32(3 / in_channels)

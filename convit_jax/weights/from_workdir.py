@@ -1,4 +1,4 @@
-"""The weights of a run, out of its working directory."""
+"""Weights of a run, read from its workdir."""
 
 import dataclasses
 import logging
@@ -23,24 +23,31 @@ log = logging.getLogger(__name__)
 
 @dataclasses.dataclass(frozen=True)
 class Found:
-    """Where the weights are: in the checkpoint of a step, or, without one, in a file."""
+    """Where the weights of a run are.
+
+    Attributes:
+      path: folder of a checkpoint, or the file of the final weights.
+      step: step of the checkpoint; None for the file.
+    """
 
     path: pathlib.Path
     step: int | None
 
 
 def find(workdir: Workdir, *, ema: bool, wanted: str = "best") -> Found:
-    """The best checkpoint by top-1 on the test images, else the newest, else the final weights.
+    """Finds the weights of a run: a checkpoint, or the final weights if there is no checkpoint.
 
     Args:
-      workdir: of main.py.
-      ema: whether the averaged weights are wanted, and judged.
-      wanted: "best"; "newest", whether evaluated or not; or the step of a checkpoint.
+      workdir: the workdir of the run.
+      ema: whether to take the averaged weights. The best checkpoint is then the best by their
+        accuracy.
+      wanted: "best", the checkpoint with the highest top-1 accuracy on the test images, or the
+        newest if none has been evaluated; "newest", evaluated or not; or the step of a checkpoint.
 
     Raises:
-      FileNotFoundError: if there is none of these.
-      ValueError: if averaged weights are wanted of a run that has none, or `wanted` is no such
-        word.
+      FileNotFoundError: if the folder is not a workdir, or has neither the checkpoint nor the
+        final weights.
+      ValueError: if `wanted` is anything else, or `ema` is set and the run has no averaged weights.
     """
     if wanted not in ("best", "newest") and not wanted.isdigit():
         raise ValueError(f"checkpoint: expected best, newest or a step, got {wanted!r}")
@@ -58,17 +65,17 @@ def find(workdir: Workdir, *, ema: bool, wanted: str = "best") -> Found:
         averaged = ", averaged" if ema else ""
         log.info("%s: weights of step %d, %s%s", workdir, step, which, averaged)
         if averages and not ema:
-            log.info("%s: the run has averaged weights too; not taken: ema is off", workdir)
+            log.info("%s: the run has averaged weights too; not used, because ema is off", workdir)
         return Found(folder / str(step), step)
     final = workdir.weights
     if not final.is_file():
         raise FileNotFoundError(f"{workdir}: holds no checkpoint and no {final.name} yet")
-    log.info("%s: no checkpoint; %s%s", workdir, final.name, ", averaged" if averages else "")
+    log.info("%s: no checkpoint, using %s%s", workdir, final.name, ", averaged" if averages else "")
     return Found(final, None)
 
 
 def _choose(folder: pathlib.Path, metric: str, wanted: str) -> tuple[int | None, str]:
-    """The step of a checkpoint, None if there is none at all, and what it is."""
+    """Returns the step of the wanted checkpoint, None if there is no checkpoint, and its label."""
     if wanted.isdigit():
         if not (folder / wanted).is_dir():
             steps = sorted(int(path.name) for path in folder.glob("*") if path.name.isdigit())
@@ -83,10 +90,14 @@ def _choose(folder: pathlib.Path, metric: str, wanted: str) -> tuple[int | None,
 
 
 def restore(found: Found, *, ema: bool) -> dict[str, Any]:
-    """The parameters of a checkpoint as numpy arrays, without the rest of its state.
+    """Reads the parameters of a checkpoint, and nothing else of its state, as numpy arrays.
+
+    Args:
+      found: a checkpoint.
+      ema: whether to read the averaged weights.
 
     Raises:
-      OSError: if it cannot be read.
+      OSError: if the checkpoint cannot be read.
     """
     part, item = "ema" if ema else "params", (found.path / "state").resolve()
     try:
@@ -95,13 +106,13 @@ def restore(found: Found, *, ema: bool) -> dict[str, Any]:
         as_numpy = jax.tree.map(lambda _: ocp.RestoreArgs(restore_type=np.ndarray), tree)
         args = ocp.args.PyTreeRestore(item=tree, restore_args=as_numpy, partial_restore=True)
         return checkpointer.restore(item, args=args)[part]
-    except Exception as error:  # whatever broken files make of the reader
+    except Exception as error:  # Orbax raises many types for broken files
         first = str(error).partition("\n")[0][:300]
         raise OSError(f"{found.path}: cannot read this checkpoint: {first}") from error
 
 
 def describe(workdir: Workdir) -> tuple[Claim, dict[str, Any]]:
-    """Returns what the run states of its model, and fields of `Loaded` for predictions."""
+    """Returns the options of a run's model, and the fields of `Loaded` that predictions need."""
     config = _config(workdir)
     options = {k: v for k, v in config.model.items() if v is not None}
     options["image_size"] = image_size.parse(config.model.image_size)

@@ -1,4 +1,4 @@
-"""Weights on huggingface.co, by name: timm's repositories, and others laid out like them."""
+"""Weights on huggingface.co, by name: timm's repositories and others with the same layout."""
 
 from collections.abc import Callable
 import dataclasses
@@ -30,12 +30,12 @@ _WEIGHTS = ("model.safetensors", "pytorch_model.bin")
 
 @dataclasses.dataclass(frozen=True)
 class Repository:
-    """Files of a repository, as they lie in the local cache.
+    """A repository in the local cache, or in a folder.
 
     Attributes:
-      name: ORGANISATION/NAME.
+      name: ORGANISATION/NAME, or the path of the folder.
       weights: path of model.safetensors or pytorch_model.bin.
-      config: config.json, or {} if there is none.
+      config: content of config.json; {} if the repository has none.
     """
 
     name: str
@@ -44,12 +44,13 @@ class Repository:
 
 
 def repository_name(source: str) -> str | None:
-    """ORGANISATION/NAME, with @REVISION if there is one, of a name of weights.
+    """Returns the repository of a name such as "convit_base" or "hf-hub:ORGANISATION/NAME".
 
-    None if it does not look like one.
+    Returns ORGANISATION/NAME, followed by @REVISION if `source` has a revision. Returns None if
+    `source` is not the name of a repository.
 
     Raises:
-      ValueError: if it is one of the paper's models whose weights were never released.
+      ValueError: if `source` is one of the paper's models whose weights were never released.
     """
     if source in RELEASED:
         return RELEASED[source]
@@ -62,18 +63,18 @@ def repository_name(source: str) -> str | None:
 
 
 def fetch(name: str, *, offline: bool = False) -> Repository:
-    """The weights of a repository, downloaded unless the local cache has them.
+    """Fetches the weights of a repository, from the local cache if they are there.
 
-    The cache is huggingface_hub's ($HF_HOME); its other variables ($HF_ENDPOINT, $HF_TOKEN,
-    $HF_HUB_OFFLINE) hold too.
+    The cache is that of huggingface_hub, in $HF_HOME. The other variables of huggingface_hub
+    ($HF_ENDPOINT, $HF_TOKEN, $HF_HUB_OFFLINE) work too.
 
     Args:
-      name: of `repository_name`.
+      name: repository, as returned by `repository_name`.
       offline: whether to look into the cache only.
 
     Raises:
-      ValueError: if there is no such repository, or no weights in it.
-      OSError: if it is not in the cache, and offline or the network is missing.
+      ValueError: if the repository does not exist or has no weights.
+      OSError: if the weights are not in the cache, and `offline` is set or the network is missing.
     """
     with extras.needed("weights", "a name on huggingface.co"):
         import huggingface_hub
@@ -90,7 +91,7 @@ def fetch(name: str, *, offline: bool = False) -> Repository:
     try:
         weights, missing = _first(download, _WEIGHTS, offline)
         config = None if weights is None else _first(download, ("config.json",), offline)[0]
-    except errors.RepositoryNotFoundError:  # what there is no right to see looks the same
+    except errors.RepositoryNotFoundError:  # also raised for private ones
         raise ValueError(
             f"{name}: no such file or folder here, and no such repository on {_endpoint()} (one "
             "that is private needs $HF_TOKEN)"
@@ -110,12 +111,12 @@ def fetch(name: str, *, offline: bool = False) -> Repository:
     if weights is None:
         raise ValueError(f"{name}: expected {' or '.join(_WEIGHTS)} in it, found neither")
     if config is None:
-        log.warning("%s: no config.json: what it does not say is taken to be ImageNet's", name)
+        log.warning("%s: no config.json; mean, std and crop default to ImageNet's", name)
     return Repository(name, weights, _read_config(config))
 
 
 def cloned(folder: pathlib.Path) -> Repository | None:
-    """A repository that was copied into a folder; None if it holds none."""
+    """Returns the repository that was copied into a folder; None if the folder has no weights."""
     weights = next((folder / name for name in _WEIGHTS if (folder / name).is_file()), None)
     if weights is None:
         return None
@@ -124,9 +125,12 @@ def cloned(folder: pathlib.Path) -> Repository | None:
 
 
 def describe(repository: Repository) -> tuple[Claim, dict[str, Any]]:
-    """What timm's config.json states of the model, and of predictions (fields of `Loaded`)."""
+    """Returns what config.json states: options of the model, and fields of `Loaded`.
+
+    The format of config.json is timm's.
+    """
     config = repository.config
-    recipe = {**config, **(config.get("pretrained_cfg") or {})}  # the older form has it all in one
+    recipe = {**config, **(config.get("pretrained_cfg") or {})}  # older files have one level
     changed = config.get("model_args") or {}
     name = re.fullmatch(r"(convit_\w+|deit_[a-z]+)(_patch16_\d+)?", config.get("architecture", ""))
     options = {}
@@ -138,7 +142,7 @@ def describe(repository: Repository) -> tuple[Claim, dict[str, Any]]:
         options["global_pool"] = config["global_pool"]
     size = changed.get("img_size")
     _, *rectangle = recipe.get("input_size") or (3, 0, 0)
-    if size is None and rectangle[0] != rectangle[1]:  # a square one is seen in the weights
+    if size is None and rectangle[0] != rectangle[1]:  # the weights determine a square one
         size = rectangle
     if size is not None:
         options["image_size"] = size
@@ -150,7 +154,7 @@ def describe(repository: Repository) -> tuple[Claim, dict[str, Any]]:
         known["class_names"] = tuple(recipe["label_names"])
     for key, ours in (("interpolation", "bicubic"), ("crop_mode", "center")):
         if recipe.get(key, ours) != ours:
-            log.warning("%s asks for %s %s: here it is %s", repository.name, key, recipe[key], ours)
+            log.warning("%s asks for %s %s; using %s", repository.name, key, recipe[key], ours)
     return Claim(f"config.json of {repository.name}", options), known
 
 
@@ -169,7 +173,7 @@ def _read_config(path: pathlib.Path | None) -> dict[str, Any]:
 def _first(
     download: Callable[[str, bool], pathlib.Path], files: tuple[str, ...], offline: bool
 ) -> tuple[pathlib.Path | None, Exception | None]:
-    """The first of these files that there is, else why there is none."""
+    """Downloads the first of these files that exists; returns its path, or why none was found."""
     from huggingface_hub import errors
 
     missing: Exception | None = None
@@ -177,7 +181,7 @@ def _first(
         try:
             return download(file, offline), None
         except errors.LocalEntryNotFoundError as error:
-            missing, offline = error, True  # the library has tried for long: there is no network
+            missing, offline = error, True  # no network: do not wait for it again
         except errors.EntryNotFoundError as error:
             missing = error
     return None, missing

@@ -1,7 +1,8 @@
-"""What model a set of weights is of: its options, by shapes and by what is said of them.
+"""The model that a set of weights belongs to, inferred from shapes and from stated options.
 
-Shapes and names tell nearly all. They do not tell the number of heads of a DeiT, which follows
-from the width in the paper's models only, nor a grid of patches that is not a square.
+Names and shapes of the parameters determine nearly every option. They do not determine the number
+of heads of a DeiT: only in the paper's models does it follow from the width. Nor do they determine
+a patch grid that is not a square.
 """
 
 from collections.abc import Iterator, Mapping
@@ -16,7 +17,12 @@ from convit_jax.model.variants import OPTIONS, VARIANTS, options_of_kind, plain,
 
 @dataclasses.dataclass(frozen=True)
 class Claim:
-    """Options that somebody states of the weights; `who` is for messages."""
+    """Options that a file or the caller states for the weights.
+
+    Attributes:
+      who: where the options come from, for messages.
+      options: options of `ConViT`.
+    """
 
     who: str
     options: Mapping[str, Any]
@@ -28,17 +34,18 @@ def model_of(
     variant: str | None = None,
     overrides: Mapping[str, Any] | None = None,
 ) -> ConViT:
-    """The model that parameters were made by.
+    """Returns the model that the parameters belong to.
 
     Args:
-      params: Flax parameters, as of `from_torch`.
-      stated: what the file says of itself.
-      variant: one of `VARIANTS`, as the caller says.
-      overrides: options of `ConViT`, as the caller says; of kind "changeable", only
-        image_size is looked at, for a grid that the weights do not tell.
+      params: Flax parameters, such as `from_torch` returns.
+      stated: options that the file states.
+      variant: name of `VARIANTS` that the caller states.
+      overrides: options of `ConViT` that the caller states. Of the options of kind "changeable"
+        only image_size is read, for a patch grid that the weights do not determine.
 
     Raises:
-      ValueError: if something is unknown, not told by anything, or told differently by two.
+      ValueError: if a name is unknown, an option cannot be determined, or the weights contradict a
+        stated option.
     """
     overrides = dict(overrides or {})
     _check_names("options", overrides)
@@ -52,11 +59,11 @@ def model_of(
     claims.append(Claim("the options given", kept))
 
     options = _seen(params)
-    # The file's own word first: where others differ, they are named.
+    # The file's options win here. Other claims that contradict the weights become errors below.
     known = {k: plain(v) for claim in reversed(claims) for k, v in claim.options.items()}
     options |= _patches(params, options, known, overrides.get("image_size"))
     if "mlp_ratio" in known and _hidden(options, known) == _hidden(options, options):
-        options["mlp_ratio"] = known["mlp_ratio"]  # many ratios make one width
+        options["mlp_ratio"] = known["mlp_ratio"]  # several ratios give the same hidden width
     if "num_heads" not in options:
         options["num_heads"] = known.get("num_heads") or _heads_of_width(options["embed_dim"])
     problems = [
@@ -66,13 +73,13 @@ def model_of(
         if key in claim.options and plain(claim.options[key]) != plain(options[key])
     ]
     if problems:
-        raise ValueError("what is said and the weights differ:\n  " + "\n  ".join(problems))
+        raise ValueError("the weights contradict what is stated:\n  " + "\n  ".join(problems))
     rest = {k: v for k, v in known.items() if k not in options and k not in kept}
     return ConViT(**options, **rest)
 
 
 def _seen(params: Mapping[str, Any]) -> dict[str, Any]:
-    """What names and shapes tell of themselves."""
+    """Returns the options that names and shapes of the parameters determine."""
     if "last_block" not in params:
         raise ValueError(f"parameters: expected last_block among them, got {', '.join(params)}")
     width = params["cls_token"].shape[-1]
@@ -98,7 +105,7 @@ def _seen(params: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def _ratio(hidden: int, width: int) -> float:
-    """The ratio of which the model makes this hidden width, by int(width * ratio)."""
+    """Returns a ratio for which int(width * ratio), the model's rule, is the hidden width."""
     ratio = hidden / width
     return ratio if int(width * ratio) == hidden else math.nextafter(ratio, math.inf)
 
@@ -113,19 +120,21 @@ def _patches(
     known: Mapping[str, Any],
     wanted: int | tuple[int, int] | None,
 ) -> dict[str, Any]:
-    """image_size and cls_pos_embed, by the number of position embeddings.
+    """Returns image_size and cls_pos_embed, from the number of position embeddings.
 
     Args:
-      known: what is said of the weights.
-      wanted: image size that the caller asks for: it is taken for the weights' own where these
-        do not form a square and it fits.
+      params: the parameters.
+      seen: options that `_seen` returned.
+      known: options stated for the weights.
+      wanted: image size that the caller asks for. It is taken for the weights' own size if their
+        patches do not form a square and it has their number of patches.
     """
     patch = pair(seen["patch_size"])
-    if "pos_embed" not in params:  # any image will do
+    if "pos_embed" not in params:  # the weights fit every image size
         size = known.get("image_size", (14 * patch[0], 14 * patch[1]))
         return {"image_size": plain(size), "cls_pos_embed": False}
     tokens = params["pos_embed"].shape[1]
-    # The class token has an embedding only where it is there from the first block on.
+    # Only a class token that enters at the first block has a position embedding.
     prefixes = (0,) if seen["local_up_to_layer"] else (0, 1)
 
     def candidates() -> Iterator[tuple[int, int]]:
@@ -142,20 +151,20 @@ def _patches(
             if (size[0] // patch[0]) * (size[1] // patch[1]) + prefix == tokens:
                 return {"image_size": plain(size), "cls_pos_embed": bool(prefix)}
     raise ValueError(
-        f"image_size: the {tokens} position embeddings form no square, and nothing says their "
-        "grid. Give image_size=(height, width) as the model was trained; another size takes a "
-        "second step"
+        f"image_size: the {tokens} position embeddings form no square, and nothing states their "
+        "grid. Give image_size=(height, width) as the model was trained; change to another size in "
+        "a second step"
     )
 
 
 def _heads_of_width(width: int) -> int:
-    """The heads of the paper's DeiT of this width."""
+    """Returns the number of heads of the paper's DeiT of this width."""
     deits = {name: options for name, options in VARIANTS.items() if name.startswith("deit")}
     heads = {options["num_heads"] for options in deits.values() if options["embed_dim"] == width}
     if len(heads) != 1:
         widths = ", ".join(f"{name} {options['embed_dim']}" for name, options in deits.items())
         raise ValueError(
-            f"num_heads: no shape tells that of a model without GPSA, and a width of {width} is "
+            f"num_heads: no shape tells it for a model without GPSA, and a width of {width} is "
             f"none of the paper's ({widths}): give num_heads=N"
         )
     return heads.pop()

@@ -1,10 +1,10 @@
-"""Weights in and out: whatever holds them, what model they are of, and what belongs to them.
+"""Loading weights from a file, the workdir of a run or huggingface.co, with their model.
 
     model, variables = load("convit_base")              # or a file, or the workdir of a run
 
-The files written here are safetensors under PyTorch's names (see `convit_jax.convert`), which timm
-reads as it reads any: `model.load_state_dict(safetensors.torch.load_file(path))`. Their metadata
-holds the model's options and what else predictions need.
+`load` returns the model and its variables. `read_weights` also returns what predictions need: class
+names, normalisation and crop. The formats have a module each: `torch_pickle`, `safetensors`, `hub`
+and `from_workdir`.
 """
 
 from collections.abc import Mapping
@@ -37,31 +37,36 @@ def load(
     offline: bool = False,
     **overrides: Any,
 ) -> tuple[ConViT, dict[str, Any]]:
-    """A model and its variables, of PyTorch's files, ours, a run, or huggingface.co.
+    """Loads a model and its variables from a file, a run, or huggingface.co.
 
-    The model's options follow from the weights' shapes, and from what the source says; they are
-    logged.
+    The options of the model are inferred from the shapes of the weights and from what the source
+    states. They are logged.
 
     Args:
-      source: a file .pth, .pt or .bin (a state dict, or a training checkpoint of upstream's or
-        timm's; needs torch) or .safetensors; a workdir of main.py (the best checkpoint by top-1,
-        else the newest, else its weights.safetensors); or a name on huggingface.co: "convit_base",
-        "timm/convit_base.fb_in1k", "hf-hub:ORGANISATION/NAME". What is on disk comes first.
-      variant: one of `VARIANTS`, for what shapes do not tell; checked against them.
+      source: one of
+        - a .safetensors file;
+        - a .pth, .pt or .bin file with a state dict or a training checkpoint of the original code
+          or timm; needs torch;
+        - the workdir of a run: its best checkpoint by top-1 accuracy, the newest if none has been
+          evaluated, its weights.safetensors if it has no checkpoint;
+        - a name on huggingface.co, such as "convit_base", "timm/convit_base.fb_in1k" or
+          "hf-hub:ORGANISATION/NAME". A file or folder of the same name takes precedence.
+      variant: name of `VARIANTS`, for options that the shapes do not determine. It is checked
+        against the shapes.
       ema: whether to take the averaged weights of a checkpoint or run.
-      offline: whether a name is looked for in the local cache only.
-      **overrides: options of `ConViT`. Another num_classes makes a new head (0: none), another
-        image_size interpolates the position embedding and other in_channels adapt the first
-        convolution, both as timm does. What the parameters are made by, such as depth, has to
-        agree with them.
+      offline: whether to look for a name on huggingface.co in the local cache only.
+      **overrides: options of `ConViT`. Another num_classes makes a new head, and 0 drops the head.
+        Another image_size interpolates the position embedding and other in_channels adapt the first
+        convolution, both as timm does. Options that decide the parameters otherwise, such as depth,
+        must agree with the weights.
 
     Returns:
-      `model` and `variables`, for `model.apply(variables, images)`.
+      (model, variables), for `model.apply(variables, images)`.
 
     Raises:
-      ValueError: if the source is not what it should be, with every key that is wrong, or if the
-        options are ambiguous or contradictory.
-      OSError: if it is not there, or the network is missing.
+      ValueError: if the weights are not those of a ConViT or DeiT (the message names every wrong
+        key), or the options are ambiguous or contradict the weights.
+      OSError: if the source does not exist, cannot be read, or the network is missing.
     """
     loaded = read_weights(source, variant, ema=ema, offline=offline, **overrides)
     return loaded.model, {"params": loaded.params}
@@ -76,9 +81,13 @@ def read_weights(
     checkpoint: str = "best",
     **overrides: Any,
 ) -> Loaded:
-    """What `load` reads, with what else the source knows. Arguments and errors are `load`'s.
+    """Loads weights as `load` does, with what predictions need.
 
-    `checkpoint` is which one of a run: "best", "newest" or a step, see `run_weights.find`.
+    Arguments and errors are those of `load`, and one more argument:
+
+    Args:
+      checkpoint: which checkpoint of a run to read: "best", "newest" or a step, see
+        `from_workdir.find`.
     """
     contents = _contents(source, ema=ema, offline=offline, checkpoint=checkpoint)
     try:
@@ -114,7 +123,7 @@ def _contents(source: str | os.PathLike, *, ema: bool, offline: bool, checkpoint
     if ema:
         raise ValueError(f"{source}: a repository has no averaged weights: read it without ema")
     fetched = hub.fetch(repository, offline=offline)
-    log.info("%s is %s of %s", source, fetched.weights.name, repository)
+    log.info("%s: using %s of %s", source, fetched.weights.name, repository)
     return _read_repository(fetched)
 
 
@@ -138,7 +147,7 @@ def _read_folder(path: pathlib.Path, *, ema: bool, checkpoint: str) -> Contents:
 def _read_repository(repository: hub.Repository) -> Contents:
     contents = _read_file(repository.weights, ema=False)
     stated, others = hub.describe(repository)
-    # Files of ours say all themselves, wherever they lie.
+    # A file of this project states its own options, which come before those of config.json.
     return Contents(contents.params, contents.stated or stated, {**others, **contents.extras})
 
 
@@ -156,14 +165,14 @@ def _read_file(path: pathlib.Path, *, ema: bool) -> Contents:
 
 
 def _convert(path: pathlib.Path, state_dict: dict[str, Any]) -> dict[str, Any]:
-    """Flax parameters of a state dict, with what is not of the weights taken off its names."""
+    """Converts a state dict to Flax parameters, after removing DistributedDataParallel's prefix."""
     prefix = "module."  # of torch.nn.parallel.DistributedDataParallel
     if state_dict and all(name.startswith(prefix) for name in state_dict):
-        log.info("%s: the prefix %r of its names is taken off", path, prefix)
+        log.info("%s: removed the prefix %r from all names", path, prefix)
         state_dict = {name.removeprefix(prefix): v for name, v in state_dict.items()}
     buffers = [name for name in state_dict if name.endswith(".rel_indices")]
     if buffers:
-        log.info("%s: %d buffers rel_indices dropped: they hold no weights", path, len(buffers))
+        log.info("%s: ignored %d buffers rel_indices, which are no weights", path, len(buffers))
     try:
         return from_torch(state_dict)
     except ValueError as error:
@@ -181,15 +190,15 @@ def _say_what_is_not_finite(source: str | os.PathLike, params: Mapping[str, Any]
 
 
 def _matched(loaded: Loaded, *, same_head: bool) -> Loaded:
-    """What belongs to the weights, as far as it still does with another head or other channels."""
+    """Fits class names and normalisation to another head or other input channels."""
     names, mean, std = loaded.class_names, loaded.mean, loaded.std
     if names is not None and (not same_head or len(names) != loaded.model.num_classes):
         if same_head:
-            log.warning("%s: %d class names left out: it has another number of classes: %d",
+            log.warning("%s: %d class names left out, because the model has %d classes",
                         loaded.source, len(names), loaded.model.num_classes)  # fmt: skip
         names = None
     channels = loaded.model.in_channels
-    if len(mean) != channels:  # as the first convolution was adapted
+    if len(mean) != channels:  # in the same way as `adapt.adapt_input_conv`
         mean, std = (
             (float(np.mean(v)),) if channels == 1 else tuple(v[i % len(v)] for i in range(channels))
             for v in (mean, std)

@@ -1,4 +1,4 @@
-"""Weights together with their model and what predictions need."""
+"""Loaded weights: parameters, their model, and what predictions need."""
 
 from collections.abc import Mapping
 import dataclasses
@@ -11,17 +11,18 @@ from convit_jax.weights.infer import Claim
 
 @dataclasses.dataclass(frozen=True)
 class Loaded:
-    """Weights with their model, and what predictions need besides.
+    """Weights with their model, and what predictions need.
 
     Attributes:
-      model: the one that `params` fit.
-      params: what goes into `model.apply({"params": params}, images)`; numpy arrays.
-      source: where they are from.
-      class_names: in the order of the logits; None if not known.
-      mean: per channel, of values in [0, 1]; ImageNet's where the source does not say.
-      std: likewise.
-      crop_pct: of the evaluation's resized image; 0.875 where the source does not say.
-      step: of the checkpoint, if a run's was read.
+      model: the model of the parameters.
+      params: parameters for `model.apply({"params": params}, images)`; numpy arrays.
+      source: file, folder or name that the weights were read from.
+      class_names: names of the classes in the order of the logits; None if not known.
+      mean: mean of each channel, of values in [0, 1]; ImageNet's if the source does not state it.
+      std: standard deviation of each channel, with the same unit and default.
+      crop_pct: share of the resized image's side that evaluation keeps; 0.875 if the source does
+        not state it.
+      step: step of the checkpoint; None if the weights are not from a checkpoint of a run.
     """
 
     model: ConViT
@@ -36,7 +37,13 @@ class Loaded:
 
 @dataclasses.dataclass(frozen=True)
 class Contents:
-    """What a source holds: parameters, and what it says of them (fields of `Loaded`)."""
+    """What a source of weights contains.
+
+    Attributes:
+      params: the parameters.
+      stated: options of the model that the source states; None if it states none.
+      extras: fields of `Loaded` that the source states.
+    """
 
     params: dict[str, Any]
     stated: Claim | None = None

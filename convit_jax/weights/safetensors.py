@@ -1,4 +1,9 @@
-"""safetensors files: ours, with the model in their metadata, and those of timm."""
+"""safetensors files: those of this project, and those of timm.
+
+Files written here use PyTorch's names (see `convit_jax.weights.state_dict`). timm reads them like
+any other: `model.load_state_dict(safetensors.torch.load_file(path))`. Their metadata contains the
+options of the model and what predictions need: class names, normalisation and crop.
+"""
 
 import json
 import os
@@ -12,23 +17,22 @@ from convit_jax.storage import whole_file
 from convit_jax.weights.loaded import Loaded
 from convit_jax.weights.state_dict import to_torch
 
-_METADATA = "convit_jax"  # the key of ours
-_EXTRAS = ("class_names", "mean", "std", "crop_pct")  # of Loaded
+_METADATA = "convit_jax"  # the key of our metadata
+_EXTRAS = ("class_names", "mean", "std", "crop_pct")  # the fields of Loaded in it
 
 
 def save_weights(path: str | os.PathLike, loaded: Loaded) -> None:
-    """Writes our export; whole, or not at all.
+    """Writes weights and their metadata to a file, whole or not at all.
 
     Raises:
-      OSError: if it cannot be written.
+      OSError: if the file cannot be written.
     """
     from safetensors import SafetensorError
     from safetensors.numpy import save_file
 
     extras = {key: getattr(loaded, key) for key in _EXTRAS}
     ours = {"options": variants.to_json(loaded.model), **extras}
-    # One key: safetensors writes several in an order of chance, and equal weights are to be equal
-    # files.
+    # safetensors writes several keys in random order. With one key, equal weights give equal files.
     metadata = {_METADATA: json.dumps(ours)}
     state_dict = to_torch(loaded.params)
     with whole_file(path, SafetensorError) as unfinished:
@@ -36,7 +40,11 @@ def save_weights(path: str | os.PathLike, loaded: Loaded) -> None:
 
 
 def read_safetensors(path: pathlib.Path) -> tuple[dict[str, np.ndarray], dict[str, Any]]:
-    """The state dict, and our metadata: {} if there are none."""
+    """Reads a state dict and this project's metadata, {} if the file has none.
+
+    Raises:
+      ValueError: if the file or the metadata cannot be read.
+    """
     from safetensors import SafetensorError, safe_open
 
     try:
@@ -54,4 +62,4 @@ def read_safetensors(path: pathlib.Path) -> tuple[dict[str, np.ndarray], dict[st
             ours[key] = None if ours[key] is None else tuple(ours[key])
         return state_dict, {"options": dict(written["options"]), **ours}
     except (ValueError, KeyError, TypeError) as error:
-        raise ValueError(f"{path}: the metadata {_METADATA!r} are not ours: {error!r}") from error
+        raise ValueError(f"{path}: the metadata {_METADATA!r} cannot be read: {error!r}") from error

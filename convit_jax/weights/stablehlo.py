@@ -1,8 +1,8 @@
-"""Inference as one file that needs only jax to be called: StableHLO, the weights in it.
+"""Export of a model as StableHLO: one file with the weights in it, which needs only jax to run.
 
 import jax
 call = jax.export.deserialize(bytearray(open("model.stablehlo", "rb").read())).call
-logits = call(images)         # images as the model takes them: float32, normalised
+logits = call(images)         # images (batch, height, width, channels), float32, normalised
 """
 
 import os
@@ -15,23 +15,24 @@ import jax.numpy as jnp
 from convit_jax.storage import whole_file
 from convit_jax.weights.loaded import Loaded
 
-# A program for each; which one is run is seen when it is called.
+# The file contains a program for each platform. A call runs the one of the caller's platform.
 PLATFORMS = ("cpu", "cuda", "rocm", "tpu")
 
 
 def save_exported(path: str | os.PathLike, loaded: Loaded, batch: int) -> None:
-    """Writes the model with its weights, float32, for so many images; whole, or not at all.
+    """Writes a model with its weights as a float32 program for a fixed number of images.
 
-    jax promises to read such files for six months of its releases at least.
+    The file is written whole or not at all. jax promises that its releases of at least the next
+    six months can read it.
 
     Args:
-      path: of the file.
+      path: the file to write.
       loaded: model and weights.
-      batch: images of a call.
+      batch: number of images of a call.
 
     Raises:
       ValueError: if `batch` is less than one.
-      OSError: if it cannot be written.
+      OSError: if the file cannot be written.
     """
     if batch < 1:
         raise ValueError(f"batch: expected 1 or more, got {batch}")
@@ -41,7 +42,7 @@ def save_exported(path: str | os.PathLike, loaded: Loaded, batch: int) -> None:
         return cast(jax.Array, model.apply({"params": loaded.params}, images))
 
     images = jax.ShapeDtypeStruct((batch, *model.image_shape), jnp.float32)
-    # TPUs and GPUs would otherwise multiply in less than float32.
+    # By default TPUs and GPUs multiply float32 matrices with less than float32 precision.
     with jax.default_matmul_precision("highest"):
         exported = jax.export.export(jax.jit(inference), platforms=PLATFORMS)(images)
     with whole_file(path) as unfinished:

@@ -1,8 +1,9 @@
-"""PyTorch state dicts of ConViT and DeiT to Flax parameters and back, by one table.
+"""Conversion between PyTorch state dicts of ConViT and DeiT and Flax parameters, by one table.
 
 The names on the PyTorch side are those of facebookresearch/convit, facebookresearch/deit and
-timm, which agree. On the Flax side the blocks of a group are stacked along a leading layer axis,
-all but the last (see `convit_jax.model`): `from_torch` stacks them, `to_torch` splits them.
+timm, which agree. On the Flax side the blocks of a group are stacked along a leading layer axis;
+the last block is on its own (see `convit_jax.model.network`). `from_torch` stacks the blocks, and
+`to_torch` splits them.
 """
 
 import collections
@@ -16,7 +17,7 @@ import numpy as np
 
 Shape = tuple[str | int, ...]
 
-# Order of the axes on the Flax side, by number of axes on the PyTorch side.
+# Transpositions from PyTorch's order of the axes to Flax's.
 _CONV_AXES = (2, 3, 1, 0)  # (out, in, height, width) -> (height, width, in, out)
 _LINEAR_AXES = (1, 0)  # (out, in) -> (in, out)
 
@@ -25,9 +26,13 @@ _LINEAR_AXES = (1, 0)  # (out, in) -> (in, out)
 class Row:
     """One kind of parameter: its name on both sides and its shape in PyTorch.
 
-    A letter or word in a shape is a size that is the same wherever it stands; "2D" is twice D.
-    `feature` marks what a model may lack: all rows of a feature are there, or none.
-    `axes` is how PyTorch's axes are ordered in Flax; None leaves them.
+    Attributes:
+      torch: name in a state dict; for a block, after "blocks.NUMBER.".
+      flax: path in the Flax parameters; for a block, below the name of the group.
+      shape: shape in PyTorch. A letter or word names a size, which is the same in all rows; "2D"
+        is twice D.
+      axes: transposition of PyTorch's axes to Flax's order; None means the same order.
+      feature: an optional part of a model. A model has all rows of a feature or none.
     """
 
     torch: str
@@ -40,7 +45,7 @@ class Row:
 def _linear(
     torch: str, flax: str, out: str | int, in_: str | int, bias: str | None = None
 ) -> tuple[Row, ...]:
-    """Rows of a linear layer; `bias` names the feature that its bias belongs to."""
+    """Returns the rows of a linear layer; `bias` is the feature that its bias belongs to."""
     return (
         Row(f"{torch}.weight", f"{flax}/kernel", (out, in_), _LINEAR_AXES),
         Row(f"{torch}.bias", f"{flax}/bias", (out,), feature=bias),
@@ -64,8 +69,8 @@ def _block(*attention: Row) -> tuple[Row, ...]:
     )
 
 
-# D width, H heads, M hidden width of the MLPs. The order is PyTorch's, so that `to_torch` gives
-# the keys in the order of a saved state dict.
+# Shapes: D width, H heads, M hidden width of the MLPs. The rows are in PyTorch's order, so that
+# `to_torch` returns the keys in the order of a saved state dict.
 STEM = (
     Row("cls_token", "cls_token", (1, 1, "D")),
     Row("pos_embed", "pos_embed", (1, "tokens", "D"), feature="pos_embed"),
@@ -94,7 +99,14 @@ HEAD = (
 
 @dataclasses.dataclass(frozen=True)
 class _Entry:
-    """A row put in its place: one Flax parameter and the PyTorch tensors it stacks."""
+    """A row of the table in a certain model: one Flax parameter and its PyTorch tensors.
+
+    Attributes:
+      row: the row of the table.
+      flax: full path of the Flax parameter.
+      torch: names of the PyTorch tensors, one for each layer.
+      stacked: whether the Flax parameter has a leading layer axis.
+    """
 
     row: Row
     flax: str
@@ -109,16 +121,16 @@ class _Entry:
 
 
 def from_torch(state_dict: Mapping[str, Any]) -> dict[str, Any]:
-    """Flax parameters of a PyTorch state dict of ConViT or DeiT.
+    """Converts a PyTorch state dict of ConViT or DeiT to Flax parameters.
 
     Args:
-      state_dict: name -> torch tensor or array, named as facebookresearch/convit,
-        facebookresearch/deit and timm do. The constants `rel_indices` of old checkpoints are
-        left out: they hold no weights.
+      state_dict: name -> torch tensor or array, with the names of facebookresearch/convit,
+        facebookresearch/deit and timm. The constants `rel_indices` of old checkpoints are
+        ignored, since they contain no weights.
 
     Returns:
-      The nested dictionary that goes into `model.apply({"params": ...}, images)`; numpy
-      arrays, float32, copied.
+      A nested dictionary of float32 numpy arrays for `model.apply({"params": ...}, images)`. The
+      arrays are copies.
 
     Raises:
       ValueError: names every key that is missing, not known, or of another shape.
@@ -145,13 +157,13 @@ def from_torch(state_dict: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def to_torch(params: Mapping[str, Any]) -> dict[str, np.ndarray]:
-    """The PyTorch state dict of Flax parameters; the inverse of `from_torch`, to the bit.
+    """Converts Flax parameters to a PyTorch state dict; the inverse of `from_torch`, to the bit.
 
     Args:
-      params: the nested dictionary, `variables["params"]`.
+      params: nested dictionary of arrays, `variables["params"]`.
 
     Returns:
-      name -> numpy array, float32. To load it in PyTorch:
+      name -> float32 numpy array. To load it in PyTorch:
       `model.load_state_dict({k: torch.from_numpy(v) for k, v in to_torch(params).items()})`.
 
     Raises:
@@ -181,8 +193,8 @@ def to_torch(params: Mapping[str, Any]) -> dict[str, np.ndarray]:
 
 
 def _entries(num_gpsa: int, num_plain: int) -> Iterator[_Entry]:
-    """The table laid out for a model with so many blocks of each kind, the last one plain."""
-    # Every model ends in a plain block: where there is none, its absence is the error to show.
+    """Yields the table's entries for a model with these numbers of blocks, the last one plain."""
+    # Every model ends in a plain block. If the weights have none, `_check` reports it as missing.
     depth = num_gpsa + max(num_plain, 1)
     for row in STEM:
         yield _Entry(row, row.flax, (row.torch,), stacked=False)
@@ -203,7 +215,7 @@ def _check(
     found: Mapping[str, tuple[int, ...]],
     expected: list[tuple[str, Shape, str | None]],
 ) -> None:
-    """Raises ValueError unless the shapes found are those expected, name by name."""
+    """Raises ValueError with every name that is missing, unknown, or of an unexpected shape."""
     features = {feature for name, _, feature in expected if name in found}
     sizes = _sizes(found, expected)
     problems = []
@@ -222,7 +234,7 @@ def _check(
 def _sizes(
     found: Mapping[str, tuple[int, ...]], expected: list[tuple[str, Shape, str | None]]
 ) -> dict[str, int]:
-    """What the letters of the table stand for here: the size that most arrays agree on."""
+    """Returns the size of each letter of the table: the size that most arrays agree on."""
     votes: dict[str, collections.Counter[int]] = collections.defaultdict(collections.Counter)
     for name, shape, _ in expected:
         if len(found.get(name, ())) == len(shape):
@@ -234,7 +246,10 @@ def _sizes(
 
 
 def _to_numpy(array: Any) -> np.ndarray:
-    """A torch tensor, jax or numpy array as numpy float32; float16 and bfloat16 lose nothing."""
-    if hasattr(array, "detach"):  # a torch tensor; bfloat16 has no numpy counterpart there
+    """Converts a torch tensor, jax array or numpy array to numpy float32.
+
+    The conversion of float16 and bfloat16 is exact.
+    """
+    if hasattr(array, "detach"):  # a torch tensor; torch cannot convert bfloat16 to numpy
         array = array.detach().cpu().float().numpy()
     return np.asarray(array, dtype=np.float32)

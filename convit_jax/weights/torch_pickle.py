@@ -1,7 +1,8 @@
-"""PyTorch's own files: state dicts and training checkpoints, as data only.
+"""PyTorch's pickle files: state dicts and training checkpoints, read without running their code.
 
-A pickle can name any function to be called when it is read. Here it may name tensors' own ones and
-argparse.Namespace, in which the original's checkpoints keep their command line, and no other.
+A pickle can name any function, and reading the pickle calls it. Here a pickle may name only the
+functions that build tensors, and argparse.Namespace, in which checkpoints of the original code
+store their command line.
 """
 
 import argparse
@@ -21,7 +22,8 @@ log = logging.getLogger(__name__)
 
 SUFFIXES = (".pth", ".pt", ".bin")
 
-# Where training checkpoints keep the weights and the averaged ones: the original's, timm's.
+# Keys of the weights and of the averaged weights in training checkpoints of the original code and
+# of timm.
 _WEIGHTS = ("model", "state_dict")
 _AVERAGED = ("model_ema", "state_dict_ema")
 
@@ -30,15 +32,15 @@ def read(path: pathlib.Path, *, ema: bool) -> dict[str, Any]:
     """Reads a state dict, or a training checkpoint with one.
 
     Args:
-      path: of the file.
-      ema: whether to take a checkpoint's averaged weights.
+      path: the file to read.
+      ema: whether to take the averaged weights of a checkpoint.
 
     Returns:
-      The state dict; the system reads its tensors when they are used.
+      name -> torch tensor. The tensors are mapped into memory and read from disk at first use.
 
     Raises:
-      ValueError: if torch is missing, or the file is not readable, names code to be run, or holds
-        no state dict or no averaged weights.
+      ValueError: if torch is missing, or the file is not readable, names code to be run, or
+        contains no state dict, or no averaged weights with `ema`.
     """
     loaded = _load(path, _import_torch(path))
     if not isinstance(loaded, Mapping):
@@ -47,21 +49,25 @@ def read(path: pathlib.Path, *, ema: bool) -> dict[str, Any]:
     if ema and averaged is None:
         raise ValueError(f"{path}: holds no averaged weights (model_ema): read it without ema")
     if averaged is not None and not ema:
-        log.info("%s holds averaged weights too; not taken: ema is off", path)
+        log.info("%s: has averaged weights too; not used, because ema is off", path)
     state_dict = averaged if ema else next((loaded[k] for k in _WEIGHTS if k in loaded), loaded)
     if not isinstance(state_dict, Mapping):
         raise ValueError(f"{path}: expected a state dict, got {type(state_dict).__name__}")
     others = sorted(k for k, v in state_dict.items() if not hasattr(v, "detach"))
     if others or not state_dict:
         raise ValueError(
-            f"{path}: expected a state dict, names of tensors, got "
+            f"{path}: expected a state dict, with tensors as its values, got "
             f"{', '.join(map(str, others[:8])) or 'nothing'}"
         )
     return dict(state_dict)
 
 
 def write(path: str | os.PathLike, state_dict: Mapping[str, np.ndarray]) -> None:
-    """Writes a state dict as torch.save does."""
+    """Writes a state dict with torch.save.
+
+    Raises:
+      ValueError: if torch is missing.
+    """
     torch = _import_torch(path)
     torch.save({name: torch.from_numpy(array) for name, array in state_dict.items()}, path)
 
@@ -77,7 +83,7 @@ def _import_torch(path: str | os.PathLike) -> ModuleType:
 
 
 def _load(path: pathlib.Path, torch: ModuleType) -> Any:
-    # The format of before 2020 cannot be mapped.
+    # PyTorch's format before 2020 is no zip file and cannot be mapped into memory.
     mapped = zipfile.is_zipfile(path)
     try:
         with torch.serialization.safe_globals([argparse.Namespace]):
@@ -90,7 +96,7 @@ def _load(path: pathlib.Path, torch: ModuleType) -> Any:
                 "None of it has been run"
             ) from None
         raise ValueError(f"{path}: not a readable PyTorch file: {_first_line(error)}") from error
-    except Exception as error:  # whatever broken files make of the reader
+    except Exception as error:  # torch raises many types for broken files
         raise ValueError(f"{path}: not a readable PyTorch file: {_first_line(error)}") from error
 
 

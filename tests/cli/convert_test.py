@@ -1,4 +1,4 @@
-"""python -m convit_jax.convert: what it writes, and what it leaves when something is wrong."""
+"""convit convert: the files it writes, and the files it leaves alone when something is wrong."""
 
 import json
 import os
@@ -143,7 +143,7 @@ class Malicious:
 
 
 def bad_files(folder, torch):
-    """name -> (what makes the file, message)."""
+    """Returns {name: (function that writes the file, expected message)}."""
     tensors = {k: torch.from_numpy(v) for k, v in to_torch(random_params()).items()}
     torch.save(tensors, folder / "good.pth")
     whole = (folder / "good.pth").read_bytes()
@@ -173,8 +173,8 @@ def bad_files(folder, torch):
             "wrong shape: norm.weight: expected (16,), got (17,)",
         ),
         "list.pth": (save([1, 2]), "expected a state dict, got list"),
-        "mixed.pth": (save({**tensors, "note": "x"}), "names of tensors, got note"),
-        "nothing.pth": (save({}), "names of tensors, got nothing"),
+        "mixed.pth": (save({**tensors, "note": "x"}), "with tensors as its values, got note"),
+        "nothing.pth": (save({}), "with tensors as its values, got nothing"),
         "evil.pth": (save(evil), "refused: reading it would call posix.mkdir"),
         "strange.pth": (save(strange), "refused: reading it would call pathlib.PurePosixPath"),
         "old_evil.pth": (
@@ -203,7 +203,7 @@ def test_every_kind_of_bad_file_is_named_and_leaves_nothing(export, out, tmp_pat
             assert str(source) in text
         assert list(out.iterdir()) == [], name
     assert not (tmp_path / "ran").exists()
-    # Where it is trusted, the same pickle does run its code.
+    # A loader that trusts the file would run the code in the same pickle.
     torch.load(tmp_path / "evil.pth", weights_only=False)
     assert (tmp_path / "ran").exists()
 

@@ -1,4 +1,4 @@
-"""Weights fitted to another model: as timm does, and nothing that was not named."""
+"""Weights adapted to another model: as timm does, and only as far as asked for."""
 
 import logging
 
@@ -46,7 +46,7 @@ def test_first_convolution_is_adapted_as_by_timm(channels, wanted):
 
 
 def test_channels_that_cannot_be_adapted_are_an_error():
-    with pytest.raises(ValueError, match="expected weights of 3 input channels to make 3 of, got"):
+    with pytest.raises(ValueError, match="weights of 3 input channels to make 3 from, got"):
         adapt.adapt_input_conv(np.zeros((4, 4, 2, 8)), 3)
 
 

@@ -1,4 +1,4 @@
-"""Weights by name: from a server laid out as huggingface.co, and from the cache it leaves."""
+"""Weights by name: from a server like huggingface.co, and from the local cache."""
 
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 import json
@@ -19,7 +19,7 @@ from convit_jax.weights import adapt, hub
 from convit_jax.weights.load import read_weights
 
 REVISION = "0123456789abcdef0123456789abcdef01234567"
-# What a process that is told of the server prints of each name.
+# Run in a process of its own that uses the test's server: prints a line for each name.
 SCRIPT = """
 import json, sys
 from convit_jax import weights
@@ -36,7 +36,7 @@ for source in sys.argv[2:]:
 
 
 class Handler(BaseHTTPRequestHandler):
-    """/ORGANISATION/NAME/resolve/REVISION/FILE, with the headers that huggingface_hub looks at."""
+    """Serves /ORGANISATION/NAME/resolve/REVISION/FILE, with the headers huggingface_hub needs."""
 
     def do_HEAD(self):
         self._answer(body=False)
@@ -48,7 +48,7 @@ class Handler(BaseHTTPRequestHandler):
         parts = self.path.strip("/").split("/")
         folder = self.server.root.joinpath(*parts[:2])
         file = folder.joinpath(*parts[4:])
-        if "resolve" in parts:  # not what the library asks for itself
+        if "resolve" in parts:  # counts files, not the library's other requests
             self.server.requests.append(self.path)
         error = None
         if not folder.is_dir():
@@ -95,7 +95,7 @@ def publish(server, name, config, params=None):
 
 
 def ask(server, cache, *sources, offline=False, script=SCRIPT, cwd=None, **variables):
-    """What weights.read, or another script, says of each source in a process of its own."""
+    """Runs a script on each source in a process of its own, and returns what it prints."""
     env = {k: v for k, v in os.environ.items() if not k.startswith("HF_")}
     env["PYTHONPATH"] = str(ROOT)
     env |= {"HF_ENDPOINT": f"http://127.0.0.1:{server.server_port}", "HF_HOME": str(cache)}
@@ -186,7 +186,7 @@ def test_a_repository_that_was_copied_into_a_folder(tmp_path, caplog):
     loaded = read_weights(folder)
     assert loaded.model == model
     assert (loaded.mean, loaded.class_names) == ((0.5, 0.4, 0.3), tuple("abcdefg"))
-    assert "asks for interpolation bilinear: here it is bicubic" in caplog.text
+    assert "asks for interpolation bilinear; using bicubic" in caplog.text
     equal(loaded.params, random_params(model))
 
     for key, value, message in (
@@ -196,7 +196,7 @@ def test_a_repository_that_was_copied_into_a_folder(tmp_path, caplog):
         (folder / "config.json").write_text(json.dumps({**config, key: value}))
         with pytest.raises(ValueError, match=message):
             read_weights(folder)
-    # Names that are not those of the classes are not taken for them.
+    # Class names are left out if their number is not that of the classes.
     (folder / "config.json").write_text(json.dumps({**config, "label_names": ["a", "b"]}))
     assert read_weights(folder).class_names is None
     assert "2 class names left out" in caplog.text

@@ -1,4 +1,4 @@
-"""Weights out of everything that holds them, with the model they are of; and our own export."""
+"""Weights are loaded, with their model, from every kind of file; and our own export."""
 
 import argparse
 import json
@@ -31,7 +31,7 @@ def log(caplog):
 
 @pytest.fixture
 def plain(tmp_path):
-    """A function that writes a state dict as others do, without metadata."""
+    """Returns a function that writes a state dict as others do, without metadata."""
 
     def write(model, name="plain.safetensors"):
         save_file(to_torch(random_params(model)), tmp_path / name)
@@ -115,7 +115,7 @@ def test_what_shapes_do_not_tell_is_asked_for(plain):
 
 def test_contradictions_are_named(plain, tmp_path):
     path = plain(MODEL)
-    with pytest.raises(ValueError, match="what is said and the weights differ") as error:
+    with pytest.raises(ValueError, match="the weights contradict what is stated") as error:
         convit_jax.load(path, "convit_small", patch_size=4)
     assert str(error.value).splitlines()[1:] == [
         "  embed_dim: variant='convit_small': 432; the weights: 16",
@@ -142,7 +142,7 @@ def test_contradictions_are_named(plain, tmp_path):
     with pytest.raises(ValueError, match="depth: its metadata: 9; the weights: 3"):
         convit_jax.load(export)
     save_file(to_torch(random_params()), export, {"convit_jax": "{}"})
-    with pytest.raises(ValueError, match=r"the metadata 'convit_jax' are not ours: KeyError"):
+    with pytest.raises(ValueError, match=r"the metadata 'convit_jax' cannot be read: KeyError"):
         convit_jax.load(export)
 
 
@@ -169,9 +169,9 @@ def test_an_upstream_training_checkpoint(tmp_path, log):
     path = tmp_path / "checkpoint.pth"
     torch.save(content, path)
     equal(convit_jax.load(path)[1]["params"], random_params(seed=0))
-    assert "holds averaged weights too; not taken: ema is off" in log.text
-    assert "the prefix 'module.' of its names is taken off" in log.text
-    assert "1 buffers rel_indices dropped" in log.text
+    assert "has averaged weights too; not used, because ema is off" in log.text
+    assert "removed the prefix 'module.' from all names" in log.text
+    assert "ignored 1 buffers rel_indices" in log.text
     equal(convit_jax.load(path, ema=True)[1]["params"], random_params(seed=1))
 
     content["model_ema"] = None

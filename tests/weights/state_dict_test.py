@@ -46,7 +46,7 @@ def test_logits_and_gradients_equal_the_golden_arrays(name, positional):
     np.testing.assert_allclose(out, logits, atol=2e-5 * np.abs(logits).max())
     largest = max(np.abs(g).max() for g in grads.values())
     for key, value in to_torch(grad).items():
-        # The positional bias has no gradient; PyTorch's is the noise of its softmax.
+        # The gradient of the positional bias is 0; PyTorch's is rounding noise of its softmax.
         scale = largest if key.endswith("pos_proj.bias") else np.abs(grads[key]).max()
         np.testing.assert_allclose(value, grads[key], atol=1e-4 * scale, err_msg=key)
 
