@@ -1,10 +1,13 @@
-"""A ConViT on CIFAR-100: 32 x 32 pixels, patches of 4, convit_tiny.
+"""A ConViT on CIFAR-100: images of 32 x 32 pixels, patches of 4, convit_tiny.
 
     python main.py --config=configs/cifar100.py --workdir=DIR
 
-Reads the cifar100 of tensorflow-datasets (`tfds build cifar100 --file_format=array_record`). A
-laptop or any GPU holds it. The settings are ours, since the paper has no results on CIFAR. Nobody
-has run this to its end, so there is no accuracy to expect.
+Reads the cifar100 of tensorflow-datasets, which this prepares (with TensorFlow):
+
+    tfds build cifar100 --file_format=array_record
+
+A laptop or any GPU has the memory. The paper has no results on CIFAR: the settings are this
+project's own. Nobody has trained this to the end, so no accuracy is given.
 """
 
 import ml_collections

@@ -1,11 +1,11 @@
 """Fine-tuning on a folder of your own images, from converted ImageNet weights.
 
-    python main.py --config=configs/finetune.py --workdir=DIR \\
-        --config.data.source=folder:PATH --config.init_from=convit_tiny.safetensors
+    python main.py --config=configs/finetune.py --config.data.source=folder:PATH \\
+        --config.init_from=convit_tiny.safetensors --workdir=DIR
 
-PATH holds a folder of images for each class, or train/ and val/ with such folders. The head is
-new; another --config.model.image_size interpolates the position embedding. The settings are
-ours: fewer epochs and a smaller rate than from scratch, no mixing. They have not been tuned.
+PATH holds a folder of images for each class, or train/ and val/ with such folders. The head starts
+anew. Another --config.model.image_size interpolates the position embedding. The settings are this
+project's own: fewer epochs and a lower rate than from scratch, no mixing. They have not been tuned.
 """
 
 import ml_collections

@@ -51,7 +51,7 @@ def digits(split: str) -> ArraySource:
     """
     from sklearn import datasets, model_selection  # the import takes a second
 
-    digits = datasets.loaddigits()
+    digits = datasets.load_digits()
     images = np.round(digits.images[..., None] * (255 / 16)).astype(np.uint8)  # levels 0 to 16
     labels = digits.target.astype(np.int32)
     parts = model_selection.train_test_split(

@@ -1,7 +1,7 @@
 """The interface of an image source, and functions that work with any source.
 
 A source is a random-access sequence of labelled images. It can be pickled, so that worker processes
-can read from it, and it needs no TensorFlow. Its images are encoded, and the workers decode them.
+can read from it, and it needs no TensorFlow. Images of files stay encoded: the workers decode them.
 """
 
 import dataclasses
@@ -49,7 +49,7 @@ class Source(Protocol):
 
 
 def describe(source: Source) -> str:
-    """Returns one line about a source: what it reads, and how many images and classes."""
+    """Returns one line about a source: what it reads, its number of images and of classes."""
     return f"{source.description}: {len(source):,} images of {source.num_classes:,} classes"
 
 

@@ -214,7 +214,7 @@ def _versions(path: pathlib.Path) -> list[str]:
 
 def _prepare_command(name: str, data_dir: pathlib.Path) -> str:
     if name == "imagenet2012":
-        return f"python -m convit_jax.data prepare --tars DIR --data_dir {data_dir}"
+        return f"convit data prepare --tars DIR --data_dir {data_dir}"
     return (
         f"tfds build {name} --file_format=array_record --data_dir {data_dir} (after pip install "
         f"tensorflow tensorflow-datasets)"

@@ -113,7 +113,8 @@ def _evaluate(
         model, config.data.mean, config.data.std, mesh, prepared.choices.predictions
     )
     start = time.perf_counter()
-    step = step.lower(params, _abstract_batch(prepared.share.batch_size, model, mesh)).compile()
+    batch = _abstract_batch(prepared.share.batch_size, model, mesh)
+    compiled = step.lower(params, batch).compile()
     log.info("%d x %d: compiled in %.1f s", *size, time.perf_counter() - start)
     transform = transforms.EvalTransform(size, config.augment.eval_crop)
     chunks = EvalChunks(prepared.source, transform, prepared.share)
@@ -121,7 +122,7 @@ def _evaluate(
     with contextlib.closing(iterate(chunks, workers=prepared.workers)) as batches:
         watched = _watch(batches, len(prepared.source), prepared.share.batch_size)
         result = evaluation.evaluate(
-            step, {"": params}, watched, mesh, len(prepared.source), interruption.requested
+            compiled, {"": params}, watched, mesh, len(prepared.source), interruption.requested
         )
     if result is None:
         return None

@@ -209,7 +209,7 @@ def use_compilation_cache(config: ml_collections.ConfigDict, workdir: Workdir | 
     if folder == "workdir":
         folder = str(workdir.compilation_cache.resolve()) if workdir else ""
     # JAX has already read $JAX_COMPILATION_CACHE_DIR, which takes precedence.
-    if folder and not jax.config.read("jax_compilation_cache_dir"):
+    if folder and not jax.config.values["jax_compilation_cache_dir"]:
         jax.config.update("jax_compilation_cache_dir", folder)
 
 

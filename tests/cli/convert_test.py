@@ -63,7 +63,7 @@ def test_the_command_in_a_process_of_its_own(export, out):
     assert done.returncode == 0
     for text in ("SRC DST", "--to {flax,torch}", "--image_size PIXELS", "convit_base.stablehlo"):
         assert text in done.stdout
-    done = run(export, out / "other.safetensors", "--image_size", 8, 24, "--num_classes", 3)
+    done = run(export, out / "other.safetensors", "--image_size", "8x24", "--num_classes", 3)
     assert done.returncode == 0, done.stderr
     for text in (
         "embed_dim=16, depth=3, num_heads=4",
@@ -117,7 +117,7 @@ print(json.dumps([m for m in sys.modules if m.split(".")[0] in ("convit_jax", "f
 
 
 def test_inference_that_needs_only_jax(export, out, tmp_path):
-    convert(export, out / "model.stablehlo", "--batch", 2, "--image_size", 16, 24)
+    convert(export, out / "model.stablehlo", "--batch", 2, "--image_size", "16x24")
     images = np.random.default_rng(0).standard_normal((2, 16, 24, 3), np.float32)
     np.save(tmp_path / "images.npy", images)
     paths = (out / "model.stablehlo", tmp_path / "images.npy", tmp_path / "logits.npy")
@@ -230,11 +230,11 @@ def test_a_full_disk_leaves_what_was_there(export, out, suffix):
     path.write_text("before")
     code = (
         "import resource, sys\n"
-        "from convit_jax import convert_command, exported, torch_files\n"
+        "from convit_jax.cli import convert\nfrom convit_jax.weights import torch_pickle\n"
         "import safetensors.numpy\n"
         "if sys.argv[2].endswith('pth'): import torch\n"
         "resource.setrlimit(resource.RLIMIT_FSIZE, (4096, 4096))\n"
-        "convert_command.main(sys.argv[1:])\n"
+        "convert.main(sys.argv[1:])\n"
     )
     batch = ("--batch", "1") if suffix == "stablehlo" else ()
     done = subprocess.run(

@@ -363,7 +363,7 @@ def test_missing_shards_and_wrong_metadata_are_named(broken):
     path.unlink()
     text = refused(FileNotFoundError, "1 of 2 shards of the train split are not there")
     assert str(path) in text
-    assert f"python -m convit_jax.data prepare --tars DIR --data_dir {data_dir}" in text
+    assert f"convit data prepare --tars DIR --data_dir {data_dir}" in text
 
     info = folder / "dataset_info.json"
     edit_json(info, lambda x: x["splits"][0].update(shardLengths=["0", "0"]))
@@ -400,7 +400,7 @@ def test_a_data_set_that_is_not_there_comes_with_the_command_that_prepares_it(
     assert f"tfds build food101 --file_format=array_record --data_dir {data_dir}" in text
     text = refused(NAME, tmp_path / "nowhere")
     assert f"no folder {tmp_path / 'nowhere'}: set data.dir or TFDS_DATA_DIR" in text
-    assert "python -m convit_jax.data prepare --tars DIR" in text
+    assert "convit data prepare --tars DIR" in text
     assert "in " + str(tmp_path) + ": nothing" in refused(NAME, tmp_path)
     for wrong in (data_dir / "imagenet2012", data_dir / "imagenet2012/5.1.0"):
         assert "data.dir is the folder above NAME/VERSION" in refused(NAME, wrong)

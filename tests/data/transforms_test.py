@@ -386,7 +386,7 @@ def test_bad_options_are_refused(options, message):
 
 def test_image_libraries_are_imported_when_needed():
     code = (
-        "import sys, convit_jax.augment; "
+        "import sys, convit_jax.data.transforms; "
         "print(sorted({'cv2', 'simplejpeg', 'PIL'} & set(sys.modules)))"
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)

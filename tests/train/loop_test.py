@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 
 from configs import digits
+from convit_jax import recipe
 from convit_jax.data.chunks import Share, TrainChunks
 from convit_jax.data.open import open_source
 from convit_jax.data.workers import iterate
@@ -130,7 +131,7 @@ def test_a_run_learns_and_leaves_its_metrics(tmp_path, caplog):
     config.model.embed_dim = 16
     config.optim.update(lr=1e-9, warmup_lr=1e-9, min_lr=1e-9, weight_decay=0.0, ema_decay=0.5)
     config.init_from = str(workdir / "weights.safetensors")
-    for start in (f"starting from {config.init_from}", f"going on from step 1 of {tmp_path}"):
+    for start in (f"starting from {config.init_from}", f"continuing from step 1 of {tmp_path}"):
         caplog.clear()
         again = loop.train(setup.prepare(config, Workdir(tmp_path / "again")))
         assert again["top1"] == again["ema_top1"] == result["top1"]
@@ -311,10 +312,10 @@ def test_weights_that_are_not_finite_are_not_saved(tmp_path, monkeypatch):
         ({"train.accum_steps": 0}, "train.accum_steps: expected more than 0, got 0"),
         ({"data.mean": (0.1, 0.2)}, r"data.mean: expected 1 values, got \(0.1, 0.2\)"),
         ({"model.num_classes": 7}, "model.num_classes: expected 10 as in digits, got 7"),
-        ({"model.image_size": 16}, r"expected \(8, 8, 1\) .* as in digits, got \(16, 16, 1\)"),
+        ({"model.image_size": 16}, r"expected 8x8 .* as in digits, got 16x16"),
         ({"model.global_pool": "none"}, "expected model.num_classes > 0 and model.global_pool"),
         ({"model.num_heads": 3}, "num_heads: expected a divisor of embed_dim=8, got 3"),
-        ({"model.name": "vit"}, "unknown model: expected one of convit_tiny, .* got 'vit'"),
+        ({"model.name": "vit"}, r"model.name: expected one of \('convit_tiny', .* got 'vit'"),
     ],
 )
 def test_what_cannot_be_trained_is_refused_before_anything_is_written(tmp_path, overrides, message):
@@ -323,6 +324,30 @@ def test_what_cannot_be_trained_is_refused_before_anything_is_written(tmp_path, 
     with pytest.raises(ValueError, match=message):
         setup.prepare(config, Workdir(tmp_path / "run"))
     assert not (tmp_path / "run").exists()
+
+
+def test_a_run_of_an_older_configuration_continues(tmp_path, caplog):
+    """Missing keys take their defaults; rectangles were lists, and there was no version."""
+    caplog.set_level(logging.INFO, "convit_jax")
+    config = small_config(epochs=0.1)
+    config.mixup.update(mixup=0.5)
+    workdir = Workdir(tmp_path)
+    loop.train(setup.prepare(config, workdir))
+    saved = json.loads(workdir.config.read_text())
+    assert saved.pop("format_version") == recipe.FORMAT_VERSION
+    del saved["compilation_cache"], saved["train"]["accum_steps"], saved["init_ema"]
+    saved["model"]["image_size"] = [8, 8]
+    workdir.config.write_text(json.dumps(saved))
+
+    config.train.epochs = 0.2
+    result = loop.train(setup.prepare(config, workdir))
+    assert result["images"] == 360
+    assert "changed since the last start: mixup.group_size: groups were consecutive" in caplog.text
+    assert json.loads(workdir.config.read_text())["format_version"] == recipe.FORMAT_VERSION
+    read_weights(tmp_path)
+    config.optim.b1 = 0.5
+    with pytest.raises(ValueError, match=r"(?s)another config.* optim.b1: there 0.9, now 0.5"):
+        setup.prepare(config, workdir)
 
 
 def test_what_a_checkpoint_carries_is_not_changed_by_later_steps():
