@@ -75,7 +75,7 @@ class TFRecords:
         if len(record) < HEADER + length or int.from_bytes(record[:8], "little") != length:
             raise ValueError(
                 f"{self.where(index)}: expected {length:,} bytes, which are missing: the shard was "
-                f"changed after it was indexed; start again"
+                f"changed since it was indexed; start again"
             )
         return record[HEADER:]
 

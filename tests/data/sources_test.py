@@ -361,7 +361,7 @@ def test_missing_shards_and_wrong_metadata_are_named(broken):
 
     (path,) = folder.glob("*train*-00000-of-00002")
     path.unlink()
-    text = refused(FileNotFoundError, "1 of 2 shards of the train split are not there")
+    text = refused(FileNotFoundError, "1 of 2 shards of the train split are missing")
     assert str(path) in text
     assert f"convit data prepare --tars DIR --data_dir {data_dir}" in text
 
