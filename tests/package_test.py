@@ -1,4 +1,4 @@
-"""What importing the package brings along, and the package as a wheel, without the checkout."""
+"""Importing the package loads few other packages, and its wheel works without the checkout."""
 
 import json
 import os
@@ -78,7 +78,7 @@ def test_a_missing_package_is_named_with_its_extra(code, tmp_path):
 
 @pytest.fixture(scope="module")
 def wheel(tmp_path_factory):
-    """The project as a wheel."""
+    """Builds the wheel of the project; returns its path."""
     folder = tmp_path_factory.mktemp("wheel")
     command = [
         sys.executable,
@@ -97,7 +97,7 @@ def wheel(tmp_path_factory):
 
 
 def environment(folder: pathlib.Path, *packages: object) -> pathlib.Path:
-    """A virtual environment with these packages; returns the folder of its programs."""
+    """Makes a virtual environment with packages; returns the folder of its programs."""
     venv.create(folder, with_pip=True)
     command = [folder / "bin" / "python", "-m", "pip", "install", "-q", *packages]
     subprocess.run(list(map(str, command)), check=True)
@@ -109,7 +109,7 @@ def test_every_command_works_from_a_wheel_in_an_empty_folder(wheel, tmp_path):
     programs = environment(tmp_path / "venv", "--no-deps", wheel)
     empty = tmp_path / "empty"
     empty.mkdir()
-    # The packages of this environment, in which the project itself is a checkout and not found.
+    # Other packages come from this environment. The project does not: it is only a checkout here.
     site = str(pathlib.Path(pytest.__file__).parents[1])
     env = os.environ | {"PYTHONPATH": site, "JAX_PLATFORMS": "cpu"}
 

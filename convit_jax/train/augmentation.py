@@ -2,9 +2,9 @@
 
 The order is that of DeiT's recipe: normalise, erase, smooth the labels, mix. Everything is float32
 and a function of the batch and the key. The random numbers do not depend on the number of devices.
-The results do not either, to the bit, as long as each device holds a multiple of 8 images: then no
-device needs images of another. Otherwise partners are sent between devices, and XLA may choose the
-other product of a x + b y to fuse into a multiply-add, which changes results by 1 ulp.
+If each device holds a multiple of 8 images, the results are the same to the bit for any number of
+devices, and no device needs images of another. Otherwise partners are sent between devices. XLA may
+then fuse a different product of a x + b y into a multiply-add, which changes results by 1 ulp.
 
 Shapes: B images, G groups; the images of a group are mixed with the same random numbers.
 """
@@ -72,12 +72,12 @@ def random_erase(images: Array, key: Array, *, prob: float, mode: str) -> Array:
     Args:
       images: (B, height, width, channels) float32, normalised.
       key: random key of this batch.
-      prob: probability that an image is erased from; 0 is off.
+      prob: probability that a rectangle of an image is erased; 0 is off.
       mode: what replaces the rectangle. "pixel": N(0, 1) for every value; "rand": one colour from
         N(0, 1) for the rectangle; "const": 0, the mean of the data.
 
     Returns:
-      The images, with their shape and type.
+      The erased images, with the same shape and type.
     """
     if prob == 0:
         return images
@@ -121,7 +121,7 @@ def _integer(uniform: Array, count: Array | int) -> Array:
 
 
 def erase_size(area: Array, log_aspect: Array, height: int, width: int) -> tuple[Array, Array]:
-    """Returns the first of several tries whose height and width are smaller than the image's.
+    """Returns the size of the first of several boxes that is smaller than the image both ways.
 
     Args:
       area: (B, tries), share of the image's area.
@@ -153,10 +153,10 @@ def mix(
     """Mixup (Zhang et al. 2018, arXiv:1710.09412) or CutMix (Yun et al. 2019, arXiv:1905.04899).
 
     The batch is divided into groups of about `group_size` images: with G groups, image i belongs to
-    group i mod G. Every group draws whether it is mixed, whether by mixup or by CutMix, one lambda
-    and one box. So the copies of an image that repeated augmentation puts in a row are mixed with
-    different random numbers. This is as in DeiT: its sampler sends the copies to different GPUs,
-    and every GPU draws once for its batch.
+    group i mod G. Every group draws four things: whether it is mixed, by which of the two methods,
+    one lambda and one box. So the copies of an image that repeated augmentation puts in a row are
+    mixed with different random numbers. This is as in DeiT: its sampler sends the copies to
+    different GPUs, and every GPU draws once for its batch.
 
     Images are mixed in pairs, see `partner`.
 
@@ -173,8 +173,8 @@ def mix(
       group_size: images of a group; there are B / group_size groups, rounded up.
 
     Returns:
-      The mixed images and labels, with their shapes and types. CutMix weights the labels by the
-      pixels inside and outside the clipped box.
+      The mixed images and labels, with the same shapes and types. CutMix weights the labels by the
+      numbers of pixels inside and outside the clipped box.
     """
     if prob == 0 or mixup == cutmix == 0:
         return images, labels

@@ -41,7 +41,7 @@ class Profile:
         self._tracing, self._done = False, start_step
 
     def step(self, step: int, function: Callable[..., Any], *args: Any) -> Any:
-        """Returns function(*args), and traces it if it is one of the steps to trace.
+        """Runs a step, and traces it if it is one of the steps to trace; returns function(*args).
 
         Args:
           step: number of this step, from 1.

@@ -13,8 +13,8 @@ import pytest
 from convit_jax.parallel import sharding
 from convit_jax.workdir.checkpoints import Checkpoints, best_step, newest_step
 
-# If a file cannot be read or written, Orbax closes its event loop while work on other files has yet
-# to report to it. The errors of that work are never raised, and pytest would warn of them.
+# If a file cannot be read or written, Orbax closes its event loop before its work on other files
+# has ended. No code receives the errors of that work, and pytest warns of them.
 pytestmark = pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")
 
 
@@ -85,7 +85,8 @@ def test_an_evaluation_that_ends_after_a_restart_belongs_to_its_checkpoint(tmp_p
         assert not checkpoints.save(3, make_state(3), dict, metrics=found)
     with Checkpoints(tmp_path, every=1, also=(), keep=1) as checkpoints:
         assert checkpoints.restore(like(sharding.make_mesh())).metrics == found
-        assert not checkpoints.save(3, make_state(3), dict, metrics={"top1": 0.1})  # evaluated
+        # Step 3 has an evaluation already, so this one is not saved.
+        assert not checkpoints.save(3, make_state(3), dict, metrics={"top1": 0.1})
     write(tmp_path, [4, 5], keep=1, top1={4: 0.7})
     assert steps(tmp_path) == [3, 5]  # the best, the newest
 
