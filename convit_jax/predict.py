@@ -1,4 +1,4 @@
-"""Classifies image files: the library behind `convit predict`."""
+"""Classification of image files: the library behind `convit predict`."""
 
 import collections
 from collections.abc import Iterable, Iterator, Sequence
@@ -27,9 +27,9 @@ class Prediction:
     """A class and its probability.
 
     Attributes:
-      name: of the class.
-      index: of the logit.
-      probability: the softmax of it.
+      name: name of the class.
+      index: index of the class among the logits.
+      probability: softmax of the logit.
     """
 
     name: str
@@ -38,20 +38,21 @@ class Prediction:
 
 
 class Predictor:
-    """Weights made ready to classify images, compiled for batches of one size.
+    """A classifier of images, compiled for batches of one size.
 
     predictor = Predictor(read_weights("convit_tiny.safetensors"), batch_size=1)
     predictor.top([predictor.pixels(data)], 5)  # data: the bytes of an image file
     """
 
     def __init__(self, loaded: Loaded, batch_size: int):
-        """
+        """Moves the weights to the device and compiles the model.
+
         Args:
-          loaded: weights of a classifier of images of 1 or 3 channels.
-          batch_size: images at a time.
+          loaded: weights of a classifier of images with 1 or 3 channels.
+          batch_size: number of images in a batch.
 
         Raises:
-          ValueError: if they are of another kind.
+          ValueError: if the model is no classifier, or takes another number of channels.
         """
         model = loaded.model
         model.check_classifies(loaded.source)
@@ -74,12 +75,18 @@ class Predictor:
         self._forward = jax.jit(forward).lower(self._params, images).compile()
 
     def pixels(self, data: bytes) -> np.ndarray:
-        """An image file to what the model takes: (height, width, channels) uint8.
+        """Decodes an image file, and resizes and crops it as in evaluation.
 
-        Resized and cropped as in evaluation; in grey where the model was trained so.
+        A model with one input channel gets the image in grey.
+
+        Args:
+          data: bytes of the file.
+
+        Returns:
+          (height, width, channels) uint8, the input of `top`.
 
         Raises:
-          ValueError: if it is not a readable image.
+          ValueError: if the file is not a readable image.
         """
         if not self._grey:
             return self._transform(data)
@@ -89,7 +96,12 @@ class Predictor:
         return self._transform(grey[..., None])
 
     def top(self, images: Sequence[np.ndarray], count: int) -> list[list[Prediction]]:
-        """The likeliest classes of up to `batch_size` images, the likeliest first."""
+        """Returns the most probable classes of each image, the most probable first.
+
+        Args:
+          images: up to `batch_size` arrays from `pixels`.
+          count: number of classes for each image.
+        """
         batch = np.zeros(self._shape, np.uint8)
         batch[: len(images)] = images
         probabilities = np.asarray(self._forward(self._params, batch))[: len(images)]
@@ -101,15 +113,15 @@ class Predictor:
 
 
 def find_images(arguments: Iterable[str]) -> tuple[list[str], dict[str, str]]:
-    """Image files of what is named on a command line, and why some of it gave none.
+    """Finds the image files that the arguments of a command line name.
 
     Args:
-      arguments: files, whatever they are called; folders, searched at any depth for the
-        `EXTENSIONS` of images; or patterns such as "photos/*.jpg" and "photos/**/*.jpg".
+      arguments: files, with any extension; folders, searched at any depth for files with one of
+        the `EXTENSIONS`; or patterns such as "photos/*.jpg" and "photos/**/*.jpg".
 
     Returns:
-      Paths in the order of the arguments, sorted within each and given once; and reasons by
-      argument.
+      The paths in the order of the arguments, sorted within each argument and without repetition;
+      and a dictionary from each argument without images to the reason.
     """
     paths, reasons = [], {}
     for argument in arguments:
@@ -125,7 +137,7 @@ def find_images(arguments: Iterable[str]) -> tuple[list[str], dict[str, str]]:
             found = [path for path in glob.glob(argument, recursive=True) if os.path.isfile(path)]
             reason = "no file matches this pattern"
         else:
-            found, reason = [argument], ""  # whether it is there is seen when it is read
+            found, reason = [argument], ""  # a missing file is reported when it is read
         if not found:
             reasons[argument] = reason
         paths += sorted(found)
@@ -135,9 +147,15 @@ def find_images(arguments: Iterable[str]) -> tuple[list[str], dict[str, str]]:
 def predict_files(
     predictor: Predictor, paths: Iterable[str], count: int = 5
 ) -> Iterator[tuple[str, list[Prediction] | str]]:
-    """(path, predictions), or (path, why it cannot be read), in the order of the paths.
+    """Classifies image files, which threads read and decode ahead of the model.
 
-    Files are read and decoded on threads, ahead of the model.
+    Args:
+      predictor: the classifier.
+      paths: the files.
+      count: number of classes for each image.
+
+    Yields:
+      (path, predictions), or (path, reason) if the file cannot be read, in the order of the paths.
     """
 
     def read(path: str) -> np.ndarray | str:
@@ -164,7 +182,7 @@ def predict_files(
 
 
 def _ahead(function: Any, items: Iterable[str], count: int) -> Iterator[tuple[str, Any]]:
-    """(item, function(item)) in order, computed on threads for up to `count` items ahead."""
+    """Yields (item, function(item)) in order; threads compute up to `count` items ahead."""
     items = iter(items)
     with futures.ThreadPoolExecutor() as pool:
         running = collections.deque(

@@ -1,4 +1,4 @@
-"""Files that are written whole or not at all. Nothing else in this package renames a file."""
+"""Writing files whole or not at all. No other module of this package replaces a file."""
 
 from collections.abc import Iterator
 import contextlib
@@ -10,15 +10,15 @@ import pathlib
 def whole_file(path: str | os.PathLike, *kinds: type[Exception]) -> Iterator[pathlib.Path]:
     """Yields a path to write to. It becomes `path` if the block succeeds, and is deleted if not.
 
-    A reader sees the old file or the new one, never a part of it, also after a power cut. Two
+    A reader sees the old file or the new one, never a part of it, even after a power cut. Two
     processes may write the same file at the same time: the last one to finish wins.
 
     Args:
-      path: of the file.
-      *kinds: of errors that the writer raises where the file system fails, besides OSError.
+      path: the file to write.
+      *kinds: types of exceptions, besides OSError, that the writer raises if the file system fails.
 
     Raises:
-      OSError: if it cannot be written; the message names `path`.
+      OSError: if the file cannot be written; the message names `path`.
     """
     path = pathlib.Path(path)
     unfinished = path.with_name(f"{path.name}.{os.getpid()}.part")
@@ -26,7 +26,7 @@ def whole_file(path: str | os.PathLike, *kinds: type[Exception]) -> Iterator[pat
         unfinished.touch()
         mode = unfinished.stat().st_mode
         yield unfinished
-        unfinished.chmod(mode)  # safetensors lets nobody else read
+        unfinished.chmod(mode)  # safetensors makes files that other users cannot read
         with unfinished.open("rb") as file:
             os.fsync(file.fileno())
         unfinished.replace(path)
@@ -41,6 +41,10 @@ def whole_file(path: str | os.PathLike, *kinds: type[Exception]) -> Iterator[pat
 
 
 def write_text(path: str | os.PathLike, text: str) -> None:
-    """Writes a text file as `whole_file` does."""
+    """Writes a text file whole or not at all.
+
+    Raises:
+      OSError: if the file cannot be written; the message names `path`.
+    """
     with whole_file(path) as unfinished:
         unfinished.write_text(text)

@@ -1,8 +1,9 @@
-"""Checkpoints of a run: Orbax writes them while training goes on, and finds them again.
+"""Checkpoints of a run, written by Orbax while training continues.
 
-A checkpoint is the training state and, as JSON, what the loop carries beside it. It is written
-under a temporary name and renamed when it is whole; one that can no longer be read is set aside
-for the one before it. It fits any number of devices and processes, and any mesh.
+A checkpoint contains the training state and, as JSON, the progress of the training loop. It is
+written under a temporary name and renamed when it is complete. A checkpoint that can no longer be
+read is renamed, and the one before it is used. A checkpoint can be restored on any number of
+devices and processes, and on any mesh.
 """
 
 from collections.abc import Callable, Container, Iterator
@@ -24,29 +25,40 @@ from convit_jax import storage
 
 log = logging.getLogger(__name__)
 
-_METRICS = ocp.checkpoint_manager.METRIC_ITEM_NAME  # Orbax's folder, and the file in it
+# Orbax's name for the folder of metrics in a checkpoint, and for the file in that folder.
+_METRICS = ocp.checkpoint_manager.METRIC_ITEM_NAME
 
-Progress = dict[str, Any]  # of JSON's types
+Progress = dict[str, Any]  # values are JSON types
 
 
 class Restored(NamedTuple):
-    """What was read from a checkpoint."""
+    """The content of a checkpoint.
+
+    Attributes:
+      step: number of finished steps.
+      state: tree of arrays.
+      progress: progress of the training loop.
+      metrics: metrics of an evaluation of the state; None if it has not been evaluated.
+    """
 
     step: int
     state: Any
     progress: Progress
-    metrics: dict[str, float] | None  # of an evaluation of the state; None: it had none yet
+    metrics: dict[str, float] | None
 
 
 def newest_step(folder: pathlib.Path) -> int | None:
-    """The step of the newest checkpoint in a folder, readable or not; None if there is none."""
+    """Returns the step of the newest checkpoint, readable or not; None without a checkpoint."""
     if not folder.is_dir():
         return None
     return max((int(path.name) for path in folder.iterdir() if path.name.isdigit()), default=None)
 
 
 def best_step(folder: pathlib.Path, metric: str) -> int | None:
-    """The step of the checkpoint that was evaluated best; None if none that is there was."""
+    """Returns the step of the checkpoint with the highest metric, the newest of equal ones.
+
+    Returns None if no checkpoint has been evaluated.
+    """
     if newest_step(folder) is None:
         return None
     options = ocp.CheckpointManagerOptions(
@@ -58,10 +70,10 @@ def best_step(folder: pathlib.Path, metric: str) -> int | None:
 
 
 class _Manager(ocp.CheckpointManager):
-    """One that is told when the process has to stop.
+    """A CheckpointManager that the training loop tells when the process has to stop.
 
-    Orbax asks JAX's preemption service, which is there in runs of several processes only, and
-    which the training loop asks already: two that ask would get in each other's way.
+    Orbax's own manager asks JAX's preemption service. That service exists only in runs of several
+    processes, and the training loop asks it already: two callers would disturb each other.
     """
 
     stopping = False
@@ -70,18 +82,23 @@ class _Manager(ocp.CheckpointManager):
         return self.stopping
 
     def metrics(self, step: int) -> Any:
-        """None of a broken file too: the state beside it may be whole, and evaluated again."""
+        """Returns the metrics of a checkpoint; None if it has none or their file is broken.
+
+        The state of a checkpoint with a broken file of metrics may be intact. It can then be
+        evaluated again.
+        """
         try:
             return super().metrics(step)
-        except ValueError:  # no JSON
+        except ValueError:  # the file is not JSON
             return None
 
 
 def _tree_handler() -> ocp.PyTreeCheckpointHandler:
-    """Writes each array, or each part of a split one, from one of the devices that hold it.
+    """Returns a handler that writes each shard of an array from one of the devices that have it.
 
-    By default Orbax cuts arrays into as many pieces as there are copies, for all to write a piece:
-    hundreds of small programs to compile and to run while training waits, for a state of 1 GB.
+    By default Orbax splits an array into as many pieces as it has copies, and every copy writes one
+    piece. For a state of 1 GB this compiles and runs hundreds of small programs, while training
+    waits.
     """
     arrays = ocp.type_handlers.ArrayHandler(use_replica_parallel=False)
     registry = ocp.type_handlers.create_type_handler_registry((jax.Array, arrays))
@@ -89,15 +106,16 @@ def _tree_handler() -> ocp.PyTreeCheckpointHandler:
 
 
 class Checkpoints:
-    """The checkpoints of a working directory; closed by leaving its `with` block."""
+    """The checkpoints of a workdir. Use it in a `with` block, whose end closes it."""
 
     def __init__(self, folder: pathlib.Path, *, every: int, also: Container[int], keep: int):
-        """
+        """Opens a folder of checkpoints.
+
         Args:
-          folder: of the checkpoints, one folder a step; made if missing.
+          folder: folder of the checkpoints, with one folder for each step; made if missing.
           every: steps between two checkpoints.
-          also: further steps to save at.
-          keep: how many of the newest stay, besides the best by "top1".
+          also: further steps at which to save.
+          keep: number of newest checkpoints to keep, besides the best by the metric "top1".
         """
 
         def top1(metrics: dict[str, float]) -> float:
@@ -112,7 +130,7 @@ class Checkpoints:
             checkpoint_managers.PreemptionCheckpointingPolicy(),
         ]
         self._folder = folder
-        self._unevaluated: int | None = None  # a checkpoint that may get its metrics yet
+        self._unevaluated: int | None = None  # restored step without metrics
         self._manager = _Manager(
             folder.resolve(),
             options=ocp.CheckpointManagerOptions(
@@ -135,10 +153,10 @@ class Checkpoints:
     def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
         try:
             with _as_os_error(self._folder):
-                self._manager.close()  # waits for what is being written
+                self._manager.close()  # waits until the last checkpoint is written
         except OSError:
             if kind is None:
-                raise  # else it would hide what ended the run
+                raise  # otherwise it would hide the error that ended the run
 
     def save(
         self,
@@ -148,20 +166,21 @@ class Checkpoints:
         metrics: dict[str, float] | None = None,
         stopping: bool = False,
     ) -> bool:
-        """Saves if it is time to; to be called after every step, by all processes.
+        """Saves a checkpoint if one is due. All processes call this after every step.
 
-        The arrays are copied to the host before this returns, and written afterwards. If it is the
-        step that was restored, saved before its evaluation was over, its metrics are added.
+        The arrays are copied to the host before this method returns, and are written to disk later.
+        If `step` is the restored step and its checkpoint has no metrics, the metrics are added to
+        it.
 
         Args:
-          step: the number of finished steps.
-          state: a tree of arrays.
-          progress: called if there is to be a checkpoint.
-          metrics: of an evaluation of this state.
+          step: number of finished steps.
+          state: tree of arrays.
+          progress: returns the progress of the training loop; called only if a checkpoint is due.
+          metrics: metrics of an evaluation of this state, or None.
           stopping: whether the process ends after this step.
 
         Returns:
-          Whether there will be another checkpoint.
+          Whether a new checkpoint is being written.
 
         Raises:
           OSError: if this or an earlier checkpoint cannot be written.
@@ -180,15 +199,15 @@ class Checkpoints:
             return self._manager.save(step, args=items, metrics=metrics)
 
     def restore(self, like: Any) -> Restored | None:
-        """The newest checkpoint that can be read, or None if there is none at all.
+        """Reads the newest checkpoint that is readable; returns None without a checkpoint.
 
-        Those that cannot be read are renamed, so that their steps can be saved again.
+        Newer checkpoints that cannot be read are renamed, so that their steps can be saved again.
 
         Args:
-          like: a tree of `jax.ShapeDtypeStruct` with the shardings wanted.
+          like: tree of `jax.ShapeDtypeStruct` with the shardings of the result.
 
         Raises:
-          OSError: if there are checkpoints and none can be read.
+          OSError: if there are checkpoints and none of them can be read.
         """
         wanted = ocp.args.Composite(
             state=ocp.args.PyTreeRestore(
@@ -204,7 +223,7 @@ class Checkpoints:
                 items = self._manager.restore(step, args=wanted)
                 metrics = self._manager.metrics(step)
                 restored = Restored(step, items["state"], items["progress"], metrics)
-            except Exception as error:  # whatever broken files make of the readers
+            except Exception as error:  # Orbax raises many types for broken files
                 failure = error
             if _on_all(restored is not None) and restored is not None:
                 for bad in unreadable:
@@ -220,13 +239,13 @@ class Checkpoints:
         if unreadable:
             raise OSError(
                 f"{self._folder}: none of the checkpoints {sorted(unreadable)} can be read: they "
-                "are broken, or of another version of this package. Mend them or go on with that "
-                "version, or use another workdir to start anew"
+                "are broken, or of another version of this package. Repair them, continue with "
+                "that version, or start anew in another workdir"
             )
         return None
 
     def _add_metrics(self, step: int, metrics: dict[str, float]) -> None:
-        """To a checkpoint that is there, where Orbax looks for them; at once, or not at all."""
+        """Adds metrics to an existing checkpoint, in the file where Orbax expects them."""
         if jax.process_index() == 0:
             path = self._folder / str(step) / _METRICS / _METRICS
             path.parent.mkdir(exist_ok=True)
@@ -246,13 +265,13 @@ class Checkpoints:
 
 
 def _on_all(this: bool) -> bool:
-    """Whether it is so on every process."""
+    """Returns whether `this` is true on every process."""
     return bool(np.all(multihost_utils.process_allgather(np.array(this))))
 
 
 @contextlib.contextmanager
 def _as_os_error(folder: pathlib.Path) -> Iterator[None]:
-    """Errors of the file system, which the writer raises as ValueError, as what they are."""
+    """Turns errors of the file system, which Orbax raises as ValueError, into OSError."""
     try:
         yield
     except (OSError, ValueError) as error:
@@ -261,6 +280,6 @@ def _as_os_error(folder: pathlib.Path) -> Iterator[None]:
         if number is None:
             raise
         raise OSError(
-            f"{folder}: cannot write a checkpoint: {os.strerror(number)}. Those before it are "
-            "kept: the same command goes on from the newest"
+            f"{folder}: cannot write a checkpoint: {os.strerror(number)}. Earlier ones are "
+            "kept: the same command continues from the newest"
         ) from error

@@ -1,4 +1,4 @@
-"""The folder of a run: every path in it. Nothing else in this package spells these names."""
+"""The workdir, the folder of a run, and every path in it. No other module spells these names."""
 
 import os
 import pathlib
@@ -6,21 +6,21 @@ import tempfile
 
 
 class Workdir:
-    """Paths in the working directory of a run; making one touches no disk.
+    """Paths in the folder of a run. Creating this object neither reads nor writes the disk.
 
     Attributes:
-      path: the folder.
-      config: the configuration, as JSON.
+      path: the folder itself.
+      config: configuration, as JSON.
       classes: names of the classes in the order of the logits, as JSON.
-      starts: a JSON line for each start.
+      starts: a JSON line for each start of the run.
       metrics: a JSON line for each report of metrics.
       tensorboard: folder of TensorBoard's event files.
-      checkpoints: folder of checkpoints, one folder for each step.
-      weights: the final weights.
+      checkpoints: folder of checkpoints, with one folder for each step.
+      weights: final weights, as safetensors.
       index: folder of indices of the data.
       compilation_cache: folder of compiled programs.
       profile: folder of traces.
-      evaluation: the result of an evaluation, as JSON.
+      evaluation: result of an evaluation, as JSON.
       predictions: a JSON line for each image of an evaluation.
     """
 
@@ -28,7 +28,7 @@ class Workdir:
         """Expands "~" in `path`.
 
         Raises:
-          ValueError: if it is a URL; only local folders are supported.
+          ValueError: if `path` is a URL; only local folders are supported.
         """
         if "://" in str(path):
             raise ValueError(
@@ -53,9 +53,9 @@ class Workdir:
         return str(self.path)
 
     def check_writable(self) -> None:
-        """Raises OSError if the folder cannot be written; makes nothing."""
+        """Raises OSError if the folder cannot be written or made; leaves the disk as it was."""
         exists = self.path
         while not exists.exists():
             exists = exists.parent
-        with tempfile.TemporaryFile(dir=exists) as file:  # says why it cannot
+        with tempfile.TemporaryFile(dir=exists) as file:  # its OSError says why
             file.write(bytes(1 << 16))

@@ -1,4 +1,4 @@
-"""What is written down about a run: its configuration, its classes, and each of its starts."""
+"""The record of a run: its configuration, its classes, and each of its starts."""
 
 from collections.abc import Iterator, Mapping, Sequence
 import contextlib
@@ -19,7 +19,7 @@ _PACKAGES = ("convit-jax", "jax", "jaxlib", "flax", "optax", "orbax-checkpoint",
 
 
 def read_config(workdir: Workdir) -> dict[str, Any] | None:
-    """Returns the configuration of the run in a working directory; None if there is no run.
+    """Returns the configuration of the run in a workdir; None if the workdir has no run.
 
     Raises:
       ValueError: if the file is not readable.
@@ -45,13 +45,16 @@ def read_class_names(workdir: Workdir) -> tuple[str, ...] | None:
 def record_start(
     workdir: Workdir, config: Mapping[str, Any], step: int, class_names: Sequence[str]
 ) -> None:
-    """Writes the configuration, the classes and the line of this start; one process calls it.
+    """Writes the configuration, the classes and a line for this start. Only one process calls it.
 
     Args:
-      workdir: its folder exists.
-      config: of JSON's types.
+      workdir: the workdir; its folder must exist.
+      config: configuration, as JSON types.
       step: number of finished steps.
-      class_names: in the order of the logits.
+      class_names: names of the classes in the order of the logits.
+
+    Raises:
+      OSError: if a file cannot be written.
     """
     storage.write_text(workdir.classes, json.dumps(class_names) + "\n")
     storage.write_text(workdir.config, json.dumps(config, indent=2) + "\n")
@@ -70,16 +73,17 @@ def record_start(
 
 
 def versions() -> Iterator[tuple[str, str]]:
-    """Yields name and version of the packages that decide a run's numbers."""
+    """Yields (name, version) of the installed packages that affect the numbers of a run."""
     for package in _PACKAGES:
-        with contextlib.suppress(importlib.metadata.PackageNotFoundError):  # run from a checkout
+        with contextlib.suppress(importlib.metadata.PackageNotFoundError):  # in a checkout: no convit-jax
             yield package, importlib.metadata.version(package)
 
 
 def _git_revision() -> str | None:
-    """Returns the revision of this package's checkout, with "-dirty" if files were changed.
+    """Returns the revision of this package's git checkout, with "-dirty" if files were changed.
 
-    None if the package does not lie in a checkout of its own, as in somebody's virtual environment.
+    Returns None if the package is not in a checkout of its own, for example if it is installed in
+    a virtual environment inside another project's checkout.
     """
 
     def git(*command: str) -> str:

@@ -1,8 +1,8 @@
-"""The files that metrics are written to: JSON lines, and TensorBoard's event files.
+"""Files of metrics: JSON lines, and TensorBoard's event files.
 
-Both are written at once and not by a thread, so that a full disk is an error where it happens.
-(tensorboardX's SummaryWriter has a thread, which dies of it; ten calls later the run waits for a
-place in its queue, for ever.)
+Both are written by the caller's thread, so a full disk raises an error in the call that meets it.
+(tensorboardX's SummaryWriter writes in a thread of its own. A full disk ends that thread, and ten
+calls later the run waits forever for room in the thread's queue.)
 """
 
 from collections.abc import Iterator, Mapping, Sequence
@@ -21,21 +21,31 @@ from convit_jax.workdir.folder import Workdir
 
 log = logging.getLogger(__name__)
 
-Values = Mapping[str, float | Sequence[float]]  # "gates" has one number a GPSA layer
+Values = Mapping[str, float | Sequence[float]]  # "gates" has one number per GPSA layer
 
-# Shown by TensorBoard under "speed", not under "train".
+# Metrics that TensorBoard shows under "speed" instead of "train".
 _SPEED = ("images_per_second", "data_seconds", "data_wait", "mfu")
 
 
 class JsonLines:
-    """metrics.jsonl."""
+    """Writer of metrics.jsonl."""
 
     def __init__(self, workdir: Workdir, start_step: int, evaluated: bool):
+        """Opens the file and removes the lines that this start will write again.
+
+        Args:
+          workdir: the workdir of the run.
+          start_step: number of finished steps.
+          evaluated: whether `start_step` has been evaluated, so that its evaluation is kept.
+
+        Raises:
+          OSError: if the file cannot be read or written.
+        """
         self._path = workdir.metrics
         with _naming(self._path):
             _remove_lines_after(self._path, start_step, evaluated)
-            # Unbuffered: a killed run leaves whole lines, and a failed write leaves nothing that
-            # would be tried again on closing.
+            # Unbuffered, so that a killed run leaves whole lines, and a failed write is not tried
+            # again when the file is closed.
             self._file = self._path.open("ab", buffering=0)
 
     def write(self, kind: str, step: int, now: float, metrics: Values) -> None:
@@ -52,7 +62,7 @@ class JsonLines:
 
 
 class EventFile:
-    """A file for TensorBoard. Every start of a run writes a new one, which goes on with the last.
+    """Writer of a TensorBoard event file. Every start of a run continues in a new file.
 
     https://github.com/tensorflow/tensorboard/blob/master/tensorboard/compat/proto/event.proto
     """
@@ -67,7 +77,7 @@ class EventFile:
         with _naming(self._path):
             workdir.tensorboard.mkdir(exist_ok=True)
             self._writer = tensorboardX.RecordWriter(str(self._path))
-        # TensorBoard forgets what earlier files have of this step and of those after it.
+        # This event makes TensorBoard drop this step and later steps of earlier files.
         first = start_step + 1 if start_step else 0
         start = event_pb2.SessionLog(status=event_pb2.SessionLog.START)
         try:
@@ -95,7 +105,10 @@ class EventFile:
 
 
 def _import_tensorboardx() -> ModuleType:
-    """tensorboardX without PyTorch, which it imports where there is one: seconds, for nothing."""
+    """Imports tensorboardX without PyTorch.
+
+    tensorboardX imports PyTorch if it is installed. That takes seconds and is not needed here.
+    """
     hide = "torch" not in sys.modules
     if hide:
         sys.modules["torch"] = None  # type: ignore[assignment]  # an ImportError, which tensorboardX expects
@@ -116,7 +129,7 @@ def _tags(kind: str, metrics: Values) -> Iterator[tuple[str, float]]:
 
 
 def _json_value(value: float | Sequence[float]) -> int | float | list | None:
-    """A number, or a list of numbers, as JSON has them: without NaN and infinity."""
+    """Returns a number or a list of numbers for JSON, with None in place of NaN and infinity."""
     if isinstance(value, int):
         return value
     if isinstance(value, Sequence):
@@ -125,10 +138,10 @@ def _json_value(value: float | Sequence[float]) -> int | float | list | None:
 
 
 def _remove_lines_after(path: pathlib.Path, step: int, evaluated: bool) -> None:
-    """Removes the lines of steps after `step`, and what is no line, from a file of JSON lines.
+    """Removes the lines of later steps than `step`, and broken lines, from a file of JSON lines.
 
-    Also that of an evaluation at `step`, unless `evaluated`; all lines, if step is 0. The file is
-    replaced by another: it is never seen half-written.
+    Removes the line of an evaluation at `step` too, unless `evaluated`. Removes all lines if `step`
+    is 0. A new file replaces the old one, so no reader sees a half-written file.
     """
     try:
         lines = path.read_bytes().splitlines(keepends=True)
@@ -139,13 +152,13 @@ def _remove_lines_after(path: pathlib.Path, step: int, evaluated: bool) -> None:
         return
     with storage.whole_file(path) as unfinished:
         unfinished.write_bytes(b"".join(kept))
-    log.info("%s: removed %d lines of what came after step %d", path, len(lines) - len(kept), step)
+    log.info("%s: removed %d lines written after step %d", path, len(lines) - len(kept), step)
 
 
 def _place_of(line: bytes) -> tuple[float, bool]:
-    """Step, and whether it is of the evaluation after it, to order lines by.
+    """Returns the sort key of a line: (step, is_eval).
 
-    Of step infinity is what is not a whole line of ours, as a killed run may leave at the end.
+    A torn or foreign line sorts last. A killed run may leave a torn line at the end.
     """
     if not line.endswith(b"\n"):
         return math.inf, False
@@ -158,7 +171,7 @@ def _place_of(line: bytes) -> tuple[float, bool]:
 
 @contextlib.contextmanager
 def _naming(path: pathlib.Path) -> Iterator[None]:
-    """Puts the file's name into errors of writing it, which do not have it."""
+    """Adds the name of the file to errors of writing it, which lack the name."""
     try:
         yield
     except OSError as error:
