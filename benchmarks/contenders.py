@@ -65,7 +65,7 @@ class Contender:
       compile_seconds: time of tracing and compiling; for torch.compile, the time of the first call;
         None without a compiler.
       planned_bytes: memory that the compiler plans for temporaries and outputs; None if unknown.
-      release: frees what a run leaves behind and the next run makes again.
+      release: frees what a run leaves behind, such as gradients.
     """
 
     run: Callable[[], object]

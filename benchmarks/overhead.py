@@ -4,16 +4,16 @@
 
 It trains convit_tiny on the machine's devices with the real training loop. After every few steps (a
 block) the loop is paused until its last step is done and its checkpoint is written. Then the same
-compiled step runs alone for as many steps, a bare block, on a batch that is on the devices. The
-time of a block of the loop is compared with the mean of the two bare blocks around it. Worker
-processes continue to make batches during the pause, at most two each, which the loop then finds
-ready.
+compiled step runs alone for as many steps (a bare block), on a batch that is already on the
+devices. The time of a block of the loop is compared with the mean of the two bare blocks around it.
+Worker processes continue to make batches during the pause, at most two each, which the loop then
+finds ready.
 
     loop          data in memory; no line of metrics, no checkpoint
     logging       as loop, with a line of metrics after every step
     checkpoints   as loop, with a checkpoint in every block
     workers       as loop, but with JPEGs read by worker processes, see benchmarks.feeding
-    all           as workers, with as many lines and checkpoints as logging and checkpoints have
+    all           as workers, with a line after every step and a checkpoint in every block
 
 The last lines are the costs for a run that logs and saves as often as convit_jax/recipe.py says.
 """
@@ -146,7 +146,7 @@ def row(variant: str, turns: InTurns, block: int) -> str:
 
 
 def by_default(found: dict[str, InTurns], block: int) -> Iterator[str]:
-    """Yields lines: the cost of a line of metrics and of a checkpoint, and its default share."""
+    """Yields a text each for lines of metrics and checkpoints: cost, and share at the defaults."""
     config = recipe.get_config()
     costs = {
         "logging": ("a line of metrics", 1, config.train.log_every),

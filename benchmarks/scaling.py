@@ -29,7 +29,7 @@ _MARKERS = "os^Dv<"
 
 
 def merge(path: pathlib.Path, records: list[Record]) -> list[Record]:
-    """Adds records to those of a file, replacing measurements made again, and returns them all."""
+    """Adds records to a file, in which they replace older measurements, and returns all records."""
     old = json.loads(path.read_text()) if path.exists() else []
     merged: dict[str, Record] = {}
     for record in [*old, *records]:
@@ -41,7 +41,7 @@ def merge(path: pathlib.Path, records: list[Record]) -> list[Record]:
 
 
 def like(subject: Record, records: list[Record]) -> list[Record]:
-    """Returns the records with the same model, batch, type and device as a record."""
+    """Returns the records with the same model, batch, type and device as `subject`."""
     return [r for r in records if all(r[name] == subject[name] for name in _KEY[:-2])]
 
 

@@ -49,7 +49,7 @@ def write_images(folder: pathlib.Path, per_class: int = 40) -> None:
 
 
 def start(workdir: pathlib.Path, *flags: str, devices: int = 8) -> subprocess.Popen:
-    """Starts main.py on so many CPU devices; its output goes to a file beside the workdir."""
+    """Starts main.py on `devices` CPU devices; its output goes to a file beside the workdir."""
     env = dict(os.environ) | {
         "JAX_PLATFORMS": "cpu",
         # Without LLVM's optimisation, as conftest.py has it.
@@ -66,7 +66,7 @@ def start(workdir: pathlib.Path, *flags: str, devices: int = 8) -> subprocess.Po
 
 
 def start_pair(workdir: pathlib.Path, *flags: str, devices: int = 4) -> list[subprocess.Popen]:
-    """Starts two processes of main.py as one run, each with so many devices."""
+    """Starts two processes of main.py as one run, each on `devices` CPU devices."""
     with socket.socket() as free:
         free.bind(("localhost", 0))
         port = free.getsockname()[1]
@@ -90,7 +90,7 @@ def kill(process: subprocess.Popen) -> None:
 
 
 def wait_for(condition, process: subprocess.Popen, workdir: pathlib.Path, poll: float = 0.001):
-    """Waits until a function of the workdir is true while the process lives; returns its value."""
+    """Waits until condition(workdir) is true, and returns it; the process must not end first."""
     deadline = time.monotonic() + 240
     while not (value := condition(workdir)):
         assert process.poll() is None, output(workdir)

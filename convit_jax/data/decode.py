@@ -24,7 +24,7 @@ def decode(data: bytes) -> np.ndarray:
             if simplejpeg.decode_jpeg_header(data)[2] not in ("CMYK", "YCCK"):
                 return simplejpeg.decode_jpeg(data)
         except (ValueError, RuntimeError):
-            pass  # damaged: Pillow still reads some such files
+            pass  # damaged, but perhaps Pillow can read it
     from PIL import Image
 
     try:

@@ -27,10 +27,9 @@ def iterate(
 
     Args:
       chunks: the chunks of training (endless) or of an evaluation.
-      start_step: number of batches that were already seen, which are left out.
-      stop_step: number of batches at the end, those left out included; None is the end of the
-        chunks. If the workers are stopped earlier, the operating system frees the chunks that they
-        had made ahead.
+      start_step: number of the first batch to make, from 0.
+      stop_step: number of the batch before which to stop; None makes all batches. If the workers
+        are stopped earlier, the operating system frees the chunks that they had made ahead.
       workers: number of processes that make chunks; 0 makes them in this process, on demand.
 
     Yields:
@@ -64,7 +63,7 @@ def iterate(
 
 
 def num_workers(wanted: int | None, source: Source) -> int:
-    """Returns the number of worker processes: `wanted`, or if None one a core, none for arrays."""
+    """Returns the number of worker processes: `wanted`, or by default one a core, 0 for arrays."""
     if wanted is not None:
         return wanted
     return 0 if isinstance(source, ArraySource) else os.cpu_count() or 1

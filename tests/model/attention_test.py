@@ -1,4 +1,4 @@
-"""GPSA against the paper's equations written out, its limits, and its initialisation."""
+"""GPSA: compared with the paper's equations, in its limits, and at initialisation."""
 
 import functools
 
@@ -15,7 +15,7 @@ GRIDS = [(5, 5), (3, 7), (7, 2), (1, 6)]
 
 
 def apply(module, params, x, grid=None, **options):
-    """module.apply in one compilation."""
+    """Calls module.apply in one compilation."""
     rngs = options.pop("rngs", None)
     function = functools.partial(module.apply, grid=grid, **options)
     return jax.jit(function)({"params": params}, x, rngs=rngs)
@@ -119,7 +119,7 @@ def test_strong_locality_is_a_convolution(form, num_heads, kernel_size):
 
 @pytest.mark.parametrize("size", [14, 64])
 def test_bfloat16_leaves_positions_and_gates_exact(size):
-    """bfloat16 holds no such squared distances: up to 338 on a 14 x 14 grid, 7,938 on 64 x 64."""
+    """Squared distances reach 338 on a 14 x 14 grid and 7,938 on 64 x 64: not exact in bfloat16."""
     grid = (size, size)
     params = random_params(GPSA(1), 4, grid)
     params["pos_proj"]["kernel"] = jnp.float32([[0.7], [-0.4], [-0.05]])
@@ -186,7 +186,7 @@ def test_a_function_can_be_given_such_as_that_of_jax():
 @pytest.mark.parametrize("strength", [1.0, 2.5])
 @pytest.mark.parametrize("num_heads", [4, 5, 9, 16])
 def test_local_initialisation(num_heads, strength):
-    """The values of the original's local_init, heads beyond k^2 included."""
+    """The values are those of the original's local_init, also for heads beyond k^2."""
     width = 2 * num_heads
     x = jnp.zeros((1, 16, width))
     module = GPSA(num_heads, locality_strength=strength)

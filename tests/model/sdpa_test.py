@@ -191,7 +191,7 @@ def largest_arrays(function, *args):
 
 @pytest.mark.parametrize("backward", [False, True])
 def test_chunked_holds_no_map(backward):
-    """No array has as many elements as the N x N map of one head; "xla" makes that of all heads."""
+    """No array has as many elements as the N x N map of one head; "xla" makes all heads' maps."""
     grid, heads = (40, 48), 2
     size = grid[0] * grid[1]
     x = jnp.zeros((1, size, 8))
