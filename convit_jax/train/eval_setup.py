@@ -212,7 +212,7 @@ def _warn_of_other_preprocessing(config: ml_collections.ConfigDict, loaded: Load
     }
     for field in dataclasses.fields(loaded):
         known = getattr(loaded, field.name)
-        # Weights that do not say how images were prepared have the default, so it is ignored.
+        # Weights without this value have the default, so the default tells nothing.
         if field.name in chosen and known not in (field.default, chosen[field.name][1]):
             key, value = chosen[field.name]
             log.warning("%s is %s; %s says %s", key, value, loaded.source, known)

@@ -73,7 +73,7 @@ def test_32_images_are_learnt_by_heart(imagenet, tmp_path):
     config.train.update(label_smoothing=0.0, epochs=140.0, eval_every=140.0)
     config.optim.update(lr=0.05, warmup_epochs=5.0, weight_decay=0.0)
     run = setup.prepare(config, Workdir(tmp_path))
-    # The pixels are the same every time. Decoding each photo 140 times would take the longest.
+    # The pixels are always the same, and decoding each photo 140 times would take the longest.
     rng = np.random.default_rng(0)
     once = functools.cache(lambda image: run.train_chunks.transform(image, rng))
     chunks = dataclasses.replace(run.train_chunks, transform=lambda image, _: once(image))
