@@ -1,1 +1,1 @@
-"""The command line: one module a command, `options` for what they share, `main` to choose one."""
+"""The command line: `main` chooses a command, each command is a module, and all share `options`."""

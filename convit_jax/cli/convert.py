@@ -4,8 +4,8 @@
     convit convert runs/mine mine.pth --to torch
     convit convert convit_base convit_base.stablehlo --batch 8
 
-SRC is whatever convit_jax.load reads: .pth, .pt and .bin files (they need torch), .safetensors, the
-workdir of a run, or a name on huggingface.co. The suffix of DST says what is written.
+SRC is any source that convit_jax.load reads: a .safetensors file, a .pth, .pt or .bin file (needs
+torch), the workdir of a run, or a name on huggingface.co. The suffix of DST decides the format.
 """
 
 import argparse
@@ -32,7 +32,7 @@ _FORMATS = {
 
 
 def main(argv: Sequence[str] | None = None, prog: str = "convit convert") -> None:
-    """Parses the command line and converts; mistakes end it with a message."""
+    """Parses the flags and converts. A user's error ends the process with a message."""
     args = _parser(prog).parse_args(argv)
     options.start_logging()
     with options.report(ValueError, OSError):
@@ -40,11 +40,14 @@ def main(argv: Sequence[str] | None = None, prog: str = "convit convert") -> Non
 
 
 def convert(args: argparse.Namespace) -> None:
-    """Does what the command line says.
+    """Reads SRC and writes DST, as the flags say.
+
+    Args:
+      args: the parsed flags.
 
     Raises:
-      ValueError: if the source or the options are not what they should be.
-      OSError: if something cannot be found or written; then nothing is left at the destination.
+      ValueError: if SRC holds no weights of a ConViT or DeiT, or the flags do not fit it.
+      OSError: if SRC cannot be read or DST cannot be written. DST is then left as it was.
     """
     start = time.perf_counter()
     path = pathlib.Path(args.dst)
@@ -62,12 +65,12 @@ def convert(args: argparse.Namespace) -> None:
 
         stablehlo.save_exported(path, loaded, args.batch)
         log.info(
-            "it takes float32 images %s, normalised by mean %s and std %s",
+            "the exported model takes float32 images %s, normalised by mean %s and std %s",
             (args.batch, *loaded.model.image_shape), loaded.mean, loaded.std,
         )  # fmt: skip
     else:
         state_dict = to_torch(loaded.params)
-        with whole_file(path, RuntimeError) as unfinished:  # torch's
+        with whole_file(path, RuntimeError) as unfinished:  # raised by torch
             torch_pickle.write(unfinished, state_dict)
     megabytes = path.stat().st_size / 1e6
     log.info("wrote %s, %.1f MB, in %.1f s", path, megabytes, time.perf_counter() - start)
@@ -91,30 +94,42 @@ def _check_destination(path: pathlib.Path, args: argparse.Namespace) -> None:
 def _parser(prog: str) -> argparse.ArgumentParser:
     parser = options.make_parser(prog, __doc__ or "")
     add = parser.add_argument
-    add("src", metavar="SRC", help="weights")
+    add("src", metavar="SRC", help="weights to read")
     add(
         "dst",
         metavar="DST",
-        help=".safetensors: our export, with the model's options, classes and normalisation in its "
-        "metadata, under PyTorch's names; .pth or .pt: torch.save of a state dict for timm and "
-        "upstream; .stablehlo: inference, to be called without this project",
+        help="file to write: .safetensors, with PyTorch's names, and with the model's options, "
+        "classes and normalisation in the metadata; .pth or .pt, a state dict of PyTorch for timm "
+        "and the original code; .stablehlo, inference that needs only jax",
     )
-    add("--to", choices=("flax", "torch"), help="whom DST is for; checked against its suffix")
+    add("--to", choices=("flax", "torch"), help="framework of DST; checked against its suffix")
     add(
         "--variant",
         metavar="NAME",
-        help=f"the model, checked against what the weights tell: {', '.join(VARIANTS)}",
+        help=f"name of the model, checked against the weights: {', '.join(VARIANTS)}",
     )
-    add("--ema", action="store_true", help="take the averaged weights of a checkpoint or run")
+    add("--ema", action="store_true", help="use the averaged weights of a checkpoint or run")
     add("--offline", action="store_true", help="look for names in the local cache only")
-    add("--num_classes", type=int, metavar="N", help="another number makes a new head; 0: none")
+    add(
+        "--num_classes",
+        type=int,
+        metavar="N",
+        help="number of classes; another number than that of the weights makes a new head, and 0 "
+        "drops the head",
+    )
     add(
         "--image_size",
         type=options.size,
         metavar="PIXELS",
-        help="image size, 384 or 224x320 (height x width); interpolates the position embedding",
+        help="new image size in pixels, 384 or 224x320 (height x width); interpolates the position "
+        "embedding",
     )
-    add("--in_channels", type=int, metavar="N", help="adapts the first convolution, as timm does")
-    add("--num_heads", type=int, metavar="N", help="of a DeiT of another width than the paper's")
-    add("--batch", type=int, metavar="N", help="images of a call, with .stablehlo")
+    add(
+        "--in_channels",
+        type=int,
+        metavar="N",
+        help="number of input channels; the first convolution is adapted to it as timm does",
+    )
+    add("--num_heads", type=int, metavar="N", help="heads of a DeiT whose width is not the paper's")
+    add("--batch", type=int, metavar="N", help="number of images per call; required for .stablehlo")
     return parser

@@ -1,4 +1,4 @@
-"""Looks at the data of a configuration, or prepares ImageNet.
+"""Checks the data of a configuration, or prepares ImageNet.
 
 convit data check --config=configs/convit_b.py
 convit data prepare --tars=DIR --data_dir=DIR"""
@@ -18,15 +18,15 @@ from convit_jax.data.source import Source, check_images, describe
 from convit_jax.data.workers import iterate, num_workers
 from convit_jax.train import setup
 
-_CHECK = """Says what is found where, decodes 32 images of each split, and times the input pipeline.
+_CHECK = """Shows the data set, decodes 32 images of each split, and times the input pipeline.
 
     convit data check --config=configs/convit_b.py --config.data.dir=DATA"""
-_PREPARE = """Writes ImageNet from its two tars into the layout of tensorflow-datasets.
+_PREPARE = """Writes ImageNet from its two tar files in the layout of tensorflow-datasets.
 
     convit data prepare --tars=DIR --data_dir=DATA
 
-The tars come from image-net.org: ILSVRC2012_img_train.tar and ILSVRC2012_img_val.tar. They are
-checked first. No TensorFlow is needed. Interrupted, the same command continues."""
+The tar files, ILSVRC2012_img_train.tar and ILSVRC2012_img_val.tar, come from image-net.org. They
+are checked first. TensorFlow is not needed. After an interruption, the same command continues."""
 
 
 def main(argv: Sequence[str] | None = None, prog: str = "convit data") -> None:
@@ -37,13 +37,13 @@ def main(argv: Sequence[str] | None = None, prog: str = "convit data") -> None:
         "formatter_class": argparse.RawDescriptionHelpFormatter,
         "allow_abbrev": False,
     }
-    check = commands.add_parser("check", description=_CHECK, help="look at a data set", **style)
+    check = commands.add_parser("check", description=_CHECK, help="check a data set", **style)
     options.add_config(check)
     prepare = commands.add_parser(
-        "prepare", description=_PREPARE, help="write ImageNet from its tars", **style
+        "prepare", description=_PREPARE, help="write ImageNet from its tar files", **style
     )
     prepare.add_argument(
-        "--tars", metavar="DIR", required=True, help="folder of the two tars of ILSVRC2012"
+        "--tars", metavar="DIR", required=True, help="folder of the two tar files of ILSVRC2012"
     )
     prepare.add_argument(
         "--data_dir", metavar="DIR", required=True, help="folder to write the data set into"
@@ -81,14 +81,14 @@ def _check(config: ml_collections.ConfigDict) -> None:
 
 
 def _time(config: ml_collections.ConfigDict, source: Source, transform: Transform) -> None:
-    """Prints how fast the input pipeline is here, with the configuration's workers."""
+    """Prints the speed of the input pipeline with the configured number of workers."""
     workers = num_workers(config.data.workers, source)
     chunks = TrainChunks(
         source, transform, Share(64), config.seed, skip_corrupt=config.data.skip_corrupt
     )
     steps = 1 + 8 * max(workers, 1)
     with contextlib.closing(iterate(chunks, stop_step=steps, workers=workers)) as batches:
-        next(batches)  # starts the workers
+        next(batches)  # starts the workers, which is not timed
         start = time.perf_counter()
         count = sum(len(batch["label"]) for batch in batches)
         rate = count / (time.perf_counter() - start)

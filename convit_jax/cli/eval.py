@@ -1,10 +1,11 @@
-"""Evaluates a run, or weights, on the test images of a data set: each counts once.
+"""Evaluates a run, or weights, on all test images of a data set.
 
     convit eval --workdir=runs/digits
     convit eval --config=configs/convit_b.py --config.init_from=WEIGHTS
 
-The first evaluates a run, by its own configuration unless --config is given; the second whatever
-convit_jax.load reads. A table is printed. With --workdir, eval.json is written there."""
+The first line evaluates a run with its own configuration. The second evaluates weights: any source
+that convit_jax.load reads. The command prints a table. With --workdir it also writes eval.json
+there."""
 
 from collections.abc import Sequence
 
@@ -13,16 +14,16 @@ from convit_jax.parallel import processes
 
 
 def main(argv: Sequence[str] | None = None, prog: str = "convit eval") -> None:
-    """Parses the flags and evaluates; a mistake of the user's ends the process with a message."""
+    """Parses the flags and evaluates. A user's error ends the process with a message."""
     parser = options.make_parser(prog, __doc__ or "")
-    options.add_config(parser, "; by default the run's own")
+    options.add_config(parser, "; default: the configuration of the run in --workdir")
     add = parser.add_argument
-    add("--workdir", metavar="DIR", help="folder of the run to evaluate, or for the result")
+    add("--workdir", metavar="DIR", help="folder of the run to evaluate, or only of eval.json")
     add(
         "--checkpoint",
         metavar="WHICH",
         default="best",
-        help="checkpoint of a run: best (by top-1), newest, or a step; default best",
+        help="checkpoint of the run to evaluate: best (by top-1), newest, or a step; default best",
     )
     add("--ema", action="store_true", help="evaluate the averaged weights")
     add(
@@ -30,13 +31,13 @@ def main(argv: Sequence[str] | None = None, prog: str = "convit eval") -> None:
         metavar="SIZES",
         type=options.sizes,
         default=(),
-        help="evaluate at these image sizes in pixels, such as 160,224,224x320 (height x width); "
-        "default: the model's own",
+        help="image sizes in pixels to evaluate at, such as 160,224,224x320 (height x width); "
+        "default: the model's own size",
     )
     add(
         "--predictions",
         action="store_true",
-        help="write the five likeliest classes of every image to DIR/predictions.jsonl",
+        help="write the five most probable classes of every image to WORKDIR/predictions.jsonl",
     )
     options.add_processes(parser)
     args, overrides = options.parse(parser, argv)

@@ -1,4 +1,4 @@
-"""Chooses a command: `convit train`, `convit eval` and so on."""
+"""Dispatch to the commands: `convit train`, `convit eval` and so on."""
 
 from collections.abc import Sequence
 import importlib
@@ -6,18 +6,18 @@ import sys
 
 from convit_jax import __version__, extras
 
-# Command -> what it does, and the extra of setup.cfg that it needs.
+# Command -> (its line in the usage text, the extra of setup.cfg that it needs).
 COMMANDS = {
     "train": ("train a model, or continue a run", "train"),
     "eval": ("evaluate a run or weights on a data set", "train"),
     "predict": ("classify image files", "predict"),
     "convert": ("convert weights between PyTorch, this project and StableHLO", "weights"),
-    "data": ("look at a data set, or prepare ImageNet", "train"),
+    "data": ("check a data set, or prepare ImageNet", "train"),
 }
 
 
 def main(argv: Sequence[str] | None = None) -> None:
-    """Runs the command that the first word names; exits with its status."""
+    """Runs the command that the first argument names, and exits with its status."""
     argv = list(sys.argv[1:] if argv is None else argv)
     if not argv or argv[0] in ("-h", "--help"):
         print(usage())
@@ -32,12 +32,12 @@ def main(argv: Sequence[str] | None = None) -> None:
 
 
 def run(name: str, argv: Sequence[str], prog: str) -> None:
-    """Runs a command; exits with its status.
+    """Runs a command, and exits with its status.
 
     Args:
-      name: one of `COMMANDS`.
-      argv: its arguments.
-      prog: what the user typed to start it, for its help.
+      name: a key of `COMMANDS`.
+      argv: arguments of the command.
+      prog: the words that start the command, for its help text.
     """
     try:
         with extras.needed(COMMANDS[name][1], prog):
@@ -48,7 +48,7 @@ def run(name: str, argv: Sequence[str], prog: str) -> None:
 
 
 def usage() -> str:
-    """Returns the list of commands."""
+    """Returns the help text with the list of commands."""
     lines = [f"  {name:<9}{text}" for name, (text, _) in COMMANDS.items()]
     return "\n".join(
         [
@@ -59,6 +59,6 @@ def usage() -> str:
             "commands:",
             *lines,
             "",
-            "convit COMMAND --help explains a command. `python -m convit_jax COMMAND` is the same.",
+            "convit COMMAND --help explains a command. `python -m convit_jax` works like `convit`.",
         ]
     )

@@ -1,4 +1,4 @@
-"""What the commands share: flags, the configuration, logging, and how a user's error is shown."""
+"""Code that the commands share: flags, configuration, logging, and reports of user errors."""
 
 import argparse
 from collections.abc import Iterator, Sequence
@@ -18,12 +18,12 @@ from convit_jax import recipe
 from convit_jax.model import image_size
 
 _PACKAGE = pathlib.Path(convit_jax.__file__).parent
-# Where the configurations lie: in an installed package, and beside it in a checkout.
+# Folder of the configurations: inside an installed package, and beside the package in a checkout.
 _CONFIGS = (_PACKAGE / "configs", _PACKAGE.parent / "configs")
 
 
 def make_parser(prog: str, description: str, epilog: str = "") -> argparse.ArgumentParser:
-    """Makes a parser that keeps the line breaks of its texts."""
+    """Returns a parser that keeps the line breaks of its description and epilog."""
     return argparse.ArgumentParser(
         prog=prog,
         description=description,
@@ -34,17 +34,22 @@ def make_parser(prog: str, description: str, epilog: str = "") -> argparse.Argum
 
 
 def add_config(parser: argparse.ArgumentParser, more: str = "") -> None:
-    """Adds --config, beside which `parse` takes --config.KEY=VALUE."""
+    """Adds the flag --config and the help of --config.KEY=VALUE flags, which `parse` reads.
+
+    Args:
+      parser: the parser to add the flags to.
+      more: text to append to the help of --config.
+    """
     parser.add_argument(
         "--config",
         metavar="FILE",
-        help="configuration: a file such as configs/convit_b.py, or the name of one of "
+        help="configuration: a file such as configs/convit_b.py, or one of the names "
         f"{', '.join(shipped_configs())}{more}",
     )
     parser.add_argument(
         "--config.KEY",
         metavar="VALUE",
-        help="a key of the configuration in place of the file's, such as "
+        help="value of one key of the configuration, in place of the file's, such as "
         "--config.train.batch_size=256; docs/configuration.md lists the keys",
     )
 
@@ -54,7 +59,11 @@ def add_processes(parser: argparse.ArgumentParser) -> None:
     add = parser.add_argument_group(
         "several processes (Slurm, Open MPI and TPU pods are recognised without these)"
     ).add_argument
-    add("--coordinator", metavar="HOST:PORT", help="host of process 0, and a free port there")
+    add(
+        "--coordinator",
+        metavar="HOST:PORT",
+        help="host of process 0 and a free port on it; needs --num_processes and --process_id",
+    )
     add(
         "--num_processes",
         type=int,
@@ -72,7 +81,11 @@ def add_processes(parser: argparse.ArgumentParser) -> None:
 def parse(
     parser: argparse.ArgumentParser, argv: Sequence[str] | None
 ) -> tuple[argparse.Namespace, list[str]]:
-    """Parses a command line with `add_config`; returns the flags, and --config.KEY=VALUE ones."""
+    """Parses the command line of a parser with `add_config`.
+
+    Returns:
+      The flags, and the list of --config.KEY=VALUE flags.
+    """
     args, rest = parser.parse_known_args(argv)
     overrides: list[str] = []
     unknown: list[str] = []
@@ -88,7 +101,7 @@ def parse(
 def configuration(
     base: str | ml_collections.ConfigDict, overrides: Sequence[str]
 ) -> ml_collections.ConfigDict:
-    """Returns a configuration with the command line's keys in it, checked.
+    """Returns a configuration after applying the --config.KEY=VALUE flags and checking all keys.
 
     Args:
       base: the value of --config, or a configuration.
@@ -119,7 +132,7 @@ def shipped_configs() -> list[str]:
 
 
 def _load(text: str) -> types.ModuleType:
-    """Runs a configuration file, given by its path or the name of a shipped one."""
+    """Imports a configuration file, given by its path or by the name of a shipped one."""
     shipped = [folder / f"{text}.py" for folder in _CONFIGS]
     path = next((p for p in (pathlib.Path(text).expanduser(), *shipped) if p.is_file()), None)
     if path is None:
@@ -137,19 +150,19 @@ def _load(text: str) -> types.ModuleType:
 
 
 def size(text: str) -> image_size.Size:
-    """Parses a flag such as 384 or 224x320 (height x width)."""
+    """Parses the value of a flag: a size such as 384 or 224x320 (height x width)."""
     with _argument_errors():
         return image_size.parse(text)
 
 
 def sizes(text: str) -> tuple[tuple[int, int], ...]:
-    """Parses a flag such as 160,224,224x320: (height, width) of each."""
+    """Parses the value of a flag, sizes such as 160,224,224x320, into (height, width) pairs."""
     with _argument_errors():
         return tuple(image_size.pair(image_size.parse(part)) for part in text.split(","))
 
 
 def positive(text: str) -> int:
-    """Parses a flag that is a number of 1 or more."""
+    """Parses the value of a flag: a whole number, 1 or more."""
     if not text.isdecimal() or int(text) < 1:
         raise argparse.ArgumentTypeError(f"expected 1 or more, got {text}")
     return int(text)
@@ -164,17 +177,20 @@ def _argument_errors() -> Iterator[None]:
 
 
 def start_logging() -> None:
-    """Shows this package's log on standard error, and of other packages only warnings."""
+    """Shows the log of this package and the warnings of other packages on standard error."""
     logging.basicConfig(format="%(message)s", level=logging.WARNING, force=True)
     logging.getLogger("convit_jax").setLevel(logging.INFO)
-    # Orbax logs, with tracebacks, what it also raises, and much that is no concern of ours.
+    # Orbax logs the errors that it raises too, with tracebacks, and many details.
     logging.getLogger("absl").setLevel(logging.CRITICAL)
-    flags.FLAGS.mark_as_parsed()  # grain's worker processes look at absl's flags
+    flags.FLAGS.mark_as_parsed()  # grain's worker processes read absl's flags
 
 
 @contextlib.contextmanager
 def report(*kinds: type[Exception]) -> Iterator[None]:
-    """Ends the process with the message of an error of these kinds, which the user can mend."""
+    """Ends the process with a message, without a traceback, on an exception of these types.
+
+    The types are those of errors that the user can fix.
+    """
     try:
         yield
     except kinds as error:

@@ -1,4 +1,4 @@
-"""Classifies image files: the likeliest classes of each.
+"""Classifies image files: prints the most probable classes of each image.
 
 convit predict --weights convit_tiny.safetensors photo.jpg
 convit predict --weights runs/mine --json photos/ 'more/*.png'"""
@@ -18,42 +18,42 @@ from convit_jax.predict import Prediction, Predictor, find_images, predict_files
 from convit_jax.weights.load import read_weights
 
 _EPILOG = (
-    "Exit status: 0; 1 if a file could not be read (the rest is predicted) or the weights could "
-    "not; 2 for a mistake on the command line."
+    "Exit status: 0 on success; 1 if the weights or a file could not be read (the other files are\n"
+    "predicted); 2 for an error on the command line."
 )
 
 
 def main(argv: Sequence[str] | None = None, prog: str = "convit predict") -> int:
-    """Runs the command; returns its exit status."""
+    """Runs the command, and returns its exit status."""
     parser = options.make_parser(prog, __doc__ or "", _EPILOG)
     add = parser.add_argument
-    add("images", nargs="+", metavar="IMAGE", help="file, folder (with all below it) or pattern")
+    add("images", nargs="+", metavar="IMAGE", help="file, folder searched at any depth, or pattern")
     add(
         "--weights",
         required=True,
         metavar="SRC",
-        help="weights: a file (.safetensors, .pth, .pt), the workdir of a run, or a name such as "
-        "convit_base",
+        help="weights: a file (.safetensors, .pth, .pt), the workdir of a run, or a name on "
+        "huggingface.co such as convit_base",
     )
-    add("--variant", metavar="NAME", help="name of the model, where the weights do not tell it")
-    add("--ema", action="store_true", help="take the averaged weights of a checkpoint or run")
+    add("--variant", metavar="NAME", help="name of the model, if the weights do not determine it")
+    add("--ema", action="store_true", help="use the averaged weights of a checkpoint or run")
     add("--offline", action="store_true", help="look for names in the local cache only")
     add(
         "--size",
         type=options.size,
         metavar="PIXELS",
-        help="image size, 384 or 224x320 (height x width); default: the model's own",
+        help="image size in pixels, 384 or 224x320 (height x width); default: the model's own",
     )
-    add("--top", type=options.positive, default=5, metavar="N", help="classes an image; default 5")
+    add("--top", type=options.positive, default=5, metavar="N", help="classes per image; default 5")
     add(
         "--batch",
         type=options.positive,
         default=32,
         metavar="N",
-        help="images the model takes at a time; default 32",
+        help="images per batch of the model; default 32",
     )
-    add("--json", action="store_true", help="print a line of JSON for each image")
-    add("--timing", action="store_true", help="say how long loading, compiling and running took")
+    add("--json", action="store_true", help="print one line of JSON for each image")
+    add("--timing", action="store_true", help="print the time of loading, compiling and running")
     args = parser.parse_args(argv)
     options.start_logging()
     marks = [time.perf_counter()]
@@ -87,7 +87,7 @@ def main(argv: Sequence[str] | None = None, prog: str = "convit predict") -> int
 
 
 def _shown(path: str, predictions: list[Prediction]) -> str:
-    """Returns a table of one image's classes."""
+    """Returns a table of the classes of one image."""
     rows = [f"  {p.probability:7.2%}  {p.name}" for p in predictions]
     return "\n".join([path, *rows])
 
@@ -100,7 +100,7 @@ def _json_line(path: str, found: list[Prediction] | str) -> str:
 
 @contextlib.contextmanager
 def _progress(total: int, batch_size: int) -> Iterator[Any]:
-    """Shows a bar on a terminal, if there is more than one batch."""
+    """Shows a progress bar on a terminal if there is more than one batch."""
     import tqdm
 
     hidden = total <= batch_size or not sys.stderr.isatty()

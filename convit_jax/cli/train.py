@@ -4,9 +4,9 @@
     convit train --config=configs/convit_b.py --config.data.dir=DATA --workdir=DIR
     convit train --workdir=DIR
 
-All devices of the machine are used. Interrupted, the same command continues; without --config a
-run continues by its own configuration. Checkpoints, metrics and the final weights are written into
---workdir."""
+Training uses all devices of the machine. Checkpoints, metrics and the final weights are written to
+the folder --workdir. After an interruption, the same command continues the run. Without --config,
+the run in --workdir continues with its own configuration."""
 
 from collections.abc import Sequence
 import logging
@@ -21,12 +21,12 @@ log = logging.getLogger(__name__)
 
 
 def main(argv: Sequence[str] | None = None, prog: str = "convit train") -> None:
-    """Parses the flags and trains; a mistake of the user's ends the process with a message."""
+    """Parses the flags and trains. A user's error ends the process with a message."""
     parser = options.make_parser(prog, __doc__ or "")
     options.add_config(parser)
     add = parser.add_argument
     add("--workdir", metavar="DIR", required=True, help="folder of the run; made if missing")
-    add("--profile", action="store_true", help="record a trace of five steps in DIR/profile")
+    add("--profile", action="store_true", help="record a trace of five steps in WORKDIR/profile")
     options.add_processes(parser)
     args, overrides = options.parse(parser, argv)
     options.start_logging()

@@ -75,7 +75,8 @@ def record_start(
 def versions() -> Iterator[tuple[str, str]]:
     """Yields (name, version) of the installed packages that affect the numbers of a run."""
     for package in _PACKAGES:
-        with contextlib.suppress(importlib.metadata.PackageNotFoundError):  # in a checkout: no convit-jax
+        # convit-jax has no version if it runs from a checkout without being installed.
+        with contextlib.suppress(importlib.metadata.PackageNotFoundError):
             yield package, importlib.metadata.version(package)
 
 

@@ -149,7 +149,7 @@ def test_a_restart_removes_what_is_trained_again(tmp_path, caplog):
     assert [(line["step"], line["loss"]) for line in json_lines(tmp_path)] == [
         (0, 0.0), (10, 1.0), (20, 1.0), (30, 2.0), (40, 2.0),
     ]  # fmt: skip
-    assert f"{path}: removed 5 lines of what came after step 20" in caplog.messages
+    assert f"{path}: removed 5 lines written after step 20" in caplog.messages
     # TensorBoard ignores events of earlier files from the step at which the last file starts.
     assert [file[1].step for file in event_files(tmp_path)] == [0, 21]
 
