@@ -37,7 +37,8 @@ class Key:
     """One key of the configuration.
 
     Attributes:
-      default: the value of the recipe; None leaves the key open.
+      default: the value of the recipe. None leaves the value to the model's name, or to the rule
+        that `doc` states.
       doc: the meaning of the key, with its unit.
       type: type of the values; None means the type of `default`.
       choices: allowed values; () allows all values of the type.
@@ -95,7 +96,7 @@ KEYS: dict[str, Key] = {
         False, "whether to sum or repeat RGB weights of init_from for other in_channels"
     ),
     # The options of convit_jax.ConViT. Where the default is None, the model's name decides.
-    "model.name": Key("convit_base", "one of convit_jax.VARIANTS", choices=tuple(VARIANTS)),
+    "model.name": Key("convit_base", "model, one of convit_jax.VARIANTS", choices=tuple(VARIANTS)),
     "model.num_classes": _option("number of classes; None means the data's", int, "num_classes"),
     "model.image_size": Key(224, "pixels, 224 or 224x320 (height x width)", type=object),
     "model.drop_path": Key(0.1, "rate of stochastic depth in the last block, rising from 0"),
@@ -106,7 +107,7 @@ KEYS: dict[str, Key] = {
     "model.embed_dim": _option("width of the model", int, "embed_dim"),
     "model.depth": _option("number of blocks", int, "depth"),
     "model.num_heads": _option("number of attention heads", int, "num_heads"),
-    "model.mlp_ratio": _option("hidden width of the MLPs / model's width", float, "mlp_ratio"),
+    "model.mlp_ratio": _option("hidden width of MLPs over embed_dim", float, "mlp_ratio"),
     "model.qkv_bias": _option("whether q, k, v projections have biases", bool, "qkv_bias"),
     "model.qk_scale": _option("factor of the content scores", float, "qk_scale"),
     "model.local_up_to_layer": _option("number of GPSA blocks", int, "local_up_to_layer"),
@@ -115,8 +116,8 @@ KEYS: dict[str, Key] = {
     "model.use_pos_embed": _option("learned position embedding", bool, "use_pos_embed"),
     "model.cls_pos_embed": _option("class token position embedding (DeiT)", bool, "cls_pos_embed"),
     "model.global_pool": _option("what is classified: token or avg", str, "global_pool"),
-    "model.attention": _option("auto, xla, chunked or cudnn", str, "attention"),
-    "model.positional": _option("auto, blend or contract", str, "positional"),
+    "model.attention": _option("implementation: auto, xla, chunked or cudnn", str, "attention"),
+    "model.positional": _option("positional part: auto, blend or contract", str, "positional"),
     "model.unroll": _option("number of layers in one iteration of the scan", int, "unroll"),
     "data.source": Key("tfds:imagenet2012", "data set: tfds:NAME, folder:PATH or digits"),
     "data.dir": Key(
@@ -132,7 +133,9 @@ KEYS: dict[str, Key] = {
         above=0,
         may_change=True,
     ),
-    "data.repeats": Key(3, "draws of an image in a row, repeated augmentation; 1 is off", above=0),
+    "data.repeats": Key(
+        3, "times each image is drawn in a row, for repeated augmentation; 1 is off", above=0
+    ),
     "data.skip_corrupt": Key(
         False, "whether to train on other images in place of corrupt ones", may_change=True
     ),
@@ -153,7 +156,7 @@ KEYS: dict[str, Key] = {
     "augment.randaugment_std": Key(0.5, "standard deviation of RandAugment's magnitude"),
     "augment.color_jitter": Key(0.4, "strength of colour jitter; used if RandAugment is off"),
     "augment.eval_crop": Key(0.875, "share of the resized image's side that evaluation keeps"),
-    "augment.backend": Key("fast", "fast (OpenCV) or exact (Pillow, timm's pixels)"),
+    "augment.backend": Key("fast", "image library: fast (OpenCV) or exact (Pillow, timm's pixels)"),
     # Augmentation on the device: convit_jax/train/augmentation.py.
     "mixup.mixup": Key(0.8, "alpha of Beta(alpha, alpha) for mixup; 0 is off"),
     "mixup.cutmix": Key(1.0, "alpha of Beta(alpha, alpha) for CutMix; 0 is off"),
@@ -346,11 +349,11 @@ def from_json(saved: Mapping[str, Any], where: str) -> ml_collections.ConfigDict
 
 
 def changes_since(saved: Mapping[str, Any], config: ml_collections.ConfigDict) -> list[str]:
-    """Returns sentences on what this version computes differently from the one that saved a run.
+    """Returns a sentence for each result that has changed since the version that saved a run.
 
     Args:
       saved: saved configuration, as `from_json` takes it.
-      config: the same configuration, read.
+      config: configuration of the present start.
     """
     mixes = config.mixup.prob > 0 and max(config.mixup.mixup, config.mixup.cutmix) > 0
     if saved.get("format_version", 1) < 2 and mixes:
@@ -379,7 +382,7 @@ def _set(config: ml_collections.ConfigDict, name: str, value: Any) -> None:
 def differences(
     saved: ml_collections.ConfigDict, config: ml_collections.ConfigDict
 ) -> dict[str, str]:
-    """Returns {key: a text with both values} for the keys that differ between configurations."""
+    """Returns the keys that differ between two configurations, each with a text of both values."""
     there, now = dict(_leaves(saved.to_dict())), dict(_leaves(config.to_dict()))
     return {
         name: f"{name}: there {there.get(name)!r}, now {now.get(name)!r}"

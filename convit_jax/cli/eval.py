@@ -1,4 +1,4 @@
-"""Evaluates a run, or weights, on all test images of a data set.
+"""Evaluates a run, or weights, on the test images of a data set. Each image counts once.
 
     convit eval --workdir=runs/digits
     convit eval --config=configs/convit_b.py --config.init_from=WEIGHTS

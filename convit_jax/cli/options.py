@@ -137,7 +137,7 @@ def _load(text: str) -> types.ModuleType:
     path = next((p for p in (pathlib.Path(text).expanduser(), *shipped) if p.is_file()), None)
     if path is None:
         raise ValueError(
-            f"--config: no file {text}; expected one, or a name of {', '.join(shipped_configs())}"
+            f"--config: no file {text}; expected a file, or one of {', '.join(shipped_configs())}"
         )
     spec = importlib.util.spec_from_file_location(path.stem, path)
     if spec is None or spec.loader is None:

@@ -19,9 +19,9 @@ from convit_jax.model.network import ConViT
 def forward_flops(model: ConViT) -> float:
     """Returns the FLOPs of the forward pass of one image.
 
-    A multiplication in a matrix product counts as two FLOPs, one of them for its addition. All
-    matrix products are counted: patch embedding, projections, attention scores, averages of the
-    values, MLPs and head. Elementwise operations are not counted: norms, softmaxes, GELU, and with
+    A multiplication and its addition in a matrix product count as two FLOPs. All matrix products
+    are counted: patch embedding, projections, attention scores, averages of the values, MLPs and
+    head. Elementwise operations are not counted: norms, softmaxes, GELU, and with
     positional="blend" the mixing of the two attention maps. positional="contract" adds two matrix
     products for each GPSA block. With global_pool="token" the last block computes its output for
     the class token only.
@@ -61,25 +61,24 @@ def training_flops(model: ConViT) -> float:
     return 3.0 * forward_flops(model)
 
 
-# Peak FLOPs per second of dense matrix products on one JAX device: a pattern of its kind, the
-# figure for bfloat16 inputs, and the figure for float32 inputs at JAX's default precision. That
-# precision is TF32 on NVIDIA since Ampere and bfloat16 on TPU
-# (docs.jax.dev/en/latest/201/precision.html). Where NVIDIA's data sheets give figures "with
-# sparsity", the dense figures are half of them. Cloud TPU's figures are for a chip; on v2 and v3 a
-# JAX device is half a chip.
+# Peak FLOPs per second of dense matrix products on one JAX device. The columns are a pattern of its
+# `device_kind`, the figure for bfloat16 inputs, and the figure for float32 inputs. The last one is
+# for JAX's default precision, which is TF32 on NVIDIA since Ampere and bfloat16 on TPU
+# (docs.jax.dev/en/latest/201/precision.html). NVIDIA's figures "with sparsity" are twice the dense
+# figures. Cloud TPU's figures are for a chip; on v2 and v3 a JAX device is half a chip.
 _PEAKS: tuple[tuple[str, float | None, float], ...] = (
     # V100 data sheet, SXM2 and PCIe. A V100 has no bfloat16 units.
     (r"(Tesla|NVIDIA) V100-SXM2-\d+GB", None, 15.7e12),
     (r"(Tesla|NVIDIA) V100-PCIE-\d+GB", None, 14e12),
-    # A100 data sheet: the same figures for all forms.
+    # A100 data sheet: SXM and PCIe have the same figures.
     (r"(NVIDIA )?A100-(SXM4|PCIE)-\d+GB|NVIDIA A100 80GB PCIe", 312e12, 156e12),
     (r"NVIDIA L4", 121e12, 60e12),  # L4 data sheet, 242 and 120 with sparsity
     (r"NVIDIA H100 PCIe", 756e12, 378e12),  # H100 data sheet, 1,513 and 756 with sparsity
     (r"NVIDIA H100 80GB HBM3", 989e12, 494e12),  # H100 SXM data sheet, sparse 1,979 and 989
     (r"NVIDIA H200", 989e12, 494e12),  # H200 SXM data sheet, sparse 1,979 and 989
     (r"NVIDIA B200", 2250e12, 1100e12),  # HGX B200 data sheet, 4,500 and 2,200 with sparsity
-    (r"TPU v2", 23e12, 23e12),  # Jouppi et al. 2020, doi:10.1145/3360307: 46 a chip
-    (r"TPU v3", 61.5e12, 61.5e12),  # cloud.google.com/tpu/docs/v3: 123 a chip
+    (r"TPU v2", 23e12, 23e12),  # Jouppi et al. 2020, doi:10.1145/3360307: 46 per chip
+    (r"TPU v3", 61.5e12, 61.5e12),  # cloud.google.com/tpu/docs/v3: 123 per chip
     (r"TPU v4", 275e12, 275e12),  # cloud.google.com/tpu/docs/v4
     (r"TPU v5( lite|e)", 197e12, 197e12),  # cloud.google.com/tpu/docs/v5e
     (r"TPU v5p?", 459e12, 459e12),  # cloud.google.com/tpu/docs/v5p

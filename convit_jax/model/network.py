@@ -3,7 +3,7 @@
 The GPSA blocks run under one `nn.scan` and the plain blocks under another. So the parameters of
 each group have a leading layer axis: `params["gpsa_blocks"]["attn"]["gate"]` is (10, H). The last
 block is a module of its own, `params["last_block"]`. Where only the class token is classified, the
-last block computes that token alone; a block inside a scan could not.
+last block computes that token alone, which a block inside a scan cannot do.
 
 Shapes: B batch, N patches, H heads, D width, L layers of a group, R and C rows and columns of
 patches.
@@ -133,8 +133,8 @@ class ConViT(nn.Module):
                 f"num_heads: expected a divisor of embed_dim={self.embed_dim}, got {self.num_heads}"
             )
         if not 0 <= self.local_up_to_layer < self.depth:
-            # Otherwise the class token would never be added. The original code accepts this and
-            # classifies from the first patch without a warning.
+            # With GPSA blocks only, the class token would never be added. The original code accepts
+            # this and classifies from the first patch without a warning.
             raise ValueError(
                 f"local_up_to_layer: expected 0 to depth - 1 = {self.depth - 1}, "
                 f"got {self.local_up_to_layer}"

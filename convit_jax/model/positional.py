@@ -86,9 +86,10 @@ def local_kernel_init(strength: float, use_local_init: bool = True) -> nn.initia
     """Returns an initialiser of the (3, H) positional kernel that gives each head its own patch.
 
     The heads form a k x k window with k = floor(sqrt(H)) and centre c. Head h1 + k h2 attends to
-    the patch at r_0, (h2 - c) columns and (h1 - c) rows away from the query: its score is
-    -strength |r - r_0|^2 up to a constant (paper, section 3; `local_init` of the original code).
-    Heads beyond k^2 keep their random weights, scaled by `strength` like those of the others.
+    the patch (h2 - c) columns and (h1 - c) rows away from the query. With r_0 this offset and r the
+    offset of a key, its score is -strength |r - r_0|^2 up to a constant (paper, section 3;
+    `local_init` of the original code). Heads beyond k^2 have random weights, scaled by `strength`
+    like the weights of the others.
 
     Args:
       strength: the paper's alpha. It is an inverse width; in the limit of infinity the layer is a

@@ -188,7 +188,7 @@ def _attend(q: Array, k: Array, v: Array, *, scale: float) -> tuple[Array, Array
 def _normalise(sums: Array, totals: Array, dtype: jnp.dtype) -> Array:
     """Returns sums / totals: (B, H, N, K), (B, H, N, 1) -> (B, N, H, K) in `dtype`.
 
-    The derivative below reads the result, where the one that JAX would derive reads the sums. If
+    JAX's own derivative would read the sums. The derivative below reads the result instead. So if
     rematerialisation keeps the result, the backward pass does not average the values again.
     """
     return jnp.moveaxis((sums / totals).astype(dtype), 1, 2)

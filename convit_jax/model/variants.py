@@ -6,9 +6,9 @@ from typing import Any
 from convit_jax.model import image_size
 from convit_jax.model.network import ConViT
 
-# d'Ascoli et al. 2021, Table 1. DeiT: Touvron et al. 2021 (arXiv:2012.12877), Table 1, and
-# the "+" sizes of the same table: the class token enters at the input with a position
-# embedding of its own, and q, k, v have biases (facebookresearch/deit).
+# Sizes of ConViT and of the "+" models of DeiT: d'Ascoli et al. 2021, Table 1. Sizes of the other
+# DeiT models: Touvron et al. 2021 (arXiv:2012.12877), Table 1. In a DeiT the class token enters at
+# the input with a position embedding of its own, and q, k, v have biases (facebookresearch/deit).
 _DEIT = {"local_up_to_layer": 0, "cls_pos_embed": True, "qkv_bias": True}
 VARIANTS: dict[str, dict[str, Any]] = {
     "convit_tiny": {"num_heads": 4, "embed_dim": 192},

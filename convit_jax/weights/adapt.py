@@ -130,8 +130,8 @@ def resample_pos_embed(
 def adapt_input_conv(kernel: np.ndarray, in_channels: int) -> np.ndarray:
     """Fits the first convolution to another number of channels, as timm's adapt_input_conv does.
 
-    For one channel, the kernel is summed over its channels, so a grey image has the same output
-    as before as RGB. For more channels, the kernels of red, green and blue are repeated in turn
+    For one channel, the kernel is summed over its channels, so a grey image has the output that
+    its RGB copy had. For more channels, the kernels of red, green and blue are repeated in turn
     and scaled by 3 / in_channels.
 
     Args:

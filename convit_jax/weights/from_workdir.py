@@ -23,7 +23,7 @@ log = logging.getLogger(__name__)
 
 @dataclasses.dataclass(frozen=True)
 class Found:
-    """Where the weights of a run are.
+    """The place of a run's weights.
 
     Attributes:
       path: folder of a checkpoint, or the file of the final weights.
@@ -35,7 +35,7 @@ class Found:
 
 
 def find(workdir: Workdir, *, ema: bool, wanted: str = "best") -> Found:
-    """Finds the weights of a run: a checkpoint, or the final weights if there is no checkpoint.
+    """Finds the weights of a run: a checkpoint, or the file of the final weights without one.
 
     Args:
       workdir: the workdir of the run.

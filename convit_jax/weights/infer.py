@@ -1,8 +1,8 @@
 """The model that a set of weights belongs to, inferred from shapes and from stated options.
 
 Names and shapes of the parameters determine nearly every option. They do not determine the number
-of heads of a DeiT: only in the paper's models does it follow from the width. Nor do they determine
-a patch grid that is not a square.
+of heads of a DeiT, which follows from the width in the paper's models only. They do not determine a
+patch grid that is not a square either.
 """
 
 from collections.abc import Iterator, Mapping
@@ -59,7 +59,7 @@ def model_of(
     claims.append(Claim("the options given", kept))
 
     options = _seen(params)
-    # The file's options win here. Other claims that contradict the weights become errors below.
+    # If claims differ, the file's value is used here, and the others are reported below.
     known = {k: plain(v) for claim in reversed(claims) for k, v in claim.options.items()}
     options |= _patches(params, options, known, overrides.get("image_size"))
     if "mlp_ratio" in known and _hidden(options, known) == _hidden(options, options):

@@ -3,8 +3,8 @@
     model, variables = load("convit_base")              # or a file, or the workdir of a run
 
 `load` returns the model and its variables. `read_weights` also returns what predictions need: class
-names, normalisation and crop. The formats have a module each: `torch_pickle`, `safetensors`, `hub`
-and `from_workdir`.
+names, normalisation and crop. Each kind of source has its module: `torch_pickle`, `safetensors`,
+`from_workdir` and `hub`.
 """
 
 from collections.abc import Mapping
@@ -57,7 +57,7 @@ def load(
       offline: whether to look for a name on huggingface.co in the local cache only.
       **overrides: options of `ConViT`. Another num_classes makes a new head, and 0 drops the head.
         Another image_size interpolates the position embedding and other in_channels adapt the first
-        convolution, both as timm does. Options that decide the parameters otherwise, such as depth,
+        convolution, both as timm does. All other options that decide the parameters, such as depth,
         must agree with the weights.
 
     Returns:
@@ -81,12 +81,12 @@ def read_weights(
     checkpoint: str = "best",
     **overrides: Any,
 ) -> Loaded:
-    """Loads weights as `load` does, with what predictions need.
+    """Loads weights as `load` does, and what predictions need.
 
-    Arguments and errors are those of `load`, and one more argument:
+    Takes the arguments of `load` and one more. Raises the errors of `load`.
 
     Args:
-      checkpoint: which checkpoint of a run to read: "best", "newest" or a step, see
+      checkpoint: the checkpoint of a run to read: "best", "newest" or a step, see
         `from_workdir.find`.
     """
     contents = _contents(source, ema=ema, offline=offline, checkpoint=checkpoint)

@@ -36,7 +36,7 @@ def read(path: pathlib.Path, *, ema: bool) -> dict[str, Any]:
       ema: whether to take the averaged weights of a checkpoint.
 
     Returns:
-      name -> torch tensor. The tensors are mapped into memory and read from disk at first use.
+      name -> torch tensor. If the file's format allows it, a tensor is read from disk at first use.
 
     Raises:
       ValueError: if torch is missing, or the file is not readable, names code to be run, or

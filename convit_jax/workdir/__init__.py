@@ -1,1 +1,1 @@
-"""The folder of a run: `folder` has every path in it, and the other modules its contents."""
+"""The workdir, the folder of a run: `folder` names its files, other modules read and write them."""

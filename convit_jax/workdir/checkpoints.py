@@ -106,7 +106,7 @@ def _tree_handler() -> ocp.PyTreeCheckpointHandler:
 
 
 class Checkpoints:
-    """The checkpoints of a workdir. Use it in a `with` block, whose end closes it."""
+    """The checkpoints of a workdir. The end of a `with` block closes them."""
 
     def __init__(self, folder: pathlib.Path, *, every: int, also: Container[int], keep: int):
         """Opens a folder of checkpoints.

@@ -138,7 +138,7 @@ def _json_value(value: float | Sequence[float]) -> int | float | list | None:
 
 
 def _remove_lines_after(path: pathlib.Path, step: int, evaluated: bool) -> None:
-    """Removes the lines of later steps than `step`, and broken lines, from a file of JSON lines.
+    """Removes the lines of steps after `step`, and broken lines, from a file of JSON lines.
 
     Removes the line of an evaluation at `step` too, unless `evaluated`. Removes all lines if `step`
     is 0. A new file replaces the old one, so no reader sees a half-written file.

@@ -42,7 +42,7 @@ def test_keys_of_the_command_line(monkeypatch):
         ("digits", "--config.train.batch_size=few", "config.train.batch_size=few: invalid literal"),
         ("digits", "--config.model.image_size=8,12", "HEIGHTxWIDTH such as 224x320"),
         ("digits", "--config.train.epochs=0", "train.epochs: expected more than 0, got 0"),
-        ("configs/nothing.py", "", "--config: no file configs/nothing.py; expected one, or a name"),
+        ("configs/nothing.py", "", "--config: no file configs/nothing.py; expected a file, or one"),
         ("README.md", "", "--config: expected a Python file"),
     ],
 )
