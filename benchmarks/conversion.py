@@ -32,7 +32,7 @@ import time
 start = time.perf_counter()
 import json, logging, resource, sys
 import safetensors.numpy
-from convit_jax import convert, convert_command
+from convit_jax.cli import convert
 if any(path.endswith(".pth") for path in sys.argv[1:]):
     import torch
 import jax
@@ -40,7 +40,7 @@ jax.devices()
 peak = lambda: resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
 imported, base = time.perf_counter() - start, peak()
 start = time.perf_counter()
-convert_command.main(sys.argv[1:])
+convert.main(sys.argv[1:])
 seconds = time.perf_counter() - start
 print(json.dumps({"imports": imported, "seconds": seconds, "base": base, "peak": peak()}))
 """

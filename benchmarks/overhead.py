@@ -113,7 +113,7 @@ def measure(variant: str, root: pathlib.Path, batch_size: int, block: int, pairs
     config.train.log_every = 1 if variant in ("logging", "all") else _NEVER
     config.checkpoint.every = block if variant in ("checkpoints", "all") else _NEVER
     run = setup.prepare(config, Workdir(root / variant))
-    setup.use_compilation_cache(run)
+    setup.use_compilation_cache(run.config, run.workdir)
     if variant not in ("workers", "all"):
         run = in_memory(run)
     compiled_step, found = loop._compiled_step, []

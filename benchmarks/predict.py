@@ -76,7 +76,7 @@ def main() -> None:
         cached = os.environ | {"JAX_COMPILATION_CACHE_DIR": f"{folder}/cache"}
         for name in args.variants:
             weights = str(write_weights(name, pathlib.Path(folder)))
-            ours = ["-m", "convit_jax.predict", "--timing", "--weights", weights, str(image)]
+            ours = ["-m", "convit_jax", "predict", "--timing", "--weights", weights, str(image)]
             cases = {
                 "timm": (["-c", TIMM, name, weights, str(image)], os.environ),
                 "ours": (ours, os.environ),

@@ -37,7 +37,8 @@ def whole_file(path: str | os.PathLike, *kinds: type[Exception]) -> Iterator[pat
         reason = getattr(error, "strerror", None) or error
         raise OSError(number, f"cannot be written: {reason}", str(path)) from error
     finally:
-        unfinished.unlink(missing_ok=True)
+        with contextlib.suppress(OSError):
+            unfinished.unlink(missing_ok=True)
 
 
 def write_text(path: str | os.PathLike, text: str) -> None:

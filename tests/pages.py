@@ -113,7 +113,7 @@ def check_output(block: Block, output: str) -> None:
 def _pattern(line: str) -> str:
     """Returns a line with its numbers, its absolute paths and its runs of spaces made equal."""
     line = re.sub(r"(?<=\s)/[^\s,:;]+", "/", line)
-    line = re.sub(r"\d+(?:[.,:]\d+)*", "0", line)
+    line = re.sub(r"(?<!\w)(?<![a-z]-)\d+(?:[.,:]\d+)*", "0", line)  # but in names, as top-1
     return re.sub(r"\s+", " ", line).strip()
 
 

@@ -207,7 +207,10 @@ def test_mistakes_are_named(tmp_path, exported, capsys):
             command.main(arguments)
     for arguments, message in (
         ([image], "--weights"),
-        (["--weights", exported, image, "--size=big"], "expected a number of pixels such as 224, or"),
+        (
+            ["--weights", exported, image, "--size=big"],
+            "expected a number of pixels such as 224, or",
+        ),
         (["--weights", exported, image, "--top=0"], "expected 1 or more, got 0"),
     ):
         with pytest.raises(SystemExit) as ended:

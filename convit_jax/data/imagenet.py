@@ -174,6 +174,9 @@ def _write(final: pathlib.Path, plan: _Plan, progress: bool) -> None:
     incomplete = final.with_name(final.name + ".incomplete")
     incomplete.mkdir(parents=True, exist_ok=True)
     with _locked(incomplete):
+        for unfinished in incomplete.glob("*.part"):  # left by a run that was killed
+            if unfinished.is_file():
+                unfinished.unlink()
         done = _write_shards(incomplete, plan, progress)
         _compare_encoded_anew(plan, done)
         splits = {}

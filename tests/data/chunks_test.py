@@ -107,7 +107,7 @@ def test_a_run_started_late_sees_what_it_would_have_seen():
 @pytest.mark.parametrize(("workers", "shared"), [(1, 0), (2, 2**16), (4, 0)])
 def test_workers_make_the_same_batches(workers, shared, monkeypatch):
     """Arrays of at least `shared` bytes come through shared memory, smaller ones by the pipe."""
-    monkeypatch.setattr(chunks, "_SHARED", shared)
+    monkeypatch.setattr(workers, "_SHARED", shared)
     options = {"batch_size": 192, "repeats": 3}  # three chunks a batch
     assert chunks(**options).share.chunks == 3
     assert_equal(batches(4, start=2, **options), batches(4, start=2, workers=workers, **options))

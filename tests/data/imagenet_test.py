@@ -404,7 +404,7 @@ def test_too_little_room_is_noticed_first(tars, tmp_path, monkeypatch):
 
 
 def test_failing_disk_is_named_and_the_run_goes_on(tars, prepared, tmp_path):
-    shard = "imagenet2012-train.array_record-00002-of-00004.tmp"
+    shard = f"imagenet2012-train.array_record-00002-of-00004.{os.getpid()}.part"
     obstacle = tmp_path / "imagenet2012" / "5.1.0.incomplete" / shard
     obstacle.mkdir(parents=True)  # nobody can write a file there
     with pytest.raises(OSError, match=f"{shard}.*: mend it, and start again"):

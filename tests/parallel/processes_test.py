@@ -59,7 +59,7 @@ def test_processes_make_one_run(tmp_path):
 
 def test_different_devices_are_refused_by_all_under_slurm():
     code = """
-distributed.initialize()
+processes.initialize()
 with processes.failing_together():
     processes.check_devices()
 """

@@ -17,8 +17,8 @@ from convit_jax.parallel import signals
 LOOP = """
 from convit_jax.parallel.signals import Interruption
 by_hand()
-distributed.check_devices()
-distributed.log_from_main()
+processes.check_devices()
+processes.log_from_main()
 with Interruption() as interruption:
     for step in range(10_000):
         multihost_utils.process_allgather(np.zeros(()))

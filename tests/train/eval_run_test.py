@@ -247,8 +247,8 @@ def test_a_contradiction_names_the_key(imagenet, small):
     with pytest.raises(ValueError, match="the configuration's model is not that of ") as error:
         eval_setup.prepare(config, None, eval_setup.Choices())
     assert str(error.value).splitlines()[1:] == [
-        "  model.image_size: the configuration says 96x96, the weights 64x64 "
-        "(--eval_size=96x96 interpolates the position embedding)",
+        "  model.image_size: the configuration says 96, the weights 64 "
+        "(--eval_size=96 interpolates the position embedding)",
         "  model.depth: the configuration says 3, the weights 2",
         "  model.num_heads: the configuration says 8, the weights 4",
     ]
