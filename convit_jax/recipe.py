@@ -107,7 +107,7 @@ KEYS: dict[str, Key] = {
     "model.embed_dim": _option("width of the model", int, "embed_dim"),
     "model.depth": _option("number of blocks", int, "depth"),
     "model.num_heads": _option("number of attention heads", int, "num_heads"),
-    "model.mlp_ratio": _option("hidden width of MLPs over embed_dim", float, "mlp_ratio"),
+    "model.mlp_ratio": _option("hidden width of MLPs divided by embed_dim", float, "mlp_ratio"),
     "model.qkv_bias": _option("whether q, k, v projections have biases", bool, "qkv_bias"),
     "model.qk_scale": _option("factor of the content scores", float, "qk_scale"),
     "model.local_up_to_layer": _option("number of GPSA blocks", int, "local_up_to_layer"),

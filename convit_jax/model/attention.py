@@ -321,7 +321,7 @@ class GPSA(nn.Module):
 
 
 def _project(out: Array, dropout: float, train: bool, dtype: Any) -> Array:
-    """Applies the output projection: (B, N, H, K) -> (B, N, D). Needs a compact method."""
+    """Applies the output projection: (B, N, H, K) -> (B, N, D). Only for compact methods."""
     batch, size, heads, head = out.shape
     out = out.reshape(batch, size, heads * head).astype(dtype)
     out = Linear(heads * head, dtype=dtype, name="proj")(out)

@@ -35,7 +35,7 @@ class Found:
 
 
 def find(workdir: Workdir, *, ema: bool, wanted: str = "best") -> Found:
-    """Finds the weights of a run: a checkpoint, or the file of the final weights without one.
+    """Finds the weights of a run: a checkpoint, or the final weights if it has no checkpoint.
 
     Args:
       workdir: the workdir of the run.

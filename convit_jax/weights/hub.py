@@ -93,8 +93,8 @@ def fetch(name: str, *, offline: bool = False) -> Repository:
         config = None if weights is None else _first(download, ("config.json",), offline)[0]
     except errors.RepositoryNotFoundError:  # also raised for private ones
         raise ValueError(
-            f"{name}: no such file or folder here, and no such repository on {_endpoint()} (one "
-            "that is private needs $HF_TOKEN)"
+            f"{name}: no such file or folder here, and no such repository on {_endpoint()} (a "
+            "private repository needs $HF_TOKEN)"
         ) from None
     except errors.RevisionNotFoundError:
         raise ValueError(f"{name}: {_endpoint()} has no such revision of {repo}") from None

@@ -154,7 +154,7 @@ def _read_repository(repository: hub.Repository) -> Contents:
 def _read_file(path: pathlib.Path, *, ema: bool) -> Contents:
     if path.suffix == ".safetensors":
         if ema:
-            raise ValueError(f"{path}: a .safetensors file has no averaged weights beside others")
+            raise ValueError(f"{path}: a .safetensors file has one set of weights: leave out ema")
         state_dict, ours = read_safetensors(path)
         stated = Claim("its metadata", ours.pop("options")) if ours else None
         return Contents(_convert(path, state_dict), stated, ours)

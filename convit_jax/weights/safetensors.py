@@ -17,8 +17,8 @@ from convit_jax.storage import whole_file
 from convit_jax.weights.loaded import Loaded
 from convit_jax.weights.state_dict import to_torch
 
-_METADATA = "convit_jax"  # the key of our metadata
-_EXTRAS = ("class_names", "mean", "std", "crop_pct")  # the fields of Loaded in it
+_METADATA = "convit_jax"  # key of our metadata in the file
+_EXTRAS = ("class_names", "mean", "std", "crop_pct")  # fields of Loaded in the metadata
 
 
 def save_weights(path: str | os.PathLike, loaded: Loaded) -> None:
