@@ -340,8 +340,9 @@ def from_json(saved: Mapping[str, Any], where: str) -> ml_collections.ConfigDict
     try:
         for name, value in _leaves(values):
             _set(config, name, tuple(value) if isinstance(value, list) else value)
-        if version < 2 and isinstance(config.model.image_size, tuple):  # a tuple in version 1
-            config.model.image_size = image_size.text(config.model.image_size)
+        size = config.model.image_size
+        if version < 2 and isinstance(size, tuple):  # a tuple in version 1
+            config.model.image_size = size[0] if size[0] == size[-1] else image_size.text(size)
         check(config)
     except (ValueError, TypeError, AttributeError) as error:
         raise ValueError(f"{where}: not the configuration of a run: {error}") from None
@@ -383,9 +384,16 @@ def differences(
     saved: ml_collections.ConfigDict, config: ml_collections.ConfigDict
 ) -> dict[str, str]:
     """Returns the keys that differ between two configurations, each with a text of both values."""
-    there, now = dict(_leaves(saved.to_dict())), dict(_leaves(config.to_dict()))
+    there, now = _values(saved), _values(config)
     return {
         name: f"{name}: there {there.get(name)!r}, now {now.get(name)!r}"
         for name in sorted(there.keys() | now.keys())
         if there.get(name) != now.get(name)
     }
+
+
+def _values(config: ml_collections.ConfigDict) -> dict[str, Any]:
+    """Returns every key with its value; equal image sizes, such as 8 and "8x8", become equal."""
+    values = dict(_leaves(config.to_dict()))
+    values["model.image_size"] = image_size.parse(config.model.image_size, "model.image_size")
+    return values

@@ -13,14 +13,19 @@ PATH = pathlib.Path(__file__).with_name("configuration.md")
 _BEGIN = """# Configuration keys
 
 A configuration is a file of `configs/` and what the command line changes of it:
-`--config.train.batch_size=256` sets `train.batch_size`. A key that does not exist, a value of another type
-and a value out of bounds are refused before anything is compiled.
+`--config.train.batch_size=256` sets `train.batch_size`. A key that does not exist, a value of
+another type and a value out of bounds are refused before anything is compiled.
 
-"Open" as the default leaves a key of the model to what the model's name stands for, and another key to what
-its meaning says. The last column says whether a key may differ between two starts of a run; a run whose other
-keys changed is refused.
+The default "open" leaves a key of the model to what the model's name stands for. Other keys say
+what it means. The last column says whether a key may differ between two starts of a run. A run
+whose other keys have changed is refused.
 
-This page is written by `python docs/make_configuration.py` from `convit_jax/recipe.py`.
+This page is written from `convit_jax/recipe.py` by this command, in a checkout:
+
+<!-- not run: needs the checkout, whose page it would overwrite -->
+```bash
+python docs/make_configuration.py
+```
 """
 
 _TITLES = {

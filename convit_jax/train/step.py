@@ -120,13 +120,15 @@ class Program:
         (layers,), the mean over the heads of sigmoid(gate) after the step.
         """
         return jax.jit(
-            self._step,
+            self._train_step,
             in_shardings=(self.state_shardings, sharding.over_batch(self.mesh)),
             out_shardings=(self.state_shardings, sharding.replicated(self.mesh)),
             donate_argnums=0,
         )
 
-    def _step(self, state: TrainState, batch: Batch) -> tuple[TrainState, dict[str, jax.Array]]:
+    def _train_step(
+        self, state: TrainState, batch: Batch
+    ) -> tuple[TrainState, dict[str, jax.Array]]:
         key = jax.random.fold_in(jax.random.key(self.config.seed), state.step)
         augment_key, dropout_key = jax.random.split(key)
         augmented = self.augmentation(batch["image"], batch["label"], augment_key)

@@ -151,7 +151,7 @@ def test_an_evaluation_that_was_interrupted_is_finished_by_the_next_start(tmp_pa
     run = setup.prepare(config, Workdir(tmp_path))
     assert run.total_steps == 44
     folder, stop = tmp_path / "checkpoints", [True]
-    evaluate = loop.evaluate.evaluate
+    evaluate = loop.evaluation.evaluate
 
     def interrupted(*args):
         return evaluate(*args[:-1], interrupted=lambda: stop[0])
@@ -167,7 +167,7 @@ def test_an_evaluation_that_was_interrupted_is_finished_by_the_next_start(tmp_pa
         lines = [json.loads(line) for line in (tmp_path / "metrics.jsonl").read_text().splitlines()]
         return {line["step"]: line["top1"] for line in lines if line["kind"] == "eval"}, len(lines)
 
-    monkeypatch.setattr(loop.evaluate, "evaluate", interrupted)
+    monkeypatch.setattr(loop.evaluation, "evaluate", interrupted)
     assert loop.train(run) is None
     assert top1_of(22) is None
     assert evaluations()[0] == {}
@@ -254,11 +254,11 @@ def test_compiled_programs_are_kept_where_the_configuration_says(tmp_path):
         for value, folder in cases.items():
             config.compilation_cache = value
             jax.config.update("jax_compilation_cache_dir", None)
-            setup.use_compilation_cache(config, tmp_path / "run")
+            setup.use_compilation_cache(config, Workdir(tmp_path / "run"))
             assert jax.config.jax_compilation_cache_dir == folder
         jax.config.update("jax_compilation_cache_dir", "elsewhere")  # $JAX_COMPILATION_CACHE_DIR
         config.compilation_cache = "workdir"
-        setup.use_compilation_cache(config, tmp_path / "run")
+        setup.use_compilation_cache(config, Workdir(tmp_path / "run"))
         assert jax.config.jax_compilation_cache_dir == "elsewhere"
     finally:
         jax.config.update("jax_compilation_cache_dir", before)

@@ -190,7 +190,7 @@ def files_of_at_most(size):
 @pytest.mark.parametrize(
     ("gates", "file"),
     # Gates make the line of JSON longer than the event; short numbers make the event longer.
-    [([1 / 3] * 20, r"metrics\.jsonl"), ((), r"events\.out\.tfevents\.\d+")],
+    [([1 / 3] * 20, r"metrics\.jsonl"), ((), r"tensorboard/events\.out\.tfevents\.\d+")],
 )
 def test_a_failing_write_ends_the_run_and_names_the_file(tmp_path, gates, file):
     short = {} if gates else {f"metric{i}": 0 for i in range(30)}
