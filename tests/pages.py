@@ -29,7 +29,7 @@ RUN = ("python", "bash")
 
 # Flags that make training quick, by what a command line contains; the first that fits.
 _QUICK = {
-    "finetune": "train.batch_size=8 train.epochs=1 data.workers=1",
+    "finetune": "train.batch_size=8 train.epochs=1 data.workers=1 model.image_size=64",
     "digits": "train.epochs=2 train.eval_every=2",
     "--config=": "train.batch_size=8 train.epochs=1 data.workers=1 model.embed_dim=36 "
     "model.depth=3 model.local_up_to_layer=2 model.image_size=64",
