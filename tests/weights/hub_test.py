@@ -215,14 +215,14 @@ def test_a_rectangle_is_told_by_the_configuration(tmp_path):
     np.testing.assert_array_equal(resized, expected)
 
 
-def test_the_lines_of_the_readme(server, tmp_path):
+def test_the_lines_of_the_page_on_weights(server, tmp_path):
     """From a name to a prediction; the weights are random ones, of a small model."""
     model = MODEL.clone(image_size=224, patch_size=16, num_classes=1000)
     publish(server, "timm/convit_base.fb_in1k", {}, random_params(model))
     (tmp_path / "photo.jpg").write_bytes(input_pipeline.photos()[0])
-    readme = (ROOT / "README.md").read_text()
-    lines = readme.partition("to a prediction:\n\n```\n")[2].partition("```")[0]
-    assert len([line for line in lines.splitlines() if line]) == 6
+    page = (ROOT / "docs" / "weights.md").read_text()
+    lines = page.partition("to a class:\n\n```python\n")[2].partition("```")[0]
+    assert len([line for line in lines.splitlines() if line]) == 8
     done = ask(server, tmp_path / "cache", script=lines, cwd=tmp_path)
     assert len(done) == 1
     assert 0 <= done[0] < 1000

@@ -15,6 +15,7 @@ from small_models import DEIT, MODEL, SMALL, equal, random_params
 from configs import digits
 import convit_jax
 from convit_jax import ConViT, create_model, recipe, to_torch
+from convit_jax.model import variants
 from convit_jax.weights import infer, safetensors
 from convit_jax.weights.load import read_weights
 from convit_jax.weights.loaded import Loaded
@@ -93,8 +94,8 @@ def test_the_papers_models_are_recognised(plain, name, log):
     shapes = jax.eval_shape(model.init, jax.random.key(0), jnp.zeros((1, 224, 224, 3)))
     params = jax.tree.map(lambda s: np.broadcast_to(np.float32(0), s.shape), shapes["params"])
     assert infer.model_of(params) == model
-    assert infer.variant_of(create_model(name, image_size=96)) == name
-    assert infer.variant_of(model.clone(depth=11)) is None
+    assert variants.variant_of(create_model(name, image_size=96)) == name
+    assert variants.variant_of(model.clone(depth=11)) is None
 
 
 def test_what_shapes_do_not_tell_is_asked_for(plain):
