@@ -66,17 +66,19 @@ def test_the_readme_is_a_front_door():
     assert "pip install -e '.[train,test]' && python -m pytest" in lines
 
 
-def test_the_table_of_models_is_true():
-    rows = re.findall(
-        r"^\| `(\w+)` \| `configs/(\w+)\.py` \| ([\d,]+) \| ([\d.]+) \|",
-        (ROOT / "README.md").read_text(),
-        re.MULTILINE,
-    )
+def test_tables_and_configurations_agree_on_the_models():
+    readme, pods = ((ROOT / name).read_text() for name in ("README.md", "docs/pods.md"))
+    cells = r" \| ([\d,]+) \| ([\d.]+) \| ([\d.]*) \| ([\d,]+) \| ([\d,]+) \|$"
+    rows = re.findall(rf"^\| `(\w+)` \| `configs/(\w+)\.py`{cells}", readme, re.MULTILINE)
     assert [row[0] for row in rows] == list(VARIANTS)
-    for name, config, _, top1 in rows:
-        doc = (ROOT / "configs" / f"{config}.py").read_text().partition('"""\n\n')[0]
-        assert f"{top1}% top-1" in doc
-        assert recipe.paper(name).model.name == name
+    for name, config, params, top1, top5, full, half in rows:
+        assert f"| `{config}` | {full} | {half} |" in pods
+        text = (ROOT / "configs" / f"{config}.py").read_text()
+        assert f'recipe.paper("{name}")' in text
+        assert f"{params} parameters" in text
+        assert f"{top1}% top-1" in text
+        assert f"{top5}% top-5" in text or not top5
+        assert f"{full} MiB a chip with 128 images, {half} MiB with 64" in text
 
 
 def test_the_page_of_keys_is_written_anew():
