@@ -38,25 +38,26 @@ def options_of_kind(*kinds: str) -> tuple[str, ...]:
     return tuple(name for name, field in _FIELDS.items() if field.metadata["kind"] in kinds)
 
 
-def create_model(name: str, **overrides: Any) -> ConViT:
+def create_model(variant: str, /, **overrides: Any) -> ConViT:
     """Returns one of the paper's models.
 
     Args:
-      name: a name of `VARIANTS`.
-      **overrides: options of `ConViT`; they replace those of the variant.
+      variant: a name of `VARIANTS`.
+      **overrides: options of `ConViT`; they replace those of the variant. Inside a compact module,
+        `name` names the model's parameters, as for every linen module.
 
     Raises:
       ValueError: if the name or an option is unknown, or the options do not fit together.
     """
-    if name not in VARIANTS:
-        raise ValueError(f"unknown model: expected one of {', '.join(VARIANTS)}, got {name!r}")
-    unknown = sorted(set(overrides) - set(OPTIONS))
+    if variant not in VARIANTS:
+        raise ValueError(f"unknown model: expected one of {', '.join(VARIANTS)}, got {variant!r}")
+    unknown = sorted(set(overrides) - {*OPTIONS, "name"})
     if unknown:
         raise ValueError(
-            f"unknown options of {name}: expected some of {', '.join(sorted(OPTIONS))}, "
+            f"unknown options of {variant}: expected some of {', '.join(sorted(OPTIONS))}, "
             f"got {', '.join(unknown)}"
         )
-    return ConViT(**{**VARIANTS[name], **overrides})
+    return ConViT(**{**VARIANTS[variant], **overrides})
 
 
 def structure_of(name: str) -> dict[str, Any]:

@@ -82,7 +82,9 @@ def make_model(
     options: dict[str, Any] = {} if num_classes is None else {"num_classes": num_classes}
     options |= {name: value for name, value in config.model.items() if value is not None}
     options["image_size"] = image_size.parse(config.model.image_size, "model.image_size")
-    model = create_model(**options, dtype=jnp.dtype(dtype), remat=config.train.remat)
+    model = create_model(
+        options.pop("name"), **options, dtype=jnp.dtype(dtype), remat=config.train.remat
+    )
     attention, positional = choose_forms(
         model.attention, model.positional, math.prod(model.grid), model.attn_dropout, backend
     )

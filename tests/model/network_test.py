@@ -2,6 +2,7 @@
 
 import functools
 
+import flax.linen as nn
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -267,3 +268,22 @@ def test_images_that_do_not_fit_are_refused():
     assert apply(free, variables, IMAGES[:, :8]).shape == (3, 5)
     with pytest.raises(ValueError, match=r"multiple of patch_size=4, got \(7, 24\)"):
         free.apply(variables, IMAGES[:, :7])
+
+
+def test_a_model_inside_a_module_has_the_name_it_is_given():
+    class Regressor(nn.Module):
+        @nn.compact
+        def __call__(self, images):
+            model = create_model(
+                "convit_tiny",
+                name="backbone",
+                num_classes=0,
+                image_size=8,
+                depth=2,
+                local_up_to_layer=1,
+                patch_size=4,
+            )
+            return nn.Dense(1)(model(images))
+
+    shapes = jax.eval_shape(Regressor().init, jax.random.key(0), jnp.zeros((1, 8, 8, 3)))
+    assert set(shapes["params"]) == {"backbone", "Dense_0"}
