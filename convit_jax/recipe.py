@@ -395,5 +395,6 @@ def differences(
 def _values(config: ml_collections.ConfigDict) -> dict[str, Any]:
     """Returns every key with its value; equal image sizes, such as 8 and "8x8", become equal."""
     values = dict(_leaves(config.to_dict()))
-    values["model.image_size"] = image_size.parse(config.model.image_size, "model.image_size")
+    size = image_size.parse(config.model.image_size, "model.image_size")
+    values["model.image_size"] = image_size.text(size)
     return values

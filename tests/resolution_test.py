@@ -8,6 +8,8 @@ import sys
 import pytest
 import runs
 
+from convit_jax.model import image_size
+
 # Everything small but the image.
 SMALL = (
     "--config=configs/convit_ti.py",
@@ -25,8 +27,8 @@ SMALL = (
 @pytest.mark.parametrize(
     ("size", "turned", "attention"),
     [
-        ("224,320", "320,224", "xla"),
-        pytest.param("384", "224,320", "xla", marks=pytest.mark.slow),
+        ("224x320", "320x224", "xla"),
+        pytest.param("384", "224x320", "xla", marks=pytest.mark.slow),
         pytest.param("1024", "384", "chunked", marks=pytest.mark.slow),
     ],
 )
@@ -42,18 +44,17 @@ def test_any_size_trains_and_is_evaluated_and_predicts(tmp_path, size, turned, a
     lines = runs.metrics(workdir)
     assert [line["step"] for line in lines if line["kind"] == "train"] == [1, 2]
     assert [line["step"] for line in lines if line["kind"] == "eval"] == [2]
-    pixels = [int(n) for n in size.split(",")] * (1 if "," in size else 2)
-    patches = pixels[0] // 16 * (pixels[1] // 16)
+    height, width = image_size.pair(image_size.parse(size))
+    patches = height // 16 * (width // 16)
     weights = workdir / "weights.safetensors"
     assert load_file(weights)["pos_embed"].shape == (1, patches, 16)
 
     other = (*flags, f"--config.model.image_size={turned}")
     runs.finish(runs.start(workdir, *other, devices=1), workdir, code=1)
-    there, now = ([int(n) for n in s.split(",")] if "," in s else s for s in (size, turned))
-    assert f"model.image_size: there {there}, now {now}" in runs.output(workdir)
+    assert f"model.image_size: there '{size}', now '{turned}'" in runs.output(workdir)
 
     # An evaluation takes the size that training refused, together with the weights' own size.
-    sizes = f"--eval_size={size.replace(',', 'x')},{turned.replace(',', 'x')}"
+    sizes = f"--eval_size={size},{turned}"
     runs.finish(runs.start(workdir, "--mode=eval", sizes, devices=1), workdir)
     results = json.loads((workdir / "eval.json").read_text())["results"]
     assert [result["images"] for result in results] == [3, 3]

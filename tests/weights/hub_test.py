@@ -22,10 +22,10 @@ REVISION = "0123456789abcdef0123456789abcdef01234567"
 # Run in a process of its own that uses the test's server: prints a line for each name.
 SCRIPT = """
 import json, sys
-from convit_jax import weights
+from convit_jax.weights.load import read_weights
 for source in sys.argv[2:]:
     try:
-        loaded = weights.read(source, offline=sys.argv[1] == "offline")
+        loaded = read_weights(source, offline=sys.argv[1] == "offline")
     except (ValueError, OSError) as error:
         print(json.dumps([type(error).__name__, str(error)]))
     else:
