@@ -1,0 +1,101 @@
+"""The notebooks of examples/: committed with their output, and they run from top to bottom.
+
+Running them is slow: `pytest -m slow tests/examples_test.py`.
+"""
+
+import json
+import os
+import pathlib
+import re
+import sys
+from typing import Any
+
+import pytest
+from runs import ROOT
+
+NOTEBOOKS = sorted((ROOT / "examples").glob("*.ipynb"))
+# A slash that starts a word: of "/home/me", and not of "runs/mine", "img/s" or "https://".
+ABSOLUTE_PATH = re.compile(r"(?<![\w.:/-])/\w+/")
+SECONDS_PER_CELL = 1800  # the longest takes two minutes on two busy cores
+
+notebooks = pytest.mark.parametrize("path", NOTEBOOKS, ids=lambda path: path.stem)
+
+
+def code_cells(notebook: dict[str, Any]) -> list[dict[str, Any]]:
+    return [cell for cell in notebook["cells"] if cell["cell_type"] == "code"]
+
+
+def kinds(cell: dict[str, Any]) -> list[str]:
+    """Returns what a cell puts out: "stdout", "image/png" and so on, sorted, each once."""
+    found = set()
+    for output in cell["outputs"]:
+        found |= {output["name"]} if output["output_type"] == "stream" else set(output["data"])
+    return sorted(found)
+
+
+def text(cell: dict[str, Any]) -> str:
+    """Returns all text that a cell puts out."""
+    parts = []
+    for output in cell["outputs"]:
+        parts += output.get("text", []), output.get("data", {}).get("text/plain", [])
+    return "".join("".join(part) for part in parts)
+
+
+def test_there_are_notebooks():
+    assert [path.stem for path in NOTEBOOKS] == ["finetune_on_a_folder", "gpsa_in_your_model"]
+
+
+@notebooks
+def test_notebook_is_committed_with_its_output(path: pathlib.Path):
+    cells = code_cells(json.loads(path.read_text()))
+
+    # Executed once each, in order, in a new kernel.
+    assert [cell["execution_count"] for cell in cells] == list(range(1, len(cells) + 1))
+    for cell in cells:
+        assert cell["outputs"], cell["source"]
+        assert all(output["output_type"] != "error" for output in cell["outputs"]), cell["source"]
+        assert "stderr" not in kinds(cell), cell["outputs"]  # warnings
+        assert not ABSOLUTE_PATH.search(text(cell)), text(cell)
+
+
+@pytest.mark.slow
+@notebooks
+def test_notebook_runs(path: pathlib.Path, tmp_path: pathlib.Path, monkeypatch):
+    use_kernel_of_this_python(tmp_path / "jupyter", monkeypatch)
+    scratch = tmp_path / "scratch"
+    scratch.mkdir()
+
+    import nbclient
+    import nbformat
+
+    executed = nbformat.read(path, as_version=4)
+    client = nbclient.NotebookClient(
+        executed,
+        kernel_name="python3",
+        timeout=SECONDS_PER_CELL,
+        resources={"metadata": {"path": str(scratch)}},
+    )
+    client.execute(env=environment())  # raises CellExecutionError
+
+    committed = json.loads(path.read_text())
+    for new, old in zip(code_cells(executed), code_cells(committed), strict=True):
+        assert kinds(new) == kinds(old), new["source"]
+
+
+def use_kernel_of_this_python(folder: pathlib.Path, monkeypatch) -> None:
+    """Makes "python3" a kernel of this interpreter, and keeps Jupyter out of the home folder."""
+    kernel = folder / "kernels" / "python3"
+    kernel.mkdir(parents=True)
+    argv = [sys.executable, "-m", "ipykernel_launcher", "-f", "{connection_file}"]
+    spec = {"argv": argv, "display_name": "Python 3", "language": "python"}
+    (kernel / "kernel.json").write_text(json.dumps(spec))
+    monkeypatch.setenv("JUPYTER_PATH", str(folder))  # searched before any other folder
+    for name in ("JUPYTER_CONFIG_DIR", "JUPYTER_DATA_DIR", "JUPYTER_RUNTIME_DIR", "IPYTHONDIR"):
+        monkeypatch.setenv(name, str(folder / name.lower()))
+
+
+def environment() -> dict[str, str]:
+    """Returns the environment of the kernel: a user's, with one CPU device and this checkout."""
+    env = {name: value for name, value in os.environ.items() if name != "XLA_FLAGS"}
+    path = os.pathsep.join(filter(None, (str(ROOT), os.environ.get("PYTHONPATH"))))
+    return env | {"JAX_PLATFORMS": "cpu", "PYTHONPATH": path}
