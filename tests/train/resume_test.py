@@ -93,7 +93,7 @@ def test_killed_runs_end_as_the_one_that_was_not(flags, whole, tmp_path):
     process = runs.start(workdir, *flags, "--config.data.workers=2")
     runs.finish(process, workdir)
 
-    assert f"going on from step {second}" in runs.output(workdir)
+    assert f"continuing from step {second}" in runs.output(workdir)
     assert "changed since the last start: data.workers: there 1, now 2" in runs.output(workdir)
     starts = [json.loads(line) for line in (workdir / "starts.jsonl").read_text().splitlines()]
     assert starts[0]["step"] == 0
@@ -105,12 +105,12 @@ def test_sigterm_saves_and_ends_well(stopped, flags, whole, tmp_path):
     output = runs.output(stopped)
     (step,) = runs.steps_saved(stopped)[-1:]
     assert 8 <= step < 24
-    assert f"stopped after step {step}: the same command goes on from there" in output
+    assert f"stopped after step {step}: the same command continues from there" in output
     assert "Traceback" not in output
     workdir = tmp_path / "run"
     shutil.copytree(stopped, workdir)
     runs.finish(runs.start(workdir, *flags), workdir)
-    assert f"going on from step {step}" in runs.output(workdir)
+    assert f"continuing from step {step}" in runs.output(workdir)
     assert_same(workdir, whole)
 
     again = runs.start(workdir, *flags)  # finished: nothing is trained or lost
@@ -162,7 +162,7 @@ def test_two_processes_are_as_one_and_end_together(flags, whole, tmp_path):
     assert step < 24
     for process in runs.start_pair(workdir, *flags):
         runs.finish(process, workdir)
-    assert f"going on from step {step}" in runs.output(workdir)
+    assert f"continuing from step {step}" in runs.output(workdir)
     assert runs.output(workdir).count("test accuracy") == 1  # process 0 reports
     assert_close(workdir, whole)
     assert runs.metrics(workdir)[-1]["images"] == 30
