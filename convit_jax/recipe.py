@@ -46,7 +46,8 @@ class Key:
       least: inclusive lower bound.
       below: exclusive upper bound.
       may_change: whether the value may differ between two starts of a run. This holds for keys that
-        decide what a run costs, how long it is, where its files are, and what it logs and saves.
+        decide what a run costs, how long it is, and what it logs and saves, and for those that an
+        error message advises to change.
     """
 
     default: Any
@@ -60,7 +61,7 @@ class Key:
 
 
 def _option(doc: str, type_: Any, name: str) -> Key:
-    """Returns a key of the model whose default depends on the model's name."""
+    """Returns a key of the model that is open by default: the variant or the data decide it."""
     return Key(None, doc, type_, may_change=name in options_of_kind("computation"))
 
 

@@ -4,6 +4,7 @@ from collections.abc import Iterator
 import contextlib
 import os
 import pathlib
+import socket
 
 
 @contextlib.contextmanager
@@ -11,7 +12,7 @@ def whole_file(path: str | os.PathLike, *kinds: type[Exception]) -> Iterator[pat
     """Yields a path to write to. It becomes `path` if the block succeeds, and is deleted if not.
 
     A reader sees the old file or the new one, never a part of it, even after a power cut. Two
-    processes may write the same file at the same time: the last one to finish wins.
+    processes, on one host or two, may write the same file at a time: the last to finish wins.
 
     Args:
       path: the file to write.
@@ -21,7 +22,7 @@ def whole_file(path: str | os.PathLike, *kinds: type[Exception]) -> Iterator[pat
       OSError: if the file cannot be written; the message names `path`.
     """
     path = pathlib.Path(path)
-    unfinished = path.with_name(f"{path.name}.{os.getpid()}.part")
+    unfinished = path.with_name(f"{path.name}.{socket.gethostname()}-{os.getpid()}.part")
     try:
         unfinished.touch()
         mode = unfinished.stat().st_mode

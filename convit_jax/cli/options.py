@@ -62,7 +62,8 @@ def add_processes(parser: argparse.ArgumentParser) -> None:
     add(
         "--coordinator",
         metavar="HOST:PORT",
-        help="host of process 0 and a free port on it; needs --num_processes and --process_id",
+        help="host of process 0 and a free port on it; needs --num_processes and --process_id, "
+        "except under Slurm and Open MPI",
     )
     add(
         "--num_processes",

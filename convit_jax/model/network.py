@@ -50,7 +50,7 @@ structure = functools.partial(_option, "structure")  # decides the parameters an
 changeable = functools.partial(_option, "changeable")  # decides shapes that `weights.adapt` can fit
 function = functools.partial(_option, "function")  # changes the outputs, not the parameters
 training = functools.partial(_option, "training")  # affects initialisation and training only
-computation = functools.partial(_option, "computation")  # affects speed and memory, not results
+computation = functools.partial(_option, "computation")  # affects speed, memory and rounding only
 
 
 class ConViT(nn.Module):

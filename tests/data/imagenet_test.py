@@ -10,6 +10,7 @@ import os
 import pathlib
 import shutil
 import signal
+import socket
 import subprocess
 import sys
 import tarfile
@@ -404,7 +405,9 @@ def test_too_little_room_is_noticed_first(tars, tmp_path, monkeypatch):
 
 
 def test_failing_disk_is_named_and_the_run_goes_on(tars, prepared, tmp_path):
-    shard = f"imagenet2012-train.array_record-00002-of-00004.{os.getpid()}.part"
+    shard = (
+        f"imagenet2012-train.array_record-00002-of-00004.{socket.gethostname()}-{os.getpid()}.part"
+    )
     obstacle = tmp_path / "imagenet2012" / "5.1.0.incomplete" / shard
     obstacle.mkdir(parents=True)  # nobody can write a file there
     with pytest.raises(OSError, match=f"{shard}.*: mend it, and start again"):
