@@ -121,7 +121,7 @@ def find_images(arguments: Iterable[str]) -> tuple[list[str], dict[str, str]]:
 
     Returns:
       The paths in the order of the arguments, sorted within each argument and without repetition;
-      and a dictionary from each argument without images to the reason.
+      and {argument: reason} for the arguments that name no image.
     """
     paths, reasons = [], {}
     for argument in arguments:

@@ -69,8 +69,8 @@ KEYS: dict[str, Key] = {
     "seed": Key(0, "seed of the initialisation, the order of the data, augmentation and dropout"),
     "compilation_cache": Key(
         "workdir",
-        "folder of compiled programs, for quick restarts; the value workdir means a folder in the "
-        "workdir; empty is off",
+        "folder of compiled programs, for quick restarts; \"workdir\" stands for "
+        "WORKDIR/compilation_cache; empty is off",
         may_change=True,
     ),
     "mesh.fsdp": Key(
@@ -180,7 +180,8 @@ KEYS: dict[str, Key] = {
     ),
     "train.remat": Key(
         "dots",
-        "what the backward pass recomputes: none, dots (the cheap operations) or block (all)",
+        "what the backward pass recomputes: none, dots (all but matrix products and attention) or "
+        "block (all)",
         may_change=True,
     ),
     "train.log_every": Key(50, "steps between two lines of metrics", above=0, may_change=True),
@@ -204,7 +205,9 @@ KEYS: dict[str, Key] = {
     "optim.weight_decay": Key(
         0.05, "decay of matrices; biases, norms, gates and embeddings do not decay", least=0
     ),
-    "optim.clip_norm": Key(0.0, "largest norm of all gradients; 0 is off, as in DeiT", least=0),
+    "optim.clip_norm": Key(
+        0.0, "maximum global norm of the gradients; 0 is off, as in DeiT", least=0
+    ),
     "optim.ema_decay": Key(
         0.0, "decay of the averaged weights per step; 0 is off; DeiT uses 0.99996",
         least=0, below=1,
@@ -319,7 +322,7 @@ def to_json(config: ml_collections.ConfigDict) -> dict[str, Any]:
 
 
 def from_json(saved: Mapping[str, Any], where: str) -> ml_collections.ConfigDict:
-    """Returns the configuration of a run that this version or an earlier one has saved.
+    """Returns the configuration of a run, saved by this version or an earlier one.
 
     A key that did not exist in the earlier version gets its default.
 
@@ -351,7 +354,7 @@ def from_json(saved: Mapping[str, Any], where: str) -> ml_collections.ConfigDict
 
 
 def changes_since(saved: Mapping[str, Any], config: ml_collections.ConfigDict) -> list[str]:
-    """Returns a sentence for each result that has changed since the version that saved a run.
+    """Describes what this version computes otherwise than the version that saved a run.
 
     Args:
       saved: saved configuration, as `from_json` takes it.

@@ -11,7 +11,7 @@ _IMAGENET = pathlib.Path(__file__).with_name("imagenet_classes.txt")
 def imagenet() -> dict[str, str]:
     """Returns {WordNet id: name} of ImageNet's 1,000 classes, in the order of the labels.
 
-    The ids are those of tfds' imagenet2012: ILSVRC2012's, in alphabetical order. The names are
+    The ids are sorted alphabetically, as in tfds' imagenet2012. The names are
     torchvision's; no two are the same. tests/make_class_names.py writes the file.
     """
     lines = _IMAGENET.read_text().splitlines()
@@ -22,8 +22,8 @@ def readable(names: Sequence[str] | None, num_classes: int) -> tuple[str, ...]:
     """Returns the names to show for the classes of a model.
 
     Args:
-      names: names or WordNet ids in the order of the labels, or None if they are not known. Then
-        1,000 classes are taken to be ImageNet's, and any others are called "class 0" and so on.
+      names: names or WordNet ids in the order of the labels. If None, a model of 1,000 classes
+        gets ImageNet's names, and any other model "class 0", "class 1" and so on.
       num_classes: number of classes of the model.
 
     Raises:

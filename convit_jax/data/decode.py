@@ -8,7 +8,7 @@ import numpy as np
 
 _SEGMENT = struct.Struct(">BBH")  # start of a JPEG segment: 0xFF, marker, length from here on
 _FRAME = struct.Struct(">HHB")  # from byte 5 of a frame segment: height, width, components
-Read = Callable[[int], np.ndarray]  # number of rows -> at least so many rows, from the top
+Read = Callable[[int], np.ndarray]  # takes n, returns the top n rows or more
 
 
 def decode(data: bytes) -> np.ndarray:
@@ -44,7 +44,8 @@ def open_image(image: bytes | np.ndarray) -> tuple[int, int, Read]:
       image: an encoded image, or pixels (height, width, 1 or 3) uint8.
 
     Raises:
-      ValueError: if `image` is neither, or is damaged. The returned function raises it too.
+      ValueError: if `image` is neither, or is seen to be damaged. The returned function raises it
+        too.
     """
     if isinstance(image, np.ndarray):
         if image.dtype != np.uint8 or image.ndim != 3 or image.shape[2] not in (1, 3):
@@ -64,8 +65,8 @@ def open_image(image: bytes | np.ndarray) -> tuple[int, int, Read]:
 def _decode_rows(data: bytes, place: int, height: int, rows: int) -> np.ndarray:
     """Decodes the upper `rows` rows, and two more, by writing a smaller height into the header.
 
-    Most of the time is spent on the entropy code, which is decoded from the top: a crop that ends
-    at 85 % of the height takes 85 % of the time. The two extra rows are needed because colour is
+    Entropy decoding takes most of the time, and it runs from the top: a crop that ends at 85 % of
+    the height takes 85 % of the time. The two extra rows are needed because colour is
     interpolated from the row below.
     """
     import simplejpeg
@@ -81,7 +82,7 @@ def _decode_rows(data: bytes, place: int, height: int, rows: int) -> np.ndarray:
 
 
 def _height_in_header(data: bytes) -> int | None:
-    """Returns the position of the height in the header of a JPEG file that can be cut short.
+    """Returns where a JPEG header has the height, if it may be lowered to decode fewer rows.
 
     The height takes 2 bytes there, and the width the next 2. Returns None unless the file is a
     complete baseline JPEG of one scan, grey or colour.

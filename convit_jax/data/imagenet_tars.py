@@ -129,9 +129,9 @@ def index_validation(path: pathlib.Path, count: int) -> Images:
 def as_rgb_jpeg(data: bytes) -> bytes:
     """Encodes a PNG or a CMYK JPEG again as RGB JPEG, quality 100; returns other JPEGs unchanged.
 
-    The bytes are exactly those that tfds gets from TensorFlow's image operations. These decode with
-    the fast DCT, compute RGB as the inverted colour inks times the inverted black ink, without
-    colour profiles, and encode with chroma subsampling 4:2:0 and 300 dots per inch.
+    The bytes are exactly those that tfds gets from TensorFlow's image operations. They decode with
+    the fast DCT. RGB is the inverted colour inks times the inverted black ink; colour profiles are
+    ignored. They encode with chroma subsampling 4:2:0 and 300 dots per inch.
 
     Raises:
       ValueError, OSError: if the bytes are neither JPEG nor PNG, or cannot be decoded.

@@ -62,8 +62,8 @@ def training_flops(model: ConViT) -> float:
 
 
 # Peak FLOPs per second of dense matrix products on one JAX device. The columns are a pattern of its
-# `device_kind`, the figure for bfloat16 inputs, and the figure for float32 inputs. The last one is
-# for JAX's default precision, which is TF32 on NVIDIA since Ampere and bfloat16 on TPU
+# `device_kind`, the figure for bfloat16 inputs, and the figure for float32 inputs. The float32
+# figure assumes JAX's default precision, which is TF32 on NVIDIA since Ampere and bfloat16 on TPU
 # (docs.jax.dev/en/latest/201/precision.html). NVIDIA's figures "with sparsity" are twice the dense
 # figures. Cloud TPU's figures are for a chip; on v2 and v3 a JAX device is half a chip.
 _PEAKS: tuple[tuple[str, float | None, float], ...] = (
@@ -92,8 +92,8 @@ def peak_flops(device: jax.Device, dtype: jnp.dtype) -> float | None:
     Returns None if the peak is not known.
 
     Args:
-      device: recognised by its `device_kind`. A slice of a GPU (MIG) has a kind of its own and is
-        not known.
+      device: recognised by its `device_kind`. A slice of a GPU (MIG) reports another kind, so its
+        peak is None.
       dtype: dtype of the inputs, bfloat16 or float32. The figure for float32 holds at JAX's
         default precision; raising `jax_default_matmul_precision` lowers the real peak.
     """

@@ -102,7 +102,7 @@ def local_kernel_init(strength: float, use_local_init: bool = True) -> nn.initia
         if not use_local_init:
             return kernel
         k = math.isqrt(shape[-1])
-        centre = (k - 1) / 2 if k % 2 == 0 else k // 2
+        centre = (k - 1) / 2
         window = [
             (2 * (h2 - centre), 2 * (h1 - centre), -1.0) for h2 in range(k) for h1 in range(k)
         ]

@@ -99,7 +99,7 @@ def to_json(model: ConViT) -> dict[str, Any]:
 def plain(value: Any) -> Any:
     """Returns an option's value in a form that can be compared.
 
-    A pair of equal sizes becomes one number, and any other list a tuple.
+    A pair of equal sizes becomes one number, and any other pair a tuple.
     """
     if isinstance(value, (list, tuple)):
         return image_size.single((value[0], value[1]))

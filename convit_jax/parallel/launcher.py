@@ -17,8 +17,8 @@ class Launch:
       num_processes: number of processes of the run; None if JAX asks the TPU for it.
       process_id: number of this process, from 0; None if JAX asks the TPU for it.
       coordinator: HOST:PORT of process 0; None if JAX finds it through the launcher in `by`.
-      owns_devices: whether this process uses all devices that it sees. If not, it uses the one that
-        JAX chooses by the number of the process on its host.
+      owns_devices: whether this process uses all devices that it sees. False: it uses only the
+        device that JAX assigns by the number of the process on its host.
     """
 
     by: str
@@ -118,7 +118,7 @@ def _is_tpu_pod(env: Mapping[str, str]) -> bool:
         return False
     slices = env.get("MEGASCALE_NUM_SLICES")
     hosts = env.get("TPU_PROCESS_ADDRESSES") or env.get("TPU_WORKER_HOSTNAMES")  # GKE, notebooks
-    if not hosts and "TPU_SKIP_MDS_QUERY" not in env:  # JAX sets it if there is no TPU
+    if not hosts and "TPU_SKIP_MDS_QUERY" not in env:  # JAX sets the latter without a TPU
         hosts = _metadata(env, "worker-network-endpoints")
         found = re.search(r"MEGASCALE_NUM_SLICES: *'?(\d+)", _metadata(env, "tpu-env"))
         slices = found.group(1) if found else slices
