@@ -8,7 +8,7 @@ import pathlib
 import numpy as np
 
 from convit_jax.data import threads
-from convit_jax.data.source import Example, check_index
+from convit_jax.data.source import Example, check_index, hashes
 
 HELD_OUT_FOLDERS = ("val", "validation", "test")  # the first that exists is the test split
 # The extensions that torchvision's ImageFolder reads.
@@ -48,6 +48,11 @@ class FolderSource:
 
     def names_and_labels(self, cache_dir: str | None = None) -> tuple[np.ndarray, np.ndarray]:
         return self.names, self.labels
+
+    def fingerprints(self) -> np.ndarray:
+        classes = [os.fsencode(name) for name in self.class_names]
+        pairs = zip(self.names.tolist(), self.labels.tolist(), strict=True)
+        return hashes(name + b"\0" + classes[label] for name, label in pairs)
 
 
 def open_folder(path: str, split: str, val_fraction: float) -> FolderSource:

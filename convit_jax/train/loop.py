@@ -25,6 +25,7 @@ from convit_jax.weights.loaded import Loaded
 from convit_jax.weights.safetensors import save_weights
 from convit_jax.workdir import identity
 from convit_jax.workdir.checkpoints import Checkpoints
+from convit_jax.workdir.lock import Lock
 
 log = logging.getLogger(__name__)
 
@@ -44,7 +45,8 @@ def train(run: Run) -> dict[str, float] | None:
 
     Raises:
       FloatingPointError: if a loss or the weights are not finite.
-      OSError: if a checkpoint or a metric cannot be written.
+      OSError: if a checkpoint or a metric cannot be written, or another process trains in the
+        working directory.
       CorruptImageError: if an image cannot be decoded.
     """
     start = time.perf_counter()
@@ -57,6 +59,8 @@ def train(run: Run) -> dict[str, float] | None:
 
     with contextlib.ExitStack() as stack:
         interruption = stack.enter_context(Interruption())
+        if lock := processes.on_all(lambda: Lock(run.workdir) if processes.is_main() else None):
+            stack.enter_context(lock)
         folder, options = run.workdir.checkpoints, config.checkpoint.to_dict()
         checkpoints = stack.enter_context(Checkpoints(folder, also=eval_steps, **options))
         state, window, result = _begin(run, checkpoints)
@@ -153,8 +157,14 @@ def _begin(
     _describe(run, state)
     if processes.is_main():
         class_names = run.train_chunks.source.class_names
-        config = recipe.to_json(run.config)
-        identity.record_start(run.workdir, config, int(state.step), class_names)
+        identity.record_start(
+            run.workdir,
+            recipe.to_json(run.config),
+            int(state.step),
+            class_names,
+            {split: found.summary() for split, found in run.data.items()},
+            {split: found.fingerprints for split, found in run.data.items()},
+        )
     return state, window, result
 
 

@@ -12,7 +12,8 @@ import ml_collections
 from convit_jax import recipe
 from convit_jax.data import fit, transforms
 from convit_jax.data.chunks import EvalChunks, Share, TrainChunks, draws_per_epoch
-from convit_jax.data.open import open_source
+from convit_jax.data.identity import Identity
+from convit_jax.data.open import SPLITS, open_source
 from convit_jax.data.source import Source
 from convit_jax.data.workers import num_workers
 from convit_jax.model import image_size
@@ -20,10 +21,10 @@ from convit_jax.model.attention import choose_forms
 from convit_jax.model.network import ConViT
 from convit_jax.model.variants import create_model
 from convit_jax.parallel import processes, sharding
+from convit_jax.train import same_run
 from convit_jax.train.step import Program
 from convit_jax.weights import adapt
 from convit_jax.weights.load import read_weights
-from convit_jax.workdir import identity
 from convit_jax.workdir.checkpoints import newest_step
 from convit_jax.workdir.folder import Workdir
 
@@ -40,6 +41,7 @@ class Run:
       train_chunks: the images to train on.
       test_chunks: the images to evaluate on.
       workers: number of processes that make batches.
+      data: the identity of each split.
       total_steps: number of steps of the whole run.
       steps_per_epoch: number of steps in an epoch, which may be a fraction.
       init_params: parameters to start from; None starts from random ones or from a checkpoint.
@@ -51,6 +53,7 @@ class Run:
     train_chunks: TrainChunks
     test_chunks: EvalChunks
     workers: int
+    data: dict[str, Identity]
     total_steps: int
     steps_per_epoch: float
     init_params: dict[str, Any] | None
@@ -101,7 +104,8 @@ def prepare(config: ml_collections.ConfigDict, workdir: Workdir, profile: bool =
 
     Raises:
       ValueError: if the configuration is not valid, does not fit the data, or is not that of the
-        run in the working directory.
+        run in the working directory, or if the data have other classes than the run.
+      RuntimeError: if another process failed, or has another configuration or other data.
       FileNotFoundError: if the data or the weights are not found.
       OSError: if the working directory cannot be written.
     """
@@ -111,11 +115,9 @@ def prepare(config: ml_collections.ConfigDict, workdir: Workdir, profile: bool =
     model = make_model(config)
     model.check_classifies("training")
     train_transform, eval_transform = make_transforms(config, model)
-    workdir.check_writable()
-    changed = _check_same_run(workdir, config)
-    train_source, test_source = (open_split(config, split, workdir) for split in ("train", "test"))
-    fit.check_fit(config, model, train_source)
-    _check_batch(config, train_source)
+    changed, sources, data = processes.on_all(lambda: _open_data(config, workdir, model))
+    same_run.check_processes(config, data)
+    train_source, test_source = sources
     model = make_model(config, train_source.num_classes)
     draws = draws_per_epoch(len(train_source), config.data.repeats)
     steps_per_epoch = draws / config.train.batch_size
@@ -124,7 +126,7 @@ def prepare(config: ml_collections.ConfigDict, workdir: Workdir, profile: bool =
     program.augmentation  # noqa: B018  # made now, so that it raises its errors now
     init_params = None
     if config.init_from and newest_step(workdir.checkpoints) is None:
-        init_params = _init_params(config, model)
+        init_params = processes.on_all(lambda: _init_params(config, model))
     processes.check_shared_folder(workdir.path)
     for text in changed:
         log.info("changed since the last start: %s", text)
@@ -144,29 +146,28 @@ def prepare(config: ml_collections.ConfigDict, workdir: Workdir, profile: bool =
         workers=num_workers(config.data.workers, train_source),
         total_steps=total_steps,
         steps_per_epoch=steps_per_epoch,
+        data=data,
         init_params=init_params,
         profile=profile,
     )
 
 
-def _check_same_run(workdir: Workdir, config: ml_collections.ConfigDict) -> list[str]:
-    """Returns the permitted differences from the run in the working directory, if there is a run.
+def _open_data(
+    config: ml_collections.ConfigDict, workdir: Workdir, model: ConViT
+) -> tuple[list[str], list[Source], dict[str, Identity]]:
+    """Opens both splits, and checks that they fit the configuration and the run in the workdir.
 
-    Raises:
-      ValueError: if the run there has another model or recipe; names the keys that differ.
+    Returns:
+      What changed since the last start, the sources of both splits, and their identities.
     """
-    saved = identity.read_config(workdir)
-    if saved is None:
-        return []
-    found = recipe.from_json(saved, str(workdir.config))
-    differences = recipe.differences(found, config)
-    wrong = [text for name, text in differences.items() if name not in recipe.MAY_CHANGE]
-    if wrong:
-        raise ValueError(
-            f"{workdir} holds a run with another configuration: choose another --workdir, delete "
-            "this one, or start with the run's own values:\n  " + "\n  ".join(wrong)
-        )
-    return [*differences.values(), *recipe.changes_since(saved, config)]
+    workdir.check_writable()
+    changed = same_run.check_config(workdir, config)
+    sources = [open_split(config, split, workdir) for split in SPLITS]
+    data = {split: Identity.of(source) for split, source in zip(SPLITS, sources, strict=True)}
+    changed += same_run.check_data(workdir, data)
+    fit.check_fit(config, model, sources[0])
+    _check_batch(config, sources[0])
+    return changed, sources, data
 
 
 def _total_steps(
