@@ -9,6 +9,7 @@ import subprocess
 import sys
 
 from absl import flags
+import compiling
 import make_imagenet
 import numpy as np
 import pytest
@@ -41,9 +42,9 @@ def small(config):
 
 
 def run(*command: str) -> subprocess.CompletedProcess:
-    env = {k: v for k, v in os.environ.items() if k != "XLA_FLAGS"}  # one device, as a user has
+    env = os.environ | {"XLA_FLAGS": compiling.flags()}  # one device, as a user has
     command = [sys.executable, *command]
-    return subprocess.run(command, cwd=ROOT, env=env, capture_output=True, text=True, timeout=300)
+    return subprocess.run(command, cwd=ROOT, env=env, capture_output=True, text=True, timeout=1200)
 
 
 def test_main_trains_on_tfrecords_with_the_whole_recipe(imagenet, tmp_path):

@@ -6,6 +6,7 @@ import re
 import subprocess
 import sys
 
+import compiling
 import pytest
 from runs import ROOT
 
@@ -19,9 +20,9 @@ SMALL = (
 
 
 def run(*command: str) -> subprocess.CompletedProcess:
-    env = {k: v for k, v in os.environ.items() if k != "XLA_FLAGS"}  # one device, as a user has
+    env = os.environ | {"XLA_FLAGS": compiling.flags()}  # one device, as a user has
     return subprocess.run(
-        [sys.executable, *command], cwd=ROOT, env=env, capture_output=True, text=True, timeout=300
+        [sys.executable, *command], cwd=ROOT, env=env, capture_output=True, text=True, timeout=1200
     )
 
 

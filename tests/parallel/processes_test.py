@@ -103,7 +103,7 @@ def test_process_that_never_comes():
     stopped.send_signal(signal.SIGINT)  # Ctrl-C
     with socket.create_server(("::", 0), family=socket.AF_INET6) as taken:
         refused = start("by_hand(timeout=2)", f"127.0.0.1:{taken.getsockname()[1]}", 0)
-        first, second, _, port_taken = finish([*alone, stopped, refused], timeout=30)
+        first, second, _, port_taken = finish([*alone, stopped, refused])
     assert [process.returncode for process in alone] == [1, 1]
     assert "error: process 0 of 2 waited 2 s for the others. Check that" in first
     assert f"all hosts reach it at {address}." in first
@@ -130,7 +130,7 @@ with processes.failing_together():
         wait_for(pair[0], "ready")
         pair[1].kill()
     before = time.monotonic()
-    of_talking, _, of_silent, _ = finish([*talking, *silent], timeout=30)
+    of_talking, _, of_silent, _ = finish([*talking, *silent])
     assert time.monotonic() - before < 20
     assert talking[0].returncode == 1
     assert "error: process 0 of 2 stopped. If another process stopped before" in of_talking

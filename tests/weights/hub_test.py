@@ -102,7 +102,7 @@ def ask(server, cache, *sources, offline=False, script=SCRIPT, cwd=None, **varia
     mode = "offline" if offline else "online"
     done = subprocess.run(
         [sys.executable, "-c", script, mode, *sources],
-        env=env | variables, cwd=cwd, capture_output=True, text=True, timeout=300,
+        env=env | variables, cwd=cwd, capture_output=True, text=True, timeout=1200,
     )  # fmt: skip
     assert done.returncode == 0, done.stderr
     return [json.loads(line) for line in done.stdout.splitlines()]

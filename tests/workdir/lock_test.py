@@ -38,7 +38,8 @@ def test_a_second_holder_is_refused_and_told_who_holds_it(tmp_path):
     Lock(workdir).__exit__()
 
 
-def test_a_killed_holder_does_not_block(tmp_path):
+def test_a_killed_holder_does_not_block(tmp_path, caplog):
+    caplog.set_level("INFO")
     holder = subprocess.Popen(
         [sys.executable, "-c", HOLD, str(tmp_path)], cwd=ROOT, stdout=subprocess.PIPE, text=True
     )
@@ -48,9 +49,8 @@ def test_a_killed_holder_does_not_block(tmp_path):
     holder.send_signal(signal.SIGKILL)
     holder.communicate()
     assert Workdir(tmp_path).lock.stat().st_size  # it could not clean up
-    start = time.monotonic()
     with Lock(Workdir(tmp_path)):
-        assert time.monotonic() - start < lock._WAIT
+        assert "waiting" not in caplog.text
 
 
 def test_the_holder_writes_the_lock_anew(tmp_path, monkeypatch):
