@@ -85,7 +85,11 @@ KEYS: dict[str, Key] = {
         may_change=True,
     ),
     "checkpoint.keep": Key(
-        2, "number of newest checkpoints kept, besides the best by top-1", above=0, may_change=True
+        2,
+        "number of newest checkpoints kept, besides the best by top-1 and the best by that of the "
+        "averaged weights",
+        above=0,
+        may_change=True,
     ),
     "init_from": Key("", "weights to start from, any source of convit_jax.load; empty is random"),
     "init_ema": Key(False, "whether to start from the averaged weights of init_from"),

@@ -56,10 +56,10 @@ def match(
     """Finds the logit of each class of a data set.
 
     Names are compared, also by ImageNet's WordNet ids and readable names. If some name differs,
-    their case, spaces, hyphens and underscores do not count. Weights without names and with 1,000 logits are
-    ImageNet's: their classes may also be named by the numbers 0 to 999. For other weights without
-    names, classes named by numbers below `num_logits` mean these logits. Else class i of the data
-    is taken for logit i, and `how` says so.
+    case, spaces, hyphens and underscores do not count. Weights without names and with 1,000 logits
+    are ImageNet's: their classes may also be named by the numbers 0 to 999. For other weights
+    without names, classes named by numbers below `num_logits` mean these logits. Else class i of
+    the data is taken for logit i, and `how` says so.
 
     Args:
       data: names of the classes of the data, in the order of the labels.

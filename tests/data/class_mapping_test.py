@@ -72,22 +72,22 @@ def test_places_are_taken_where_neither_has_names_and_that_is_said():
 
 
 def test_classes_that_the_weights_lack_are_refused_by_name():
-    with pytest.raises(ValueError, match="folder:photos has 1 of 2 classes .* lacks: 'cow';"):
+    with pytest.raises(ValueError, match=r"folder:photos has 1 of 2 classes .* lacks: 'cow';"):
         match(["cow", "cat"], ["cat", "dog"], 2, **WHERE)
-    with pytest.raises(ValueError, match="lacks: 'sunflower'; .*numbers from 0: rename"):
+    with pytest.raises(ValueError, match=r"lacks: 'sunflower'; .*numbers from 0: rename"):
         match(["tench", "sunflower"], None, 1000, **WHERE)
-    with pytest.raises(ValueError, match="1 of 2 classes .* lacks: '1000'"):
+    with pytest.raises(ValueError, match=r"1 of 2 classes .* lacks: '1000'"):
         match(["n01440764", "1000"], None, 1000, **WHERE)
-    with pytest.raises(ValueError, match="has 2 classes, .* 3 without names"):
+    with pytest.raises(ValueError, match=r"has 2 classes, .* 3 without names"):
         match(["cow", "cat"], None, 3, **WHERE)
-    with pytest.raises(ValueError, match="has 2 classes, .* 3 without names"):
+    with pytest.raises(ValueError, match=r"has 2 classes, .* 3 without names"):
         match(["1", "3"], None, 3, **WHERE)
 
 
 def test_two_classes_are_not_one_logit():
     with pytest.raises(ValueError, match="got 'tench' and 'n01440764' in folder:photos, which are"):
         match(["tench", "n01440764"], None, 1000, **WHERE)
-    with pytest.raises(ValueError, match="got '1' and '01' .* both class 1"):
+    with pytest.raises(ValueError, match=r"got '1' and '01' .* both class 1"):
         match(["1", "01"], None, 10, **WHERE)
 
 
