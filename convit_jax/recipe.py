@@ -48,6 +48,7 @@ class Key:
       may_change: whether the value may differ between two starts of a run. This holds for keys that
         decide what a run costs, how long it is, and what it logs and saves, and for those that an
         error message advises to change.
+      may_be_none: whether None is allowed although the default is another value.
     """
 
     default: Any
@@ -58,6 +59,7 @@ class Key:
     least: float = -math.inf
     below: float = math.inf
     may_change: bool = False
+    may_be_none: bool = False
 
 
 def _option(doc: str, type_: Any, name: str) -> Key:
@@ -171,7 +173,12 @@ KEYS: dict[str, Key] = {
     "mixup.erase_prob": Key(0.25, "probability that a box of an image is erased"),
     "mixup.erase_mode": Key("pixel", "content of the erased box: pixel, const or rand"),
     "train.epochs": Key(300.0, "number of epochs", above=0, may_change=True),
-    "train.batch_size": Key(1024, "number of images per step, over all devices"),
+    "train.batch_size": Key(
+        1024,
+        "number of images per step, over all devices; None fits small data sets: up to 64, with at "
+        "least 8 steps in an epoch",
+        int, may_be_none=True,
+    ),
     "train.accum_steps": Key(
         1, "number of parts of a batch, computed in turn for one update", above=0, may_change=True
     ),
@@ -188,7 +195,9 @@ KEYS: dict[str, Key] = {
         "block (all)",
         may_change=True,
     ),
-    "train.log_every": Key(50, "steps between two lines of metrics", above=0, may_change=True),
+    "train.log_every": Key(
+        50, "steps between two lines of metrics, at most an epoch", above=0, may_change=True
+    ),
     "train.eval_every": Key(
         1.0, "epochs between two evaluations; the last step is evaluated too", above=0,
         may_change=True,
@@ -297,7 +306,7 @@ def _misfits(
                 image_size.parse(value, name)
             except ValueError as error:
                 yield str(error)
-        elif value is None and reference[leaf] is None:
+        elif value is None and (reference[leaf] is None or KEYS[name].may_be_none):
             pass  # left open
         elif type(value) is not expected and (type(value), expected) != (int, float):
             yield f"{name}: expected {expected.__name__}, got {value!r}"

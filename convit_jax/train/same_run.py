@@ -26,6 +26,12 @@ from convit_jax.workdir.folder import Workdir
 log = logging.getLogger(__name__)
 
 
+def batch_size(workdir: Workdir) -> int | None:
+    """Returns the batch size of the run in the workdir; None if there is no run."""
+    saved = identity.read_config(workdir)
+    return None if saved is None else recipe.from_json(saved, str(workdir.config)).train.batch_size
+
+
 def check_config(workdir: Workdir, config: ml_collections.ConfigDict) -> list[str]:
     """Returns the permitted differences from the run in the workdir, if there is a run.
 
@@ -99,3 +105,29 @@ def check_processes(config: ml_collections.ConfigDict, data: Mapping[str, Identi
     problems += process_differences(processes.gather_texts(json.dumps(summaries)))
     if problems:
         raise RuntimeError("the processes start different runs:\n  " + "\n  ".join(problems))
+
+
+def record_start(
+    workdir: Workdir, config: ml_collections.ConfigDict, data: Mapping[str, Identity], step: int
+) -> None:
+    """Writes what later starts are compared with, and a line for this start.
+
+    Only one process calls it.
+
+    Args:
+      workdir: the workdir; its folder must exist.
+      config: configuration of the run.
+      data: the identity of each split.
+      step: number of finished steps.
+
+    Raises:
+      OSError: if a file cannot be written.
+    """
+    identity.record_start(
+        workdir,
+        recipe.to_json(config),
+        step,
+        data["train"].class_names,
+        {split: found.summary() for split, found in data.items()},
+        {split: found.fingerprints for split, found in data.items()},
+    )

@@ -7,6 +7,7 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+from jax.sharding import Mesh
 import ml_collections
 
 from convit_jax import recipe
@@ -29,6 +30,10 @@ from convit_jax.workdir.checkpoints import newest_step
 from convit_jax.workdir.folder import Workdir
 
 log = logging.getLogger(__name__)
+
+# What train.batch_size=None means.
+_LARGEST_FIT = 64  # images
+_LEAST_STEPS = 8  # steps in an epoch
 
 
 @dataclasses.dataclass(frozen=True)
@@ -110,12 +115,12 @@ def prepare(config: ml_collections.ConfigDict, workdir: Workdir, profile: bool =
       OSError: if the working directory cannot be written.
     """
     recipe.check(config)
+    config = config.copy_and_resolve_references()
     mesh = sharding.make_mesh(config.mesh.fsdp)
-    sharding.check_batch_size(config.train.batch_size, config.train.accum_steps, mesh)
     model = make_model(config)
     model.check_classifies("training")
     train_transform, eval_transform = make_transforms(config, model)
-    changed, sources, data = processes.on_all(lambda: _open_data(config, workdir, model))
+    changed, sources, data = processes.on_all(lambda: _open_data(config, workdir, model, mesh))
     same_run.check_processes(config, data)
     train_source, test_source = sources
     model = make_model(config, train_source.num_classes)
@@ -127,6 +132,7 @@ def prepare(config: ml_collections.ConfigDict, workdir: Workdir, profile: bool =
     init_params = None
     if config.init_from and newest_step(workdir.checkpoints) is None:
         init_params = processes.on_all(lambda: _init_params(config, model))
+    _warn_of_odd_values(config)
     processes.check_shared_folder(workdir.path)
     for text in changed:
         log.info("changed since the last start: %s", text)
@@ -153,20 +159,26 @@ def prepare(config: ml_collections.ConfigDict, workdir: Workdir, profile: bool =
 
 
 def _open_data(
-    config: ml_collections.ConfigDict, workdir: Workdir, model: ConViT
+    config: ml_collections.ConfigDict, workdir: Workdir, model: ConViT, mesh: Mesh
 ) -> tuple[list[str], list[Source], dict[str, Identity]]:
     """Opens both splits, and checks that they fit the configuration and the run in the workdir.
+
+    If `config` leaves the batch size open, it is set.
 
     Returns:
       What changed since the last start, the sources of both splits, and their identities.
     """
     workdir.check_writable()
-    changed = same_run.check_config(workdir, config)
     sources = [open_split(config, split, workdir) for split in SPLITS]
+    if config.train.batch_size is None:
+        config.train.batch_size = same_run.batch_size(workdir) or _fitting_batch(
+            config, len(sources[0]), mesh
+        )
+    changed = same_run.check_config(workdir, config)
     data = {split: Identity.of(source) for split, source in zip(SPLITS, sources, strict=True)}
     changed += same_run.check_data(workdir, data)
     fit.check_fit(config, model, sources[0])
-    _check_batch(config, sources[0])
+    _check_batch(config, len(sources[0]), mesh)
     return changed, sources, data
 
 
@@ -238,9 +250,37 @@ def open_split(config: ml_collections.ConfigDict, split: str, workdir: Workdir |
     )
 
 
-def _check_batch(config: ml_collections.ConfigDict, source: Source) -> None:
-    if len(source) < config.train.batch_size:
+def _fitting_batch(config: ml_collections.ConfigDict, num_images: int, mesh: Mesh) -> int:
+    """Returns a batch size for a small data set, see train.batch_size in the recipe."""
+    size = mesh.size * config.train.accum_steps
+    while 2 * size <= _LARGEST_FIT and 2 * size * _LEAST_STEPS <= num_images:
+        size *= 2
+    log.info("train.batch_size: %d, to fit the %s training images", size, f"{num_images:,}")
+    return size
+
+
+def _check_batch(config: ml_collections.ConfigDict, num_images: int, mesh: Mesh) -> None:
+    size, unit = config.train.batch_size, mesh.size * config.train.accum_steps
+    if size > num_images >= unit:
+        fits = unit << (num_images // unit).bit_length() - 1
         raise ValueError(
-            f"train.batch_size: expected at most the {len(source)} images of {config.data.source}, "
-            f"got {config.train.batch_size}"
+            f"train.batch_size: expected at most the {num_images:,} images of "
+            f"{config.data.source}, got {size}: --config.train.batch_size={fits} fits"
         )
+    if size > num_images:
+        raise ValueError(
+            f"data.source: expected at least {unit} images, one for each of the {mesh.size} "
+            f"devices and {config.train.accum_steps} parts of a batch, got the {num_images} of "
+            f"{config.data.source}"
+        )
+    sharding.check_batch_size(size, config.train.accum_steps, mesh)
+
+
+def _warn_of_odd_values(config: ml_collections.ConfigDict) -> None:
+    epochs, warmup = config.train.epochs * config.data.epochs_scale, config.optim.warmup_epochs
+    if epochs <= warmup:
+        log.warning(
+            "the run ends within the warm-up of the learning rate: %g epochs of training, "
+            "optim.warmup_epochs=%g",
+            epochs, warmup,
+        )  # fmt: skip

@@ -21,6 +21,7 @@ from convit_jax.train.windows import Windows
 from convit_jax.weights.load import read_weights
 from convit_jax.workdir.checkpoints import Checkpoints, newest_step
 from convit_jax.workdir.folder import Workdir
+from convit_jax.workdir.lock import Lock
 
 
 def small_config(**train_options):
@@ -262,6 +263,17 @@ def test_compiled_programs_are_kept_where_the_configuration_says(tmp_path):
         assert jax.config.jax_compilation_cache_dir == "elsewhere"
     finally:
         jax.config.update("jax_compilation_cache_dir", before)
+
+
+def test_a_second_start_in_a_workdir_ends_and_harms_nothing(tmp_path):
+    workdir = Workdir(tmp_path)
+    run = setup.prepare(small_config(), workdir)
+    with Lock(workdir):
+        before = workdir.lock.read_bytes()
+        with pytest.raises(OSError, match=r"process \d+ on host .* trains in this folder"):
+            loop.train(run)
+        assert workdir.lock.read_bytes() == before
+    assert [path.name for path in tmp_path.iterdir()] == ["lock.json"]
 
 
 def test_a_loss_that_is_not_finite_stops_the_run(tmp_path):

@@ -3,13 +3,14 @@
 import json
 import re
 
+import jax
 from PIL import Image
 import pytest
 from several import finish, start_pair
 
 from convit_jax import recipe
-from convit_jax.train import setup
-from convit_jax.workdir import identity
+from convit_jax.parallel import sharding
+from convit_jax.train import same_run, setup
 from convit_jax.workdir.folder import Workdir
 
 
@@ -34,16 +35,10 @@ def begin(folder, workdir):
     """Prepares a run and records its start, as the training loop does; returns what changed."""
     config = configuration(folder)
     model = setup.make_model(config)
-    changed, sources, data = setup._open_data(config, workdir, model)
+    mesh = sharding.make_mesh(devices=jax.devices()[:1])
+    changed, _, data = setup._open_data(config, workdir, model, mesh)
     workdir.path.mkdir(exist_ok=True)
-    identity.record_start(
-        workdir,
-        recipe.to_json(config),
-        0,
-        sources[0].class_names,
-        {split: found.summary() for split, found in data.items()},
-        {split: found.fingerprints for split, found in data.items()},
-    )
+    same_run.record_start(workdir, config, data, step=0)
     return changed
 
 
@@ -94,6 +89,42 @@ def test_a_run_of_an_earlier_version_has_no_record_of_its_images(tmp_path):
     workdir.fingerprints.unlink()
     workdir.data.unlink()
     assert begin(data, workdir) == []
+
+
+def test_an_open_batch_size_fits_the_images_and_stays_with_the_run(tmp_path, caplog):
+    caplog.set_level("INFO")
+    workdir, data = Workdir(tmp_path / "run"), write(tmp_path / "data", images=90)
+    config = configuration(data)
+    config.train.batch_size = None
+    run = setup.prepare(config, workdir)
+    assert run.config.train.batch_size == 32  # 270 images, at least 8 steps
+    assert "train.batch_size: 32, to fit the 270 training images" in caplog.text
+    same_run.record_start(workdir, run.config, run.data, step=0)
+    for path in (data / "train" / "ant").iterdir():  # 180 images would fit 16
+        path.unlink()
+    Image.new("RGB", (8, 8)).save(data / "train" / "ant" / "0.png")
+    assert setup.prepare(config, workdir).config.train.batch_size == 32
+
+
+@pytest.mark.parametrize(
+    ("images", "message"),
+    [
+        (20, r"at most the 60 images of folder:.*, got 64: --config.train.batch_size=32 fits"),
+        (2, r"data.source: expected at least 8 images.*got the 6 of folder"),
+    ],
+)
+def test_a_batch_larger_than_the_data_gets_the_flag_that_fits(tmp_path, images, message):
+    config = configuration(write(tmp_path, images=images))
+    config.train.batch_size = 64
+    with pytest.raises(ValueError, match=message):
+        setup.prepare(config, Workdir(tmp_path / "run"))
+
+
+def test_a_run_within_the_warmup_is_warned_of(tmp_path, caplog):
+    config = configuration(write(tmp_path))
+    config.train.epochs = 3.0
+    setup.prepare(config, Workdir(tmp_path / "run"))
+    assert "3 epochs of training, optim.warmup_epochs=5" in caplog.text
 
 
 HOSTS = """
