@@ -12,6 +12,7 @@ def check_fit(
     source: Source,
     *,
     any_size: bool = False,
+    any_classes: bool = False,
 ) -> None:
     """Checks classes, channels, size and normalisation of a data set against a model.
 
@@ -21,12 +22,13 @@ def check_fit(
       model: the model.
       source: the images.
       any_size: whether images in memory may have another size than the model's.
+      any_classes: whether the data may have other classes than the model.
 
     Raises:
       ValueError: if something does not fit; the message names the configuration key.
     """
     name, num_classes = config.data.source, config.model.num_classes
-    if num_classes is not None and num_classes != source.num_classes:
+    if not any_classes and num_classes not in (None, source.num_classes):
         raise ValueError(
             f"model.num_classes: expected {source.num_classes} as in {name}, got {num_classes}"
         )

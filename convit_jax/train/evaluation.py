@@ -1,7 +1,7 @@
 """Exact evaluation: top-1, top-5 and loss over every image, each counted once."""
 
 import collections
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from typing import Any, cast
 
 import flax.linen as nn
@@ -26,23 +26,31 @@ def make_eval_step(
     std: tuple[float, ...],
     mesh: Mesh,
     predictions: bool = False,
+    classes: Sequence[int] | None = None,
 ) -> jax.stages.Wrapped:
     """Returns a jitted (params, batch) -> results over a global batch of B images.
 
     The results are sums over the images, without padding: "loss", "top1", "top5" and "images". With
-    `predictions` there are also "label" (B,) and "predictions" (B, 5), the five classes with the
-    largest logits, the largest first (all classes if there are fewer than five).
+    `predictions` there are also "label" (B,), "rank" (B,), the rank of the label's logit, where 1 is
+    right, "predictions" (B, 5), the five classes with the largest logits, the largest first (all
+    classes if there are fewer than five), and "probabilities" (B, 5), those of the predictions.
 
     Args:
       model: the model to evaluate.
       mean, std: mean and standard deviation of each channel, see `normalise`.
       mesh: mesh of all devices.
       predictions: whether to return the label and the predictions of every image.
+      classes: number of the logit of each class of the data; -1 leaves the class out. Labels and
+        predictions count the data's classes, and no other logits are read. None means that class i
+        is logit i.
     """
+    columns = None if classes is None else np.asarray(classes)
 
     def eval_step(params: Any, batch: dict[str, jax.Array]) -> dict[str, jax.Array]:
         images = normalise(batch["image"], mean, std)
         logits = cast(jax.Array, model.apply({"params": params}, images))
+        if columns is not None:
+            logits = jnp.where(columns >= 0, logits[:, columns], -jnp.inf)
         labels, mask = batch["label"], batch["mask"]
         loss = optax.softmax_cross_entropy_with_integer_labels(logits, labels)
         # The rank of the label's logit; 1 is the largest. Ties count as wrong, so that constant
@@ -53,8 +61,10 @@ def make_eval_step(
         sums = {name: (value * mask).sum() for name, value in per_image.items()}
         if not predictions:
             return sums
-        best = jax.lax.top_k(logits, min(5, logits.shape[-1]))[1]
-        return sums | {"label": labels, "predictions": best}
+        count = logits.shape[-1] if columns is None else int((columns >= 0).sum())
+        best = jax.lax.top_k(logits, min(5, count))[1]
+        shares = jnp.take_along_axis(jax.nn.softmax(logits), best, axis=-1)
+        return sums | {"label": labels, "rank": rank, "predictions": best, "probabilities": shares}
 
     return jax.jit(eval_step, out_shardings=sharding.replicated(mesh))
 
@@ -79,8 +89,8 @@ def evaluate(
 
     Returns:
       For each of the weights, the means "top1" and "top5" in [0, 1], the mean "loss" in nats, and
-      the number "images". If the step returns "label" (images,) and "predictions" (images, 5),
-      they are included, in the order of the data. None if the evaluation was interrupted.
+      the number "images". What the step returns of every image, such as "label" (images,), is
+      included in the order of the data. None if the evaluation was interrupted.
 
     Raises:
       RuntimeError: if the number of evaluated images is not `num_images`.
@@ -116,7 +126,7 @@ def _means(parts: list[dict[str, np.ndarray]], num_images: int) -> dict[str, Any
     means: dict[str, Any] = {"images": num_images}
     for name in parts[0]:
         values = [part[name] for part in parts]
-        if name in ("label", "predictions"):  # the last batch ends in padding
+        if values[0].ndim:  # of every image; the last batch ends in padding
             means[name] = np.concatenate(values)[:num_images]
         elif name != "images":
             means[name] = float(np.sum(values)) / num_images
