@@ -4,9 +4,10 @@
     convit eval --config=configs/convit_b.py --config.init_from=WEIGHTS
 
 The first line evaluates a run with its own configuration. The second evaluates weights: any source
-that convit_jax.load reads. The command prints a table. With --workdir it also writes eval.json
-there."""
+that convit_jax.load reads. The command prints a table, and the accuracy of each class if there are
+at most 20. With --workdir it also writes eval.json there."""
 
+import argparse
 from collections.abc import Sequence
 
 from convit_jax.cli import options
@@ -23,9 +24,14 @@ def main(argv: Sequence[str] | None = None, prog: str = "convit eval") -> None:
         "--checkpoint",
         metavar="WHICH",
         default="best",
-        help="checkpoint of the run to evaluate: best (by top-1), newest, or a step; default best",
+        help="checkpoint of the run to evaluate: best (by top-1 of the weights that are "
+        "evaluated), newest, or a step; default best",
     )
-    add("--ema", action="store_true", help="evaluate the averaged weights")
+    add(
+        "--ema",
+        action=argparse.BooleanOptionalAction,
+        help="evaluate the averaged weights; default: those of a run that has any, and no others",
+    )
     add(
         "--eval_size",
         metavar="SIZES",
@@ -37,7 +43,8 @@ def main(argv: Sequence[str] | None = None, prog: str = "convit eval") -> None:
     add(
         "--predictions",
         action="store_true",
-        help="write the five most probable classes of every image to WORKDIR/predictions.jsonl",
+        help="write file, label and the five most probable classes of every image to "
+        "WORKDIR/predictions.jsonl",
     )
     options.add_processes(parser)
     args, overrides = options.parse(parser, argv)

@@ -62,7 +62,8 @@ def open_folder(path: str, split: str, val_fraction: float) -> FolderSource:
       path: a folder with train/ and val/ (or validation/, or test/), each with a folder of images
         for every class; or a folder that holds the class folders itself.
       split: "train" or "test".
-      val_fraction: share of each class held out for "test" if `path` has no train/ and val/.
+      val_fraction: share of each class held out for "test" if `path` has no train/ and val/. With
+        1 there is no training split, and "test" has all images.
 
     Raises:
       FileNotFoundError: if the folder or the split is missing.
@@ -95,7 +96,8 @@ def open_folder(path: str, split: str, val_fraction: float) -> FolderSource:
 
 def _open_undivided(root: str, split: str, val_fraction: float) -> FolderSource:
     """Opens one split of undivided class folders, by dividing the sorted files of each class."""
-    if not 0 < val_fraction < 1:
+    whole = val_fraction == 1 and split == "test"
+    if not 0 < val_fraction < 1 and not whole:
         raise ValueError(f"data.val_fraction: expected 0 < fraction < 1, got {val_fraction}")
     class_names = _class_names(root, "")
     names = {}
@@ -110,6 +112,8 @@ def _open_undivided(root: str, split: str, val_fraction: float) -> FolderSource:
                 f"data.val_fraction={val_fraction} leaves none for training"
             )
     share = f", {val_fraction:.0%} of each class held out, {split} part"
+    if whole:
+        share = ", all images"
     if not any(names.values()):
         raise ValueError(f"{root}: too few images for a {split} split{share}; make a val/ folder")
     return _folder_source(root, names, class_names, share)

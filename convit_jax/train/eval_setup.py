@@ -204,7 +204,9 @@ def _match_classes(
     )
     if re.fullmatch(r"tfds:(imagenet_a|imagenet_r)\b.*", name):
         # tfds declares all classes of ImageNet for them. Their papers evaluate 200.
-        mapping = mapping.restrict(source.names_and_labels(str(workdir.index) if workdir else None)[1])
+        mapping = mapping.restrict(
+            source.names_and_labels(str(workdir.index) if workdir else None)[1]
+        )
     if mapping.how != "by name" or not mapping.is_identity:
         log.info("classes: found %s", mapping.how)
     return mapping

@@ -31,9 +31,9 @@ def make_eval_step(
     """Returns a jitted (params, batch) -> results over a global batch of B images.
 
     The results are sums over the images, without padding: "loss", "top1", "top5" and "images". With
-    `predictions` there are also "label" (B,), "rank" (B,), the rank of the label's logit, where 1 is
-    right, "predictions" (B, 5), the five classes with the largest logits, the largest first (all
-    classes if there are fewer than five), and "probabilities" (B, 5), those of the predictions.
+    `predictions` there are also "label" (B,); "rank" (B,), the rank of the label's logit, as below;
+    "predictions" (B, 5), the five classes with the largest logits, the largest first (all classes
+    if there are fewer than five); and "probabilities" (B, 5), those of the predictions.
 
     Args:
       model: the model to evaluate.

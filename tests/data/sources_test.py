@@ -536,6 +536,13 @@ def test_class_folders_alone_are_divided_by_file_name(tmp_path, fraction):
         assert c == [4, 14, 24]
 
 
+def test_a_fraction_of_one_leaves_all_images_of_undivided_folders_for_the_test_split(tmp_path):
+    make_files(tmp_path, "a/1.jpg", "a/2.jpg", "b/1.jpg")
+    source = open_source(f"folder:{tmp_path}", "test", val_fraction=1.0)
+    assert source.labels.tolist() == [0, 0, 1]
+    assert source.description.endswith(", all images")
+
+
 def test_what_is_wrong_with_a_folder_is_said(tmp_path):
     def refused(error, message, split="train", path=tmp_path, **options):
         with pytest.raises(error, match=message) as caught:
@@ -549,7 +556,7 @@ def test_what_is_wrong_with_a_folder_is_said(tmp_path):
     make_files(tmp_path, "b/1.jpg")
     refused(ValueError, "too few images for a test split", "test")
     with pytest.raises(ValueError, match=r"data\.val_fraction: expected 0 < fraction < 1, got 1"):
-        open_source(f"folder:{tmp_path}", "test", val_fraction=1)
+        open_source(f"folder:{tmp_path}", "train", val_fraction=1)
     refused(ValueError, "leaves none for training", val_fraction=0.6)
     divided = tmp_path / "divided"
     make_files(divided, "train/a/1.jpg", "train/b/1.jpg")

@@ -46,6 +46,36 @@ def test_counts_every_image_once(devices, batch_size):
     assert 0 < result["top1"] < result["top5"] < 1
 
 
+def test_only_the_logits_of_the_datas_classes_count():
+    """Class i of the data is the logit classes[i]; -1 and logits of no class are left out."""
+    classes = (7, 2, -1, 0, 9, 4, 3)
+    rng = np.random.default_rng(0)
+    logits = rng.normal(size=(8, 10)).astype(np.float32)
+    labels = np.array([0, 1, 3, 4, 5, 6, 0, 1], np.int32)
+
+    class Table(nn.Module):
+        def __call__(self, images):
+            return jnp.asarray(logits)
+
+    mesh = sharding.make_mesh(devices=jax.devices()[:1])
+    step = evaluation.make_eval_step(Table(), (0.3,), (0.4,), mesh, True, classes)
+    images = np.zeros((8, 2, 2, 1), np.uint8)
+    batch = {"image": images, "label": labels, "mask": np.ones(8, np.float32)}
+    found = jax.device_get(step({}, batch))
+
+    kept = np.array([0, 1, 3, 4, 5, 6])
+    only = logits[:, [classes[i] for i in kept]]
+    order = np.argsort(-only, axis=-1)
+    shares = np.asarray(jax.nn.softmax(only))
+    own = shares[np.arange(8), [kept.tolist().index(label) for label in labels]]
+    assert found["predictions"].tolist() == kept[order[:, :5]].tolist()
+    assert found["rank"].tolist() == ((shares >= own[:, None]).sum(-1)).tolist()
+    assert found["top1"] == (found["rank"] == 1).sum() > 0
+    assert found["loss"] == pytest.approx(-np.log(own).sum(), rel=1e-5)
+    best = np.take_along_axis(shares, order[:, :5], -1)
+    np.testing.assert_allclose(found["probabilities"], best, rtol=1e-5)
+
+
 @pytest.mark.parametrize("value", [0.0, np.nan])
 def test_a_model_that_says_nothing_gets_nothing_right(value):
     class Constant(nn.Module):
