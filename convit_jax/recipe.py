@@ -351,7 +351,7 @@ def from_json(saved: Mapping[str, Any], where: str) -> ml_collections.ConfigDict
     if not isinstance(version, int) or version > FORMAT_VERSION:
         raise ValueError(
             f"{where}: written by a later version of convit_jax (format {version}; this one reads "
-            f"up to {FORMAT_VERSION}): pip install --upgrade convit-jax"
+            f"up to {FORMAT_VERSION}): install the later version"
         )
     config = get_config()
     try:
@@ -376,8 +376,8 @@ def changes_since(saved: Mapping[str, Any], config: ml_collections.ConfigDict) -
     mixes = config.mixup.prob > 0 and max(config.mixup.mixup, config.mixup.cutmix) > 0
     if saved.get("format_version", 1) < 2 and mixes:
         return [
-            "mixup.group_size: there a group is consecutive images, now consecutive images are in "
-            "different groups"
+            "mixup.group_size: the run was saved with groups of consecutive images; now "
+            "consecutive images are in different groups"
         ]
     return []
 
@@ -403,7 +403,7 @@ def differences(
     """Returns the keys that differ between two configurations, each with a text of both values."""
     there, now = _values(saved), _values(config)
     return {
-        name: f"{name}: there {there.get(name)!r}, now {now.get(name)!r}"
+        name: f"{name}: saved {there.get(name)!r}, now {now.get(name)!r}"
         for name in sorted(there.keys() | now.keys())
         if there.get(name) != now.get(name)
     }

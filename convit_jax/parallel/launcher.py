@@ -88,7 +88,7 @@ def _by_hand(
     if num_processes is None or process_id is None or coordinator is None:
         missing = [name for name, value in given.items() if value is None]
         have = [name for name in given if name not in missing]
-        raise ValueError(f"{' and '.join(missing)}: expected beside {' and '.join(have)}")
+        raise ValueError(f"{' and '.join(have)}: expected together with {' and '.join(missing)}")
     if num_processes < 1:
         raise ValueError(f"--num_processes: expected at least 1, got {num_processes}")
     if not 0 <= process_id < num_processes:

@@ -54,7 +54,7 @@ def test_trains_and_ends_with_the_test_accuracy(tmp_path):
     assert again.returncode == 1
     assert "error:" in again.stderr
     assert "choose another --workdir" in again.stderr
-    assert "optim.b1: there 0.9, now 0.5" in again.stderr
+    assert "optim.b1: saved 0.9, now 0.5" in again.stderr
     assert "Traceback" not in again.stderr
 
 
@@ -110,6 +110,6 @@ def test_a_run_continues_by_its_own_configuration(tmp_path):
     assert done.returncode == 0, done.stderr
     done = run("main.py", f"--workdir={tmp_path / 'run'}", "--config.train.epochs=3")
     assert done.returncode == 0, done.stderr
-    assert "changed since the last start: train.epochs: there 2.0, now 3.0" in done.stderr
+    assert "changed since the last start: train.epochs: saved 2.0, now 3.0" in done.stderr
     assert "continuing from step 22 of" in done.stderr
     assert "after 33 steps" in done.stderr.splitlines()[-1]

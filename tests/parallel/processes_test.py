@@ -157,9 +157,9 @@ def test_one_process_needs_nothing(tmp_path, caplog):
 @pytest.mark.parametrize(
     ("flags", "message"),
     [
-        (("host:1", None, None), "--num_processes and --process_id: expected beside --coordinator"),
-        ((None, 2, 0), "--coordinator: expected beside --num_processes and --process_id"),
-        (("host:1", None, 0), "--num_processes: expected beside"),
+        (("host:1", None, None), "--coordinator: expected together with --num_processes and"),
+        ((None, 2, 0), "--num_processes and --process_id: expected together with --coordinator"),
+        (("host:1", None, 0), "--coordinator and --process_id: expected together with"),
         (("host", 2, 0), "--coordinator: expected HOST:PORT, got 'host'"),
         (("host:1", 0, 0), "--num_processes: expected at least 1, got 0"),
         (("host:1", 2, 2), "--process_id: expected 0 to 1, got 2"),

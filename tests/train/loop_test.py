@@ -354,11 +354,11 @@ def test_a_run_of_an_older_configuration_continues(tmp_path, caplog):
     config.train.epochs = 0.2
     result = loop.train(setup.prepare(config, workdir))
     assert result["images"] == 360
-    assert "changed since the last start: mixup.group_size: there a group is" in caplog.text
+    assert "last start: mixup.group_size: the run was saved with groups of" in caplog.text
     assert json.loads(workdir.config.read_text())["format_version"] == recipe.FORMAT_VERSION
     read_weights(tmp_path)
     config.optim.b1 = 0.5
-    with pytest.raises(ValueError, match=r"(?s)another config.* optim.b1: there 0.9, now 0.5"):
+    with pytest.raises(ValueError, match=r"(?s)another config.* optim.b1: saved 0.9, now 0.5"):
         setup.prepare(config, workdir)
 
 

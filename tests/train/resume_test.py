@@ -94,7 +94,7 @@ def test_killed_runs_end_as_the_one_that_was_not(flags, whole, tmp_path):
     runs.finish(process, workdir)
 
     assert f"continuing from step {second}" in runs.output(workdir)
-    assert "changed since the last start: data.workers: there 1, now 2" in runs.output(workdir)
+    assert "changed since the last start: data.workers: saved 1, now 2" in runs.output(workdir)
     starts = [json.loads(line) for line in (workdir / "starts.jsonl").read_text().splitlines()]
     assert starts[0]["step"] == 0
     assert starts[-1]["step"] > 12
