@@ -159,6 +159,8 @@ def _check_same_run(workdir: Workdir, config: ml_collections.ConfigDict) -> list
     if saved is None:
         return []
     found = recipe.from_json(saved, str(workdir.config))
+    for text in recipe.keep_division(found, config):
+        log.info("%s", text)
     differences = recipe.differences(found, config)
     wrong = [text for name, text in differences.items() if name not in recipe.MAY_CHANGE]
     if wrong:
@@ -232,6 +234,10 @@ def open_split(config: ml_collections.ConfigDict, split: str, workdir: Workdir |
         split,
         data_dir=config.data.dir,
         val_fraction=config.data.val_fraction,
+        held_out=config.data.held_out,
+        class_order=config.data.class_order,
+        train_split=config.data.train_split,
+        test_split=config.data.test_split,
         sampling_ratio=config.data.sampling_ratio if split == "train" else 1.0,
         cache_dir=str(workdir.index) if workdir else None,
     )
