@@ -132,7 +132,7 @@ KEYS: dict[str, Key] = {
     "data.held_out": Key(
         "hash",
         "rule that chooses the images held out: hash (of the file name), or spread (evenly over "
-        "the sorted names of each class, the rule of runs before format 3)",
+        "the sorted names of each class, as in runs before format 3)",
         choices=("hash", "spread"),
     ),
     "data.train_split": Key("", "name of the split or folder to train on; empty is train"),
@@ -383,12 +383,14 @@ def keep_division(saved: ml_collections.ConfigDict, config: ml_collections.Confi
         data set is the run's.
 
     Returns:
-      A text about the change, if there is one.
+      A text about the change, if it matters to the data set.
     """
     rule, asked = saved.data.held_out, config.data.held_out
     if rule == asked or saved.data.source != config.data.source:
         return []
     config.data.held_out = rule
+    if not config.data.source.startswith("folder:"):
+        return []  # their split does not depend on it
     return [f"data.held_out: {rule!r}, as the run has it, not {asked!r}: its splits stay the same"]
 
 

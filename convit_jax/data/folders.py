@@ -92,8 +92,15 @@ def open_folder(path: str, split: str, options: Options) -> FolderSource:
             f"data.source: no folder {root}; expected train/ and val/ in it, with a folder of "
             f"images for each class, or class folders"
         )
-    listed = class_order.is_file(options.class_order)
-    layout = layouts.find_layout(root, options.train_split, options.test_split, listed)
+    earlier = options.held_out == "spread"  # a run of an earlier version keeps its images
+    classes_known = earlier or class_order.is_file(options.class_order)
+    layout = layouts.find_layout(
+        root,
+        options.train_split,
+        options.test_split,
+        classes_known=classes_known,
+        earlier=earlier,
+    )
     part = layout.train if split == "train" else layout.test
     if part is None:
         raise FileNotFoundError(layouts.missing_split(layout, split))
@@ -107,7 +114,7 @@ def open_folder(path: str, split: str, options: Options) -> FolderSource:
     if unknown := sorted(there - {*classes}):
         raise ValueError(f"{part.top.path}: classes that train/ lacks: {unknown}")
     folders = [name for name in classes if name in there]
-    images = _list_classes(part, folders, layout.left_out, listed)
+    images = _list_classes(part, folders, layout.left_out, classes_known)
     if layout.undivided:
         return _divide(part.top.path, images, split, options)
     return _folder_source(part.top.path, images, classes, "")
@@ -175,7 +182,7 @@ def _labelled_by_list(part: layouts.Part, classes: Sequence[str], restrict: bool
 
 
 def _list_classes(
-    part: layouts.Part, folders: Sequence[str], left_out: LeftOut, listed: bool
+    part: layouts.Part, folders: Sequence[str], left_out: LeftOut, classes_known: bool
 ) -> dict[str, list[str]]:
     """Lists the images of each class folder, at any depth, in ImageFolder's order.
 
@@ -183,13 +190,13 @@ def _list_classes(
       part: the class folders.
       folders: their names, in order.
       left_out: what was left out above them, for the log.
-      listed: whether a file lists the classes, so that they are not checked to look like classes.
+      classes_known: whether they need not be checked to be classes, and not splits.
     """
     root = part.top.path
     paths = [os.path.join(root, name) for name in folders]
     walked = threads.in_threads("Listing", "classes", walk, paths)
     trees: dict[str, Tree] = dict(zip(folders, walked, strict=True))
-    if not listed:
+    if not classes_known:
         layouts.check_level(root, trees)
     for name, tree in trees.items():
         if not tree.images:

@@ -15,6 +15,7 @@ from convit_jax.data.listing import LeftOut, Listing, Tree, scan
 _NO_CLASS = frozenset({"image", "images", "img", "imgs"})  # folders of images without labels
 
 _LIST_CLASSES = "--config.data.class_order=FILE, a file that lists all classes, one a line"
+_EARLIER = ("val", "validation", "test")  # the folders that versions before format 3 knew
 EXPECTED = "train/ and val/ with a folder of images for each class, or the class folders themselves"
 
 
@@ -56,7 +57,12 @@ class Layout:
 
 
 def find_layout(
-    path: str, train_split: str = "", test_split: str = "", classes_listed: bool = False
+    path: str,
+    train_split: str = "",
+    test_split: str = "",
+    *,
+    classes_known: bool = False,
+    earlier: bool = False,
 ) -> Layout:
     """Finds the splits of a folder.
 
@@ -64,7 +70,8 @@ def find_layout(
       path: the folder.
       train_split: name of the folder to train on; empty finds it.
       test_split: name of the folder to evaluate on; empty finds it.
-      classes_listed: whether a file lists the classes, so that doubtful names are class folders.
+      classes_known: whether folders with doubtful names are known to be classes.
+      earlier: whether to evaluate the folder that versions before format 3 evaluated.
 
     Raises:
       FileNotFoundError: if there is no folder `train_split` or `test_split`.
@@ -79,14 +86,14 @@ def find_layout(
         if name
     }
     train_name = train_split or _train_folder(top, below, test_split)
-    if not train_name and not test_split and not _is_evaluation_only(top, below, classes_listed):
+    if not train_name and not test_split and not _is_evaluation_only(top, below, classes_known):
         part = Part(top)
         return Layout(top.path, part, part, True, left_out, tuple(notes))
     train = Part(_class_root(below[train_name])) if train_name else None
     if train and train.top.path != below[train_name].path:
         notes.append(f"{below[train_name].path}: its class folders are in {train.top.path}")
     classes = set(train.top.folders) if train else None
-    test_name, test, test_notes = _evaluation(below, train_name, test_split, classes)
+    test_name, test, test_notes = _evaluation(below, train_name, test_split, classes, earlier)
     unread = [name for name in top.folders if name not in (train_name, test_name)]
     if test_name and unread:
         training = f"training reads {train_name}/, " if train_name else ""
@@ -97,7 +104,11 @@ def find_layout(
 
 
 def _evaluation(
-    below: Mapping[str, Listing], train_name: str, test_split: str, classes: set[str] | None
+    below: Mapping[str, Listing],
+    train_name: str,
+    test_split: str,
+    classes: set[str] | None,
+    earlier: bool,
 ) -> tuple[str, Part | None, tuple[str, ...]]:
     """Finds the images to evaluate on.
 
@@ -106,6 +117,7 @@ def _evaluation(
       train_name: the one to train on; may be empty.
       test_split: the one to evaluate on; empty finds it, val/ first and test/ last.
       classes: the training classes; None if they are not known.
+      earlier: whether to prefer the folders of `_EARLIER`.
 
     Returns:
       The name of the folder, its images, and notes for the log; "" and None if there are none.
@@ -115,7 +127,8 @@ def _evaluation(
     parts = {name: part for name in names if (part := _labelled(below[name], classes))}
     if not parts:
         return "", None, ()
-    name = next(iter(parts))
+    known = [name for name in _EARLIER if name in parts and earlier]
+    name = next(iter((*known, *parts)))
     if test_split or split_names.role(name) != "test":
         return name, parts[name], ()
     note = (
@@ -208,7 +221,7 @@ def _train_folder(top: Listing, below: Mapping[str, Listing], test_split: str) -
     return found[0] if found else ""
 
 
-def _is_evaluation_only(top: Listing, below: Mapping[str, Listing], classes_listed: bool) -> bool:
+def _is_evaluation_only(top: Listing, below: Mapping[str, Listing], classes_known: bool) -> bool:
     """Returns whether a folder without a training split holds val/ or test/, not class folders.
 
     Raises:
@@ -218,7 +231,7 @@ def _is_evaluation_only(top: Listing, below: Mapping[str, Listing], classes_list
     plain = [name for name in top.folders if not split_names.role(name)]
     if not plain and any(_labelled(below[name], None) for name in held_out):
         return True
-    if classes_listed:
+    if classes_known:
         return False
     # A class may be called train, a vehicle, or valid, beside invalid. A split has several folders.
     splits = [

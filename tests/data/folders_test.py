@@ -99,6 +99,17 @@ def test_the_rule_of_earlier_versions_spreads_what_is_held_out(tmp_path, fractio
         opened(tmp_path, held_out="random")
 
 
+def test_the_rule_of_earlier_versions_evaluates_the_same_folder(tmp_path):
+    make_files(tmp_path, *classes("train"), *classes("valid"), *classes("test", "dog"))
+    assert len(opened(tmp_path, "test")) == 6
+    assert len(opened(tmp_path, "test", held_out="spread")) == 3  # they did not know valid/
+    make_files(tmp_path, *classes("validation", "cat", 2))
+    assert len(opened(tmp_path, "test", held_out="spread")) == 2
+    levels = tmp_path / "levels"
+    make_files(levels, *classes("amazon"), *classes("webcam"))  # they took these for classes
+    assert opened(levels, held_out="spread").class_names == ("amazon", "webcam")
+
+
 def test_what_is_wrong_with_a_folder_is_said(tmp_path):
     def refused(error, message, split="train", path=tmp_path, **options):
         with pytest.raises(error, match=message) as caught:
@@ -222,14 +233,16 @@ def test_a_list_of_classes_must_be_the_folders(tmp_path):
 
 
 def test_a_run_of_an_earlier_version_keeps_its_division():
-    saved = recipe.to_json(recipe.get_config())
+    config = recipe.get_config()
+    config.data.source = "folder:pictures"
+    saved = recipe.to_json(config)
     del saved["data"]["held_out"]
     for version in (1, 2):
         old = recipe.from_json(saved | {"format_version": version}, "config.json")
         assert old.data.held_out == "spread"
         assert recipe.to_json(old)["format_version"] == 3
         # The command that started the run names no rule. The run goes on with its own.
-        again = recipe.get_config()
+        again = config.copy_and_resolve_references()
         (text,) = recipe.keep_division(old, again)
         assert text.startswith("data.held_out: 'spread', as the run has it, not 'hash'")
         assert recipe.differences(old, again) == {}
@@ -238,6 +251,9 @@ def test_a_run_of_an_earlier_version_keeps_its_division():
     other.data.source = "folder:elsewhere"
     assert recipe.keep_division(old, other) == []
     assert other.data.held_out == "hash"
+    old.data.source, other.data.source = ("tfds:imagenet2012",) * 2
+    assert recipe.keep_division(old, other) == []  # its splits are its own: nothing to say
+    assert recipe.differences(old, other) == {}
     new = recipe.from_json(saved | {"format_version": 3}, "config.json")
     assert new.data.held_out == "hash"
 
