@@ -4,8 +4,9 @@
         --config.init_from=convit_tiny.safetensors --workdir=DIR
 
 PATH holds a folder of images for each class, or train/ and val/ with such folders. The head starts
-anew. Another --config.model.image_size interpolates the position embedding. The settings are this
-project's own: fewer epochs and a lower rate than from scratch, no mixing. They have not been tuned.
+anew. The batch size is 64, or less for a small data set. Another --config.model.image_size
+interpolates the position embedding. The settings are this project's own: fewer epochs and a lower
+rate than from scratch, no mixing. They have not been tuned.
 """
 
 import ml_collections
@@ -20,6 +21,6 @@ def get_config() -> ml_collections.ConfigDict:
     config.init_resize_pos_embed = True
     config.data.update(source="folder:images", repeats=1)
     config.mixup.update(mixup=0.0, cutmix=0.0)
-    config.train.update(epochs=30.0, batch_size=64)
+    config.train.update(epochs=30.0, batch_size=None)
     config.optim.update(lr=1e-4, weight_decay=1e-8, warmup_epochs=1.0, min_lr=1e-6)
     return config

@@ -48,6 +48,7 @@ class Key:
       may_change: whether the value may differ between two starts of a run. This holds for keys that
         decide what a run costs, how long it is, and what it logs and saves, and for those that an
         error message advises to change.
+      may_be_none: whether None is allowed although the default is another value.
     """
 
     default: Any
@@ -58,6 +59,7 @@ class Key:
     least: float = -math.inf
     below: float = math.inf
     may_change: bool = False
+    may_be_none: bool = False
 
 
 def _option(doc: str, type_: Any, name: str) -> Key:
@@ -183,7 +185,12 @@ KEYS: dict[str, Key] = {
     "mixup.erase_prob": Key(0.25, "probability that a box of an image is erased"),
     "mixup.erase_mode": Key("pixel", "content of the erased box: pixel, const or rand"),
     "train.epochs": Key(300.0, "number of epochs", above=0, may_change=True),
-    "train.batch_size": Key(1024, "number of images per step, over all devices"),
+    "train.batch_size": Key(
+        1024,
+        "number of images per step, over all devices; None fits small data sets: up to 64, with at "
+        "least 8 steps in an epoch",
+        int, may_be_none=True,
+    ),
     "train.accum_steps": Key(
         1, "number of parts of a batch, computed in turn for one update", above=0, may_change=True
     ),
@@ -200,7 +207,9 @@ KEYS: dict[str, Key] = {
         "block (all)",
         may_change=True,
     ),
-    "train.log_every": Key(50, "steps between two lines of metrics", above=0, may_change=True),
+    "train.log_every": Key(
+        50, "steps between two lines of metrics, at most an epoch", above=0, may_change=True
+    ),
     "train.eval_every": Key(
         1.0, "epochs between two evaluations; the last step is evaluated too", above=0,
         may_change=True,
@@ -309,7 +318,7 @@ def _misfits(
                 image_size.parse(value, name)
             except ValueError as error:
                 yield str(error)
-        elif value is None and reference[leaf] is None:
+        elif value is None and (reference[leaf] is None or KEYS[name].may_be_none):
             pass  # left open
         elif type(value) is not expected and (type(value), expected) != (int, float):
             yield f"{name}: expected {expected.__name__}, got {value!r}"
@@ -355,7 +364,7 @@ def from_json(saved: Mapping[str, Any], where: str) -> ml_collections.ConfigDict
     if not isinstance(version, int) or version > FORMAT_VERSION:
         raise ValueError(
             f"{where}: written by a later version of convit_jax (format {version}; this one reads "
-            f"up to {FORMAT_VERSION}): pip install --upgrade convit-jax"
+            f"up to {FORMAT_VERSION}): install the later version"
         )
     config = get_config()
     try:
@@ -379,14 +388,13 @@ def keep_division(saved: ml_collections.ConfigDict, config: ml_collections.Confi
 
     Args:
       saved: configuration of the run.
-      config: configuration of the present start; its data.held_out is changed if it differs and the
-        data set is the run's.
+      config: configuration of the present start; its data.held_out is changed if it differs.
 
     Returns:
       A text about the change, if it matters to the data set.
     """
     rule, asked = saved.data.held_out, config.data.held_out
-    if rule == asked or saved.data.source != config.data.source:
+    if rule == asked:
         return []
     config.data.held_out = rule
     if not config.data.source.startswith("folder:"):
@@ -404,8 +412,8 @@ def changes_since(saved: Mapping[str, Any], config: ml_collections.ConfigDict) -
     mixes = config.mixup.prob > 0 and max(config.mixup.mixup, config.mixup.cutmix) > 0
     if saved.get("format_version", 1) < 2 and mixes:
         return [
-            "mixup.group_size: there a group is consecutive images, now consecutive images are in "
-            "different groups"
+            "mixup.group_size: the run was saved with groups of consecutive images; now "
+            "consecutive images are in different groups"
         ]
     return []
 
@@ -431,7 +439,7 @@ def differences(
     """Returns the keys that differ between two configurations, each with a text of both values."""
     there, now = _values(saved), _values(config)
     return {
-        name: f"{name}: there {there.get(name)!r}, now {now.get(name)!r}"
+        name: f"{name}: saved {there.get(name)!r}, now {now.get(name)!r}"
         for name in sorted(there.keys() | now.keys())
         if there.get(name) != now.get(name)
     }

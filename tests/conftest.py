@@ -5,17 +5,14 @@ import pathlib
 import sys
 import tempfile
 
-os.environ["JAX_PLATFORMS"] = "cpu"
-# Tests compile far longer than they compute, and LLVM's optimisation takes two thirds of that time.
-# It is off here. What the tests look at does not change: fusions, collectives and memory are the
-# work of XLA's own passes. The runs of cli/train_test.py and cli/data_test.py compile as a user's.
-os.environ["XLA_FLAGS"] = (
-    "--xla_force_host_platform_device_count=8 --xla_backend_optimization_level=0"
-)
-
 # main.py and configs/ are run from the checkout and not installed; tests/ has helpers.
 _TESTS = pathlib.Path(__file__).parent
 sys.path[:0] = [str(_TESTS.parent), str(_TESTS)]
+
+import compiling  # noqa: E402
+
+os.environ["JAX_PLATFORMS"] = "cpu"
+os.environ["XLA_FLAGS"] = compiling.flags(devices=8)
 
 import jax  # noqa: E402
 

@@ -11,6 +11,7 @@ import shutil
 import subprocess
 import sys
 
+import compiling
 import make_imagenet
 import numpy as np
 import pages
@@ -133,7 +134,7 @@ def _environment(folder: pathlib.Path) -> dict[str, str]:
     return os.environ | {
         "JAX_PLATFORMS": "cpu",
         # One device, as a user has; programs that compile quickly, and once for all pages.
-        "XLA_FLAGS": "--xla_backend_optimization_level=0",
+        "XLA_FLAGS": compiling.flags(),
         "JAX_COMPILATION_CACHE_DIR": str(folder / "programs"),
         "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0.1",
         # Names are looked for in this cache of huggingface.co only.
@@ -202,6 +203,11 @@ def test_the_blocks_of_a_page_run(name, prepared, tmp_path):
     shutil.copytree(prepared, folder, symlinks=True)
     command = [sys.executable, str(ROOT / "tests" / "pages.py"), name]
     done = subprocess.run(
-        command, cwd=folder, env=_environment(prepared), capture_output=True, text=True, timeout=600
+        command,
+        cwd=folder,
+        env=_environment(prepared),
+        capture_output=True,
+        text=True,
+        timeout=1200,
     )
     assert done.returncode == 0, done.stderr

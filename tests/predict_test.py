@@ -182,7 +182,7 @@ def test_what_is_found(photos):
 
 def run(*arguments):
     command = [sys.executable, "-W", "error", "-m", "convit_jax", "predict", *arguments]
-    return subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=120)
+    return subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=1200)
 
 
 def test_the_command(exported, photos):

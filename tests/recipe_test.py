@@ -150,9 +150,9 @@ def test_what_may_change_between_two_starts():
     other.update_from_flattened_dict({"train.epochs": 7.0, "data.workers": 3, "optim.b1": 0.5})
     found = recipe.differences(config, other)
     assert found == {
-        "data.workers": "data.workers: there None, now 3",
-        "optim.b1": "optim.b1: there 0.9, now 0.5",
-        "train.epochs": "train.epochs: there 300.0, now 7.0",
+        "data.workers": "data.workers: saved None, now 3",
+        "optim.b1": "optim.b1: saved 0.9, now 0.5",
+        "train.epochs": "train.epochs: saved 300.0, now 7.0",
     }
     assert set(found) - recipe.MAY_CHANGE == {"optim.b1"}
 

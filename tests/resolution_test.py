@@ -51,7 +51,7 @@ def test_any_size_trains_and_is_evaluated_and_predicts(tmp_path, size, turned, a
 
     other = (*flags, f"--config.model.image_size={turned}")
     runs.finish(runs.start(workdir, *other, devices=1), workdir, code=1)
-    assert f"model.image_size: there '{size}', now '{turned}'" in runs.output(workdir)
+    assert f"model.image_size: saved '{size}', now '{turned}'" in runs.output(workdir)
 
     # An evaluation takes the size that training refused, together with the weights' own size.
     sizes = f"--eval_size={size},{turned}"

@@ -10,6 +10,7 @@ import sys
 import time
 from typing import Any
 
+import compiling
 import numpy as np
 from PIL import Image
 
@@ -52,9 +53,7 @@ def start(workdir: pathlib.Path, *flags: str, devices: int = 8) -> subprocess.Po
     """Starts main.py on `devices` CPU devices; its output goes to a file beside the workdir."""
     env = dict(os.environ) | {
         "JAX_PLATFORMS": "cpu",
-        # Without LLVM's optimisation, as conftest.py has it.
-        "XLA_FLAGS": f"--xla_force_host_platform_device_count={devices} "
-        "--xla_backend_optimization_level=0",
+        "XLA_FLAGS": compiling.flags(devices),
         "JAX_DEFAULT_MATMUL_PRECISION": "highest",
     }
     log = workdir.with_name(workdir.name + ".log").open("a")
@@ -80,18 +79,18 @@ def output(workdir: pathlib.Path) -> str:
 
 def finish(process: subprocess.Popen, workdir: pathlib.Path, code: int = 0) -> None:
     """Waits until a process ends, and asserts that its exit status is `code`."""
-    assert process.wait(timeout=300) == code, output(workdir)
+    assert process.wait(timeout=1200) == code, output(workdir)
 
 
 def kill(process: subprocess.Popen) -> None:
     """Kills a process and its workers with SIGKILL."""
     os.killpg(process.pid, signal.SIGKILL)
-    process.wait(timeout=60)
+    process.wait(timeout=1200)
 
 
 def wait_for(condition, process: subprocess.Popen, workdir: pathlib.Path, poll: float = 0.001):
     """Waits until condition(workdir) is true, and returns it; the process must not end first."""
-    deadline = time.monotonic() + 240
+    deadline = time.monotonic() + 1200
     while not (value := condition(workdir)):
         assert process.poll() is None, output(workdir)
         assert time.monotonic() < deadline, output(workdir)

@@ -7,6 +7,7 @@ import subprocess
 import sys
 import threading
 
+import compiling
 from runs import ROOT
 
 START = """
@@ -38,7 +39,7 @@ def start(code: str, *args: object, devices: int = 1, **env: str) -> subprocess.
     env = {
         **os.environ,
         "PYTHONPATH": str(ROOT),
-        "XLA_FLAGS": f"--xla_force_host_platform_device_count={devices}",
+        "XLA_FLAGS": compiling.flags(devices),
         **env,
     }
     return subprocess.Popen(
@@ -55,7 +56,7 @@ def start_pair(code: str, *args: object, devices: int = 1) -> list[subprocess.Po
     return [start(code, address, process, *args, devices=devices) for process in (0, 1)]
 
 
-def wait_for(process: subprocess.Popen, text: str, timeout: float = 40) -> str:
+def wait_for(process: subprocess.Popen, text: str, timeout: float = 1200) -> str:
     """Returns a process's output up to a line with a text; kills it if that takes too long."""
     lines = []
     timer = threading.Timer(timeout, process.kill)
@@ -70,7 +71,7 @@ def wait_for(process: subprocess.Popen, text: str, timeout: float = 40) -> str:
     raise AssertionError(f"ended without {text!r}:\n{''.join(lines)}")
 
 
-def finish(processes: list[subprocess.Popen], timeout: float = 60) -> list[str]:
+def finish(processes: list[subprocess.Popen], timeout: float = 1200) -> list[str]:
     try:
         return [process.communicate(timeout=timeout)[0] for process in processes]
     finally:

@@ -6,21 +6,31 @@ convit data prepare --tars=DIR --data_dir=DIR"""
 import argparse
 from collections.abc import Sequence
 import contextlib
-import itertools
+import pathlib
 import time
 from typing import Any
 
 import ml_collections
+import numpy as np
 
 from convit_jax.cli import options
-from convit_jax.data.chunks import Share, TrainChunks, Transform
-from convit_jax.data.source import Source, check_images, describe
+from convit_jax.data.chunks import Batch, EvalChunks, Share, TrainChunks, Transform
+from convit_jax.data.open import SPLITS
+from convit_jax.data.pictures import contact_sheet
+from convit_jax.data.source import Source, Subset, check_images, describe
 from convit_jax.data.workers import iterate, num_workers
+from convit_jax.storage import whole_file
 from convit_jax.train import setup
+
+_NAMED = 50  # most classes that are all named
+_DRAWN = 32  # training images of a contact sheet
 
 _CHECK = """Shows the data set, decodes 32 images of each split, and times the input pipeline.
 
-    convit data check --config=configs/convit_b.py --config.data.dir=DATA"""
+    convit data check --config=configs/convit_b.py --config.data.dir=DATA
+    convit data check --config=finetune --config.data.source=folder:PATH --pictures=sheet.png
+
+With --pictures, it also draws images with their labels, as the model will see them."""
 _PREPARE = """Writes ImageNet from its two tar files in the layout of tensorflow-datasets.
 
     convit data prepare --tars=DIR --data_dir=DATA
@@ -39,6 +49,12 @@ def main(argv: Sequence[str] | None = None, prog: str = "convit data") -> None:
     }
     check = commands.add_parser("check", description=_CHECK, help="check a data set", **style)
     options.add_config(check)
+    check.add_argument(
+        "--pictures",
+        metavar="FILE",
+        type=pathlib.Path,
+        help="picture to write, such as sheet.png: 32 augmented training images and 16 test images",
+    )
     prepare = commands.add_parser(
         "prepare", description=_PREPARE, help="write ImageNet from its tar files", **style
     )
@@ -56,7 +72,7 @@ def main(argv: Sequence[str] | None = None, prog: str = "convit data") -> None:
         elif args.config is None:
             check.error("--config: expected one")
         else:
-            _check(options.configuration(args.config, overrides))
+            _check(options.configuration(args.config, overrides), args.pictures)
 
 
 def _prepare(tars: str, data_dir: str) -> None:
@@ -66,18 +82,55 @@ def _prepare(tars: str, data_dir: str) -> None:
     print(f"ready: {path}\nTrain with --config.data.dir={data_dir}")
 
 
-def _check(config: ml_collections.ConfigDict) -> None:
+def _check(config: ml_collections.ConfigDict, pictures: pathlib.Path | None) -> None:
+    if pictures is not None and not pictures.absolute().parent.is_dir():
+        raise FileNotFoundError(f"--pictures: no such folder: {pictures.absolute().parent}")
     model = setup.make_model(config)
-    train_transform, _ = setup.make_transforms(config, model)
-    for split in ("train", "test"):
-        source = setup.open_split(config, split, None)
+    train_transform, eval_transform = setup.make_transforms(config, model)
+    sources = {split: setup.open_split(config, split, None) for split in SPLITS}
+    for split, source in sources.items():
         print(f"{split}: {describe(source)}")
-        names = ", ".join(itertools.islice(source.class_names, 5))
-        print(f"  classes {names}, ...")
+        print(f"  classes {_listed(source.class_names)}")
         rate = check_images(source, 32)
         print(f"  {min(32, len(source))} images decoded, {rate:.0f} a second on one core")
         if split == "train":
             _time(config, source, train_transform)
+
+    if pictures is not None:
+        train = TrainChunks(
+            sources["train"],
+            train_transform,
+            Share(_DRAWN),
+            config.seed,
+            config.data.repeats,
+            config.data.skip_corrupt,
+        )
+        spread = np.linspace(0, len(sources["test"]) - 1, _DRAWN // 2).astype(int)
+        some = Subset(sources["test"], np.unique(spread), "")
+        test = EvalChunks(some, eval_transform, Share(len(some)))
+        _draw(train[0], test[0], sources["train"].class_names, pictures)
+
+
+def _listed(names: tuple[str, ...]) -> str:
+    if len(names) <= _NAMED:
+        return ", ".join(names)
+    return f"{', '.join(names[:5])} and {len(names) - 5:,} more"
+
+
+def _draw(train: Batch, test: Batch, class_names: tuple[str, ...], path: pathlib.Path) -> None:
+    """Writes a contact sheet of training images and test images."""
+    sheet = contact_sheet(
+        [
+            (title, batch["image"], [class_names[label] for label in batch["label"]])
+            for title, batch in (
+                ("training images, augmented; erasing and mixing come later", train),
+                ("test images", test),
+            )
+        ]
+    )
+    with whole_file(path, ValueError) as unfinished:  # raised by Pillow
+        sheet.save(unfinished, format="PNG")
+    print(f"wrote {path}")
 
 
 def _time(config: ml_collections.ConfigDict, source: Source, transform: Transform) -> None:

@@ -57,13 +57,13 @@ def add_config(parser: argparse.ArgumentParser, more: str = "") -> None:
 def add_processes(parser: argparse.ArgumentParser) -> None:
     """Adds the flags that connect the processes of a run."""
     add = parser.add_argument_group(
-        "several processes (Slurm, Open MPI and TPU pods are recognised without these)"
+        "several processes (Slurm, Open MPI, torchrun and TPU pods are recognised without these)"
     ).add_argument
     add(
         "--coordinator",
         metavar="HOST:PORT",
         help="host of process 0 and a free port on it; needs --num_processes and --process_id, "
-        "except under Slurm and Open MPI",
+        "except under Slurm, Open MPI and other launchers",
     )
     add(
         "--num_processes",

@@ -51,6 +51,6 @@ def main(argv: Sequence[str] | None = None, prog: str = "convit train") -> None:
             log.warning("%s", found)
         with options.report(ValueError, OSError, RuntimeError):
             run = setup.prepare(config, workdir, args.profile)
-        with options.report(OSError, FloatingPointError, CorruptImageError):
+        with options.report(OSError, FloatingPointError, CorruptImageError, processes.RemoteError):
             setup.use_compilation_cache(config, workdir)
             loop.train(run)

@@ -4,7 +4,7 @@ import dataclasses
 
 import numpy as np
 
-from convit_jax.data.source import Example, check_index
+from convit_jax.data.source import Example, check_index, hashes
 
 
 @dataclasses.dataclass(frozen=True, eq=False, repr=False)
@@ -39,6 +39,11 @@ class ArraySource:
 
     def names_and_labels(self, cache_dir: str | None = None) -> tuple[np.ndarray, np.ndarray]:
         return self.names, self.labels
+
+    def fingerprints(self) -> np.ndarray:
+        classes = [name.encode() for name in self.class_names]
+        pairs = zip(self.images, self.labels.tolist(), strict=True)
+        return hashes(image.tobytes() + classes[label] for image, label in pairs)
 
 
 def digits(split: str) -> ArraySource:

@@ -11,7 +11,7 @@ import numpy as np
 
 from convit_jax.data import class_names, class_order, held_out, label_lists, layouts, threads
 from convit_jax.data.listing import EXTENSIONS, LeftOut, Tree, left_out_text, walk
-from convit_jax.data.source import Example, check_index
+from convit_jax.data.source import Example, check_index, hashes
 
 log = logging.getLogger(__name__)
 
@@ -51,6 +51,11 @@ class FolderSource:
 
     def names_and_labels(self, cache_dir: str | None = None) -> tuple[np.ndarray, np.ndarray]:
         return self.names, self.labels
+
+    def fingerprints(self) -> np.ndarray:
+        classes = [os.fsencode(name) for name in self.class_names]
+        pairs = zip(self.names.tolist(), self.labels.tolist(), strict=True)
+        return hashes(name + b"\0" + classes[label] for name, label in pairs)
 
 
 @dataclasses.dataclass(frozen=True)

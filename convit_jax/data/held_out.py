@@ -1,9 +1,11 @@
 """Chooses the images that are held out for evaluation where a data set has one split only."""
 
 from collections.abc import Iterable
-import hashlib
+import math
 
 import numpy as np
+
+from convit_jax.data.source import hashes
 
 RULES = ("hash", "spread")
 
@@ -16,17 +18,12 @@ def by_hash(names: Iterable[bytes], fraction: float) -> np.ndarray:
 
     Args:
       names: a name of each image that does not change.
-      fraction: share of the images to hold out.
+      fraction: share of the images to hold out, below 1.
 
     Returns:
       (n,) bool, whether each image is held out.
     """
-    limit = fraction * 2**64
-
-    def hash_of(name: bytes) -> int:
-        return int.from_bytes(hashlib.blake2b(name, digest_size=8).digest(), "little")
-
-    return np.array([hash_of(name) < limit for name in names], bool)
+    return hashes(names) < np.uint64(math.ceil(fraction * 2**64))
 
 
 def by_spread(count: int, fraction: float) -> np.ndarray:

@@ -4,7 +4,9 @@ A source is a random-access sequence of labelled images. It can be pickled, so t
 can read from it, and it needs no TensorFlow. Images of files stay encoded: the workers decode them.
 """
 
+from collections.abc import Iterable
 import dataclasses
+import hashlib
 import io
 import operator
 import time
@@ -46,6 +48,19 @@ class Source(Protocol):
         If finding them takes long, they are stored in the folder `cache_dir`; None stores nothing.
         """
         ...
+
+    def fingerprints(self) -> np.ndarray:
+        """Returns a hash of each image: of its name or content, and of its class. (n,) uint64.
+
+        A fingerprint does not depend on where the images are stored, nor on the other images.
+        """
+        ...
+
+
+def hashes(names: Iterable[bytes]) -> np.ndarray:
+    """Returns a hash of each byte string: (n,) uint64, the same on every machine."""
+    digests = (hashlib.blake2b(name, digest_size=8).digest() for name in names)
+    return np.frombuffer(b"".join(digests), "<u8")
 
 
 def describe(source: Source) -> str:
@@ -116,6 +131,9 @@ class Subset:
     def names_and_labels(self, cache_dir: str | None = None) -> tuple[np.ndarray, np.ndarray]:
         names, labels = self.source.names_and_labels(cache_dir)
         return names[self.indices], labels[self.indices]
+
+    def fingerprints(self) -> np.ndarray:
+        return self.source.fingerprints()[self.indices]
 
 
 def check_index(index: int, size: int) -> int:

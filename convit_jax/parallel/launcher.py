@@ -1,10 +1,28 @@
-"""Finds out how the processes of a run were started: by hand, Slurm, Open MPI, or on a TPU pod."""
+"""Finds out how the processes of a run were started: by hand, by a launcher, or on a TPU pod."""
 
 from collections.abc import Mapping
 import dataclasses
 import re
 import urllib.request
 
+# Launchers that tell each process its rank. Each has the variables of the number of processes, the
+# rank, and both on the host of the process.
+_LAUNCHERS = {
+    "torchrun": ("WORLD_SIZE", "RANK", "LOCAL_WORLD_SIZE", "LOCAL_RANK"),
+    "MPICH or Intel MPI": ("PMI_SIZE", "PMI_RANK", "MPI_LOCALNRANKS", "MPI_LOCALRANKID"),
+    "MVAPICH": (
+        "MV2_COMM_WORLD_SIZE",
+        "MV2_COMM_WORLD_RANK",
+        "MV2_COMM_WORLD_LOCAL_SIZE",
+        "MV2_COMM_WORLD_LOCAL_RANK",
+    ),
+    "jsrun": (
+        "JSM_NAMESPACE_SIZE",
+        "JSM_NAMESPACE_RANK",
+        "JSM_NAMESPACE_LOCAL_SIZE",
+        "JSM_NAMESPACE_LOCAL_RANK",
+    ),
+}
 _METADATA = "http://{}/computeMetadata/v1/instance/attributes/{}"
 
 
@@ -13,12 +31,14 @@ class Launch:
     """How this process was started, as one of several processes of a run.
 
     Attributes:
-      by: what started it: "flags", "slurm", "ompi" or "tpu".
+      by: what started it: "flags", "slurm", "ompi", "tpu", or "ranks" for another launcher.
       num_processes: number of processes of the run; None if JAX asks the TPU for it.
       process_id: number of this process, from 0; None if JAX asks the TPU for it.
       coordinator: HOST:PORT of process 0; None if JAX finds it through the launcher in `by`.
       owns_devices: whether this process uses all devices that it sees. False: it uses only the
-        device that JAX assigns by the number of the process on its host.
+        device that JAX assigns by the number of the process on its host, or `local_device`.
+      local_device: number of the device on its host that this process uses; None if JAX assigns
+        the devices.
     """
 
     by: str
@@ -26,6 +46,7 @@ class Launch:
     process_id: int | None = None
     coordinator: str | None = None
     owns_devices: bool = True
+    local_device: int | None = None
 
 
 def detect(
@@ -38,19 +59,19 @@ def detect(
 
     Args:
       env: the environment variables.
-      coordinator: HOST:PORT of process 0. With Slurm and Open MPI it may be given without the
-        other two.
+      coordinator: HOST:PORT of process 0. With a launcher it may be given without the other two.
       num_processes: number of processes of the run.
       process_id: number of this process, from 0.
 
     Raises:
-      ValueError: if an argument is missing or not valid.
+      ValueError: if an argument is missing or not valid, or if a launcher started several
+        processes and does not tell where process 0 is.
     """
     if coordinator is not None and not re.fullmatch(r".+:\d+", coordinator):
         raise ValueError(f"--coordinator: expected HOST:PORT, got {coordinator!r}")
     if num_processes is not None or process_id is not None:
         return _by_hand(coordinator, num_processes, process_id)
-    launch = _open_mpi(env, coordinator) or _slurm(env, coordinator)
+    launch = _open_mpi(env, coordinator) or _slurm(env, coordinator) or _by_ranks(env, coordinator)
     if launch is None and coordinator is not None:
         return _by_hand(coordinator, num_processes, process_id)
     return launch or (Launch("tpu") if _is_tpu_pod(env) else None)
@@ -67,7 +88,7 @@ def _by_hand(
     if num_processes is None or process_id is None or coordinator is None:
         missing = [name for name, value in given.items() if value is None]
         have = [name for name in given if name not in missing]
-        raise ValueError(f"{' and '.join(missing)}: expected beside {' and '.join(have)}")
+        raise ValueError(f"{' and '.join(have)}: expected together with {' and '.join(missing)}")
     if num_processes < 1:
         raise ValueError(f"--num_processes: expected at least 1, got {num_processes}")
     if not 0 <= process_id < num_processes:
@@ -105,6 +126,32 @@ def _slurm(env: Mapping[str, str], coordinator: str | None) -> Launch | None:
         coordinator,
         owns_devices=alone_on_host or _has_one_gpu(env),
     )
+
+
+def _by_ranks(env: Mapping[str, str], coordinator: str | None) -> Launch | None:
+    for name, (size, rank, local_size, local_rank) in _LAUNCHERS.items():
+        if rank not in env or int(env.get(size, 1)) < 2:
+            continue
+        if coordinator is None and {"MASTER_ADDR", "MASTER_PORT"} <= env.keys():
+            # torchrun itself listens at MASTER_PORT.
+            port = int(env["MASTER_PORT"]) + ("TORCHELASTIC_RUN_ID" in env)
+            coordinator = f"{env['MASTER_ADDR']}:{port}"
+        if coordinator is None:
+            raise ValueError(
+                f"--coordinator: expected HOST:PORT, the host of rank 0 and a free port there: "
+                f"{name} started {env[size]} processes ({size}) and does not tell them. For runs "
+                f"that are not connected, unset {size}"
+            )
+        owns = env.get(local_size, "1") == "1" or _has_one_gpu(env)
+        return Launch(
+            "ranks",
+            int(env[size]),
+            int(env[rank]),
+            coordinator,
+            owns_devices=owns,
+            local_device=None if owns else int(env[local_rank]),
+        )
+    return None
 
 
 def _has_one_gpu(env: Mapping[str, str]) -> bool:

@@ -1,7 +1,7 @@
 """Runs several processes as one: they find each other, compare their devices, and end together."""
 
 import collections
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 import contextlib
 import logging
 import os
@@ -12,6 +12,7 @@ import sys
 import threading
 import time
 import traceback
+from typing import TypeVar
 
 import jax
 from jax.experimental import multihost_utils
@@ -21,10 +22,16 @@ from convit_jax.parallel import launcher
 
 log = logging.getLogger(__name__)
 
+T = TypeVar("T")
+
 _LINGER = 3.0  # seconds that a failing process 0 waits, so that the others can report first
 _PATIENCE = 10.0  # seconds to wait until a network file system shows a new file
 
 _launch: launcher.Launch | None = None  # how this process was started, if it is one of several
+
+
+class RemoteError(RuntimeError):
+    """Raised if another process of the run failed."""
 
 
 def initialize(
@@ -37,8 +44,8 @@ def initialize(
     """Connects the processes of a run, if it has several. Call it before JAX uses a device.
 
     The first three arguments describe the processes. Without them the processes are found through
-    Slurm, Open MPI or the metadata of a Cloud TPU. If there is none of these, or only one process,
-    nothing is done.
+    Slurm, Open MPI, torchrun, other launchers of MPI, or the metadata of a Cloud TPU. If there is
+    none of these, or only one process, nothing is done.
 
     If a process dies later, JAX ends the others and says which one died: at once if it was process
     0, else within `heartbeat_timeout` seconds.
@@ -59,14 +66,15 @@ def initialize(
     _launch = launch = launcher.detect(os.environ, coordinator, num_processes, process_id)
     if launch is None:
         return
-    # With flags, JAX must not look for a cluster by itself.
-    method = {"flags": "deactivate", "tpu": None}.get(launch.by, launch.by)
+    # With flags or ranks, JAX must not look for a cluster by itself.
+    method = {"flags": "deactivate", "ranks": "deactivate", "tpu": None}.get(launch.by, launch.by)
     with _deadline(timeout):
         try:
             jax.distributed.initialize(
                 launch.coordinator,
                 launch.num_processes,
                 launch.process_id,
+                launch.local_device,
                 cluster_detection_method=method,
                 initialization_timeout=timeout + 60,  # later than ours: JAX gives no reason
                 heartbeat_timeout_seconds=heartbeat_timeout,
@@ -142,6 +150,48 @@ def check_shared_folder(path: str | os.PathLike[str], name: str = "--workdir") -
         )
 
 
+def on_all(function: Callable[[], T]) -> T:
+    """Calls a function on every process; if it fails on one of them, fails on all.
+
+    Without it, the other processes would wait for the failed one. Every process must call it, after
+    `check_devices`.
+
+    Args:
+      function: may raise ValueError or OSError.
+
+    Returns:
+      The result of `function` on this process.
+
+    Raises:
+      ValueError, OSError: the error of `function` on this process.
+      RemoteError: if it failed on other processes only; the message has the first error and the
+        number of its process.
+    """
+    if jax.process_count() == 1:
+        return function()
+    failure: Exception | None = None
+    try:
+        result = function()
+    except (ValueError, OSError) as error:
+        failure = error
+    for process, text in enumerate(gather_texts(f"!{failure}" if failure else "")):
+        if text and not failure:
+            raise RemoteError(f"process {process} stopped: {text[1:]}")
+    if failure:
+        raise failure
+    return result
+
+
+def gather_texts(text: str) -> list[str]:
+    """Returns the texts of all processes, in their order. Every process must call it."""
+    data = np.frombuffer(text.encode(), np.uint8)
+    lengths = _gather(len(data))
+    padded = np.zeros(max(1, lengths.max()), np.uint8)
+    padded[: len(data)] = data
+    rows = multihost_utils.process_allgather(padded).reshape(len(lengths), -1)
+    return [row[:n].tobytes().decode() for row, n in zip(rows, lengths, strict=True)]
+
+
 def log_from_main() -> None:
     """Makes processes other than 0 log only warnings, with the number of the process in front."""
     if is_main():
@@ -197,7 +247,7 @@ def _me() -> str:
 
 def _gather(value: int) -> np.ndarray:
     """Returns (processes,) int32, the values of all processes."""
-    return multihost_utils.process_allgather(np.asarray(value, np.int32))
+    return multihost_utils.process_allgather(np.asarray(value, np.int32)).reshape(-1)
 
 
 @contextlib.contextmanager

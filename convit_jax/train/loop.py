@@ -9,13 +9,12 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from convit_jax import recipe
 from convit_jax.data.source import describe
 from convit_jax.data.workers import iterate
 from convit_jax.model import flops
 from convit_jax.parallel import processes, sharding
 from convit_jax.parallel.signals import Interruption
-from convit_jax.train import evaluation
+from convit_jax.train import evaluation, same_run
 from convit_jax.train.metrics import Metrics
 from convit_jax.train.profiling import Profile
 from convit_jax.train.setup import Run
@@ -23,8 +22,8 @@ from convit_jax.train.step import Batch, TrainState, TrainStep
 from convit_jax.train.windows import Windows
 from convit_jax.weights.loaded import Loaded
 from convit_jax.weights.safetensors import save_weights
-from convit_jax.workdir import identity
 from convit_jax.workdir.checkpoints import Checkpoints
+from convit_jax.workdir.lock import Lock
 
 log = logging.getLogger(__name__)
 
@@ -44,7 +43,8 @@ def train(run: Run) -> dict[str, float] | None:
 
     Raises:
       FloatingPointError: if a loss or the weights are not finite.
-      OSError: if a checkpoint or a metric cannot be written.
+      OSError: if a checkpoint or a metric cannot be written, or another process trains in the
+        working directory.
       CorruptImageError: if an image cannot be decoded.
     """
     start = time.perf_counter()
@@ -53,10 +53,13 @@ def train(run: Run) -> dict[str, float] | None:
         run.program.model, config.data.mean, config.data.std, run.program.mesh
     )
     eval_every = max(1, round(config.train.eval_every * run.steps_per_epoch))
+    log_every = min(config.train.log_every, max(1, int(run.steps_per_epoch)))
     eval_steps = frozenset((*range(eval_every, total, eval_every), total))
 
     with contextlib.ExitStack() as stack:
         interruption = stack.enter_context(Interruption())
+        if lock := processes.on_all(lambda: Lock(run.workdir) if processes.is_main() else None):
+            stack.enter_context(lock)
         folder, options = run.workdir.checkpoints, config.checkpoint.to_dict()
         checkpoints = stack.enter_context(Checkpoints(folder, also=eval_steps, **options))
         state, window, result = _begin(run, checkpoints)
@@ -72,13 +75,14 @@ def train(run: Run) -> dict[str, float] | None:
         windows = Windows(metrics, step, window)
 
         while True:
+            carried = functools.partial(_progress, windows, state)
             if step in eval_steps and result is None and not stopped:
                 windows.report()
+                checkpoints.save(step, state, carried)  # the evaluation may fail
                 result = _evaluate(run, eval_step, state, metrics, interruption)
                 stopped = result is None
                 if result is not None:
                     metrics.evaluation(step, result)
-            carried = functools.partial(_progress, windows, state)
             checkpoints.save(step, state, carried, metrics=result, stopping=stopped)
             if stopped or step == total:
                 break
@@ -88,7 +92,7 @@ def train(run: Run) -> dict[str, float] | None:
             windows.add(step_metrics)
             if step < total:
                 batch = batches.next()
-            if step % config.train.log_every == 0 or step == total:
+            if step % log_every == 0 or step == total:
                 windows.close(batches.seconds_waited())
             stopped = interruption.requested()
 
@@ -144,6 +148,7 @@ def _begin(
         window = progress["window"]
         log.info("continuing from step %d of %s", step, run.workdir)
     else:
+        log.info("compiling the initialisation ...")
         state, window, result = program.init_state(), [], None
         if run.init_params is not None:
             params = jax.device_put(run.init_params, program.state_shardings.params)
@@ -152,9 +157,7 @@ def _begin(
         log.info("starting from %s", run.config.init_from or "random weights")
     _describe(run, state)
     if processes.is_main():
-        class_names = run.train_chunks.source.class_names
-        config = recipe.to_json(run.config)
-        identity.record_start(run.workdir, config, int(state.step), class_names)
+        same_run.record_start(run.workdir, run.config, run.data, int(state.step))
     return state, window, result
 
 

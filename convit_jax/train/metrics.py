@@ -3,6 +3,7 @@
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 import contextlib
 import logging
+import os
 import sys
 import time
 from types import TracebackType
@@ -69,7 +70,7 @@ class Metrics:
                 initial=start_step,
                 unit="step",
                 miniters=1,
-                disable=not (main and sys.stderr.isatty()),
+                disable=not (main and _has_width()),
                 # Without tqdm's estimate of the time left, which counts evaluations as training.
                 bar_format="{l_bar}{bar}| {n_fmt}/{total_fmt} [{elapsed}{postfix}]",
             )
@@ -186,3 +187,15 @@ class Metrics:
         now = time.time()
         for writer in self._writers:
             writer.write(kind, step, now, metrics)
+
+
+def _has_width() -> bool:
+    """Whether standard error is a terminal of known width, on which a bar can be drawn."""
+    if not sys.stderr.isatty():
+        return False
+    if os.environ.get("COLUMNS", "").isdecimal():
+        return int(os.environ["COLUMNS"]) > 0
+    try:
+        return os.get_terminal_size(sys.stderr.fileno()).columns > 0
+    except (OSError, ValueError):  # a stream without a file, or a terminal without a size
+        return False

@@ -7,12 +7,14 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+from jax.sharding import Mesh
 import ml_collections
 
 from convit_jax import recipe
 from convit_jax.data import fit, transforms
 from convit_jax.data.chunks import EvalChunks, Share, TrainChunks, draws_per_epoch
-from convit_jax.data.open import open_source
+from convit_jax.data.identity import Identity
+from convit_jax.data.open import SPLITS, open_source
 from convit_jax.data.source import Source
 from convit_jax.data.workers import num_workers
 from convit_jax.model import image_size
@@ -20,14 +22,18 @@ from convit_jax.model.attention import choose_forms
 from convit_jax.model.network import ConViT
 from convit_jax.model.variants import create_model
 from convit_jax.parallel import processes, sharding
+from convit_jax.train import same_run
 from convit_jax.train.step import Program
 from convit_jax.weights import adapt
 from convit_jax.weights.load import read_weights
-from convit_jax.workdir import identity
 from convit_jax.workdir.checkpoints import newest_step
 from convit_jax.workdir.folder import Workdir
 
 log = logging.getLogger(__name__)
+
+# What train.batch_size=None means.
+_LARGEST_FIT = 64  # images
+_LEAST_STEPS = 8  # steps in an epoch
 
 
 @dataclasses.dataclass(frozen=True)
@@ -40,6 +46,7 @@ class Run:
       train_chunks: the images to train on.
       test_chunks: the images to evaluate on.
       workers: number of processes that make batches.
+      data: the identity of each split.
       total_steps: number of steps of the whole run.
       steps_per_epoch: number of steps in an epoch, which may be a fraction.
       init_params: parameters to start from; None starts from random ones or from a checkpoint.
@@ -51,6 +58,7 @@ class Run:
     train_chunks: TrainChunks
     test_chunks: EvalChunks
     workers: int
+    data: dict[str, Identity]
     total_steps: int
     steps_per_epoch: float
     init_params: dict[str, Any] | None
@@ -101,21 +109,20 @@ def prepare(config: ml_collections.ConfigDict, workdir: Workdir, profile: bool =
 
     Raises:
       ValueError: if the configuration is not valid, does not fit the data, or is not that of the
-        run in the working directory.
+        run in the working directory, or if the data have other classes than the run.
+      RuntimeError: if another process failed, or has another configuration or other data.
       FileNotFoundError: if the data or the weights are not found.
       OSError: if the working directory cannot be written.
     """
     recipe.check(config)
+    config = config.copy_and_resolve_references()
     mesh = sharding.make_mesh(config.mesh.fsdp)
-    sharding.check_batch_size(config.train.batch_size, config.train.accum_steps, mesh)
     model = make_model(config)
     model.check_classifies("training")
     train_transform, eval_transform = make_transforms(config, model)
-    workdir.check_writable()
-    changed = _check_same_run(workdir, config)
-    train_source, test_source = (open_split(config, split, workdir) for split in ("train", "test"))
-    fit.check_fit(config, model, train_source)
-    _check_batch(config, train_source)
+    changed, sources, data = processes.on_all(lambda: _open_data(config, workdir, model, mesh))
+    same_run.check_processes(config, data)
+    train_source, test_source = sources
     model = make_model(config, train_source.num_classes)
     draws = draws_per_epoch(len(train_source), config.data.repeats)
     steps_per_epoch = draws / config.train.batch_size
@@ -124,7 +131,8 @@ def prepare(config: ml_collections.ConfigDict, workdir: Workdir, profile: bool =
     program.augmentation  # noqa: B018  # made now, so that it raises its errors now
     init_params = None
     if config.init_from and newest_step(workdir.checkpoints) is None:
-        init_params = _init_params(config, model)
+        init_params = processes.on_all(lambda: _init_params(config, model))
+    _warn_of_odd_values(config)
     processes.check_shared_folder(workdir.path)
     for text in changed:
         log.info("changed since the last start: %s", text)
@@ -144,31 +152,35 @@ def prepare(config: ml_collections.ConfigDict, workdir: Workdir, profile: bool =
         workers=num_workers(config.data.workers, train_source),
         total_steps=total_steps,
         steps_per_epoch=steps_per_epoch,
+        data=data,
         init_params=init_params,
         profile=profile,
     )
 
 
-def _check_same_run(workdir: Workdir, config: ml_collections.ConfigDict) -> list[str]:
-    """Returns the permitted differences from the run in the working directory, if there is a run.
+def _open_data(
+    config: ml_collections.ConfigDict, workdir: Workdir, model: ConViT, mesh: Mesh
+) -> tuple[list[str], list[Source], dict[str, Identity]]:
+    """Opens both splits, and checks that they fit the configuration and the run in the workdir.
 
-    Raises:
-      ValueError: if the run there has another model or recipe; names the keys that differ.
+    If `config` leaves the batch size open, it is set. So is the run's own rule of held-out images.
+
+    Returns:
+      What changed since the last start, the sources of both splits, and their identities.
     """
-    saved = identity.read_config(workdir)
-    if saved is None:
-        return []
-    found = recipe.from_json(saved, str(workdir.config))
-    for text in recipe.keep_division(found, config):
-        log.info("%s", text)
-    differences = recipe.differences(found, config)
-    wrong = [text for name, text in differences.items() if name not in recipe.MAY_CHANGE]
-    if wrong:
-        raise ValueError(
-            f"{workdir} holds a run with another configuration: choose another --workdir, delete "
-            "this one, or start with the run's own values:\n  " + "\n  ".join(wrong)
+    workdir.check_writable()
+    same_run.keep_division(workdir, config)
+    sources = [open_split(config, split, workdir) for split in SPLITS]
+    if config.train.batch_size is None:
+        config.train.batch_size = same_run.batch_size(workdir) or _fitting_batch(
+            config, len(sources[0]), mesh
         )
-    return [*differences.values(), *recipe.changes_since(saved, config)]
+    changed = same_run.check_config(workdir, config)
+    data = {split: Identity.of(source) for split, source in zip(SPLITS, sources, strict=True)}
+    changed += same_run.check_data(workdir, data)
+    fit.check_fit(config, model, sources[0])
+    _check_batch(config, len(sources[0]), mesh)
+    return changed, sources, data
 
 
 def _total_steps(
@@ -243,9 +255,37 @@ def open_split(config: ml_collections.ConfigDict, split: str, workdir: Workdir |
     )
 
 
-def _check_batch(config: ml_collections.ConfigDict, source: Source) -> None:
-    if len(source) < config.train.batch_size:
+def _fitting_batch(config: ml_collections.ConfigDict, num_images: int, mesh: Mesh) -> int:
+    """Returns a batch size for a small data set, see train.batch_size in the recipe."""
+    size = mesh.size * config.train.accum_steps
+    while 2 * size <= _LARGEST_FIT and 2 * size * _LEAST_STEPS <= num_images:
+        size *= 2
+    log.info("train.batch_size: %d, to fit the %s training images", size, f"{num_images:,}")
+    return size
+
+
+def _check_batch(config: ml_collections.ConfigDict, num_images: int, mesh: Mesh) -> None:
+    size, unit = config.train.batch_size, mesh.size * config.train.accum_steps
+    if size > num_images >= unit:
+        fits = unit << (num_images // unit).bit_length() - 1
         raise ValueError(
-            f"train.batch_size: expected at most the {len(source)} images of {config.data.source}, "
-            f"got {config.train.batch_size}"
+            f"train.batch_size: expected at most the {num_images:,} images of "
+            f"{config.data.source}, got {size}: --config.train.batch_size={fits} fits"
         )
+    if size > num_images:
+        raise ValueError(
+            f"data.source: expected at least {unit} images, one for each of the {mesh.size} "
+            f"devices and {config.train.accum_steps} parts of a batch, got the {num_images} of "
+            f"{config.data.source}"
+        )
+    sharding.check_batch_size(size, config.train.accum_steps, mesh)
+
+
+def _warn_of_odd_values(config: ml_collections.ConfigDict) -> None:
+    epochs, warmup = config.train.epochs * config.data.epochs_scale, config.optim.warmup_epochs
+    if epochs <= warmup:
+        log.warning(
+            "the run ends within the warm-up of the learning rate: %g epochs of training, "
+            "optim.warmup_epochs=%g",
+            epochs, warmup,
+        )  # fmt: skip

@@ -50,13 +50,13 @@ def repository_name(source: str) -> str | None:
     `source` is not the name of a repository.
 
     Raises:
-      ValueError: if `source` is one of the paper's models whose weights were never released.
+      ValueError: if `source` is one of the paper's models whose weights were not released.
     """
     if source in RELEASED:
         return RELEASED[source]
     if source in VARIANTS:
         raise ValueError(
-            f"{source}: its weights were never released; those of {', '.join(RELEASED)} were"
+            f"{source}: expected one of {', '.join(RELEASED)}, whose weights were released"
         )
     match = _NAME.fullmatch(source)
     return match and (f"{match[1]}@{match[2]}" if match[2] else match[1])

@@ -130,7 +130,7 @@ class Checkpoints:
             checkpoint_managers.PreemptionCheckpointingPolicy(),
         ]
         self._folder = folder
-        self._unevaluated: int | None = None  # restored step without metrics
+        self._unevaluated: int | None = None  # step of the newest checkpoint if it has no metrics
         self._manager = _Manager(
             folder.resolve(),
             options=ocp.CheckpointManagerOptions(
@@ -169,8 +169,7 @@ class Checkpoints:
         """Saves a checkpoint if one is due. All processes call this after every step.
 
         The arrays are copied to the host before this method returns, and are written to disk later.
-        If `step` is the restored step and its checkpoint has no metrics, the metrics are added to
-        it.
+        If `step` has a checkpoint without metrics, restored or saved, the metrics are added to it.
 
         Args:
           step: number of finished steps.
@@ -188,14 +187,16 @@ class Checkpoints:
         self._manager.stopping = stopping
         with _as_os_error(self._folder):
             self._manager.check_for_errors()
-            if step == self._unevaluated and metrics is not None:
-                self._add_metrics(step, metrics)
+            if step == self._unevaluated:
+                if metrics is not None:
+                    self._add_metrics(step, metrics)
                 return False
             if not self._manager.should_save(step):
                 return False
             items = ocp.args.Composite(
                 state=ocp.args.PyTreeSave(state), progress=ocp.args.JsonSave(progress())
             )
+            self._unevaluated = step if metrics is None else None
             return self._manager.save(step, args=items, metrics=metrics)
 
     def restore(self, like: Any) -> Restored | None:
@@ -246,6 +247,7 @@ class Checkpoints:
 
     def _add_metrics(self, step: int, metrics: dict[str, float]) -> None:
         """Adds metrics to an existing checkpoint, in the file where Orbax expects them."""
+        self._manager.wait_until_finished()
         if jax.process_index() == 0:
             path = self._folder / str(step) / _METRICS / _METRICS
             path.parent.mkdir(exist_ok=True)

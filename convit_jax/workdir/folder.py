@@ -12,12 +12,15 @@ class Workdir:
       path: the folder itself.
       config: configuration, as JSON.
       classes: names of the classes in the order of the logits, as JSON.
+      data: number and hash of the images of each split, as JSON.
+      lock: who trains in the folder, as JSON.
       starts: a JSON line for each start of the run.
       metrics: a JSON line for each report of metrics.
       tensorboard: folder of TensorBoard's event files.
       checkpoints: folder of checkpoints, with one folder for each step.
       weights: final weights, as safetensors.
       index: folder of indices of the data.
+      fingerprints: hash of each image of each split, as a numpy archive.
       compilation_cache: folder of compiled programs.
       profile: folder of traces.
       evaluation: result of an evaluation, as JSON.
@@ -38,12 +41,15 @@ class Workdir:
         self.path = path = pathlib.Path(path).expanduser()
         self.config = path / "config.json"
         self.classes = path / "classes.json"
+        self.data = path / "data.json"
+        self.lock = path / "lock.json"
         self.starts = path / "starts.jsonl"
         self.metrics = path / "metrics.jsonl"
         self.tensorboard = path / "tensorboard"
         self.checkpoints = path / "checkpoints"
         self.weights = path / "weights.safetensors"
         self.index = path / "index"
+        self.fingerprints = self.index / "fingerprints.npz"
         self.compilation_cache = path / "compilation_cache"
         self.profile = path / "profile"
         self.evaluation = path / "eval.json"

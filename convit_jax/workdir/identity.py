@@ -9,8 +9,10 @@ import subprocess
 import sys
 import time
 from typing import Any
+import zipfile
 
 import jax
+import numpy as np
 
 from convit_jax import storage
 from convit_jax.workdir.folder import Workdir
@@ -42,8 +44,28 @@ def read_class_names(workdir: Workdir) -> tuple[str, ...] | None:
     return tuple(json.loads(workdir.classes.read_text()))
 
 
+def read_data(workdir: Workdir) -> dict[str, Any]:
+    """Returns the description of the images of each split; empty if unknown."""
+    return json.loads(workdir.data.read_text()) if workdir.data.is_file() else {}
+
+
+def read_fingerprints(workdir: Workdir) -> dict[str, np.ndarray]:
+    """Returns {split: hash of each image} of the run's last start; empty if unknown."""
+    try:
+        # Opened here, because numpy does not close a file that turns out to be damaged.
+        with workdir.fingerprints.open("rb") as file, np.load(file) as arrays:
+            return {split: arrays[split] for split in arrays.files}
+    except (OSError, ValueError, EOFError, zipfile.BadZipFile):
+        return {}  # a run of an earlier version, or a folder that was deleted as a cache
+
+
 def record_start(
-    workdir: Workdir, config: Mapping[str, Any], step: int, class_names: Sequence[str]
+    workdir: Workdir,
+    config: Mapping[str, Any],
+    step: int,
+    class_names: Sequence[str],
+    data: Mapping[str, Mapping[str, Any]],
+    fingerprints: Mapping[str, np.ndarray],
 ) -> None:
     """Writes the configuration, the classes and a line for this start. Only one process calls it.
 
@@ -52,11 +74,17 @@ def record_start(
       config: configuration, as JSON types.
       step: number of finished steps.
       class_names: names of the classes in the order of the logits.
+      data: description of the images of each split, as JSON types.
+      fingerprints: hash of each image of each split.
 
     Raises:
       OSError: if a file cannot be written.
     """
     storage.write_text(workdir.classes, json.dumps(class_names) + "\n")
+    storage.write_text(workdir.data, json.dumps(data, indent=2) + "\n")
+    workdir.fingerprints.parent.mkdir(exist_ok=True)
+    with storage.whole_file(workdir.fingerprints) as unfinished, unfinished.open("wb") as file:
+        np.savez(file, allow_pickle=False, **fingerprints)
     storage.write_text(workdir.config, json.dumps(config, indent=2) + "\n")
     start = {
         "time": time.strftime("%Y-%m-%d %H:%M:%S %z"),

@@ -7,6 +7,7 @@ import re
 import subprocess
 import sys
 
+import compiling
 import jax
 import numpy as np
 import pytest
@@ -21,7 +22,7 @@ from convit_jax.weights import safetensors
 from convit_jax.weights.load import read_weights
 from convit_jax.weights.loaded import Loaded
 
-ENV = {k: v for k, v in os.environ.items() if k != "XLA_FLAGS"}
+ENV = os.environ | {"XLA_FLAGS": compiling.flags()}
 CLASSES = tuple("abcde")
 
 
@@ -56,7 +57,7 @@ def test_the_command_in_a_process_of_its_own(export, out):
     def run(*args):
         return subprocess.run(
             [sys.executable, "-W", "error", "-m", "convit_jax", "convert", *map(str, args)],
-            cwd=ROOT, env=ENV, capture_output=True, text=True, timeout=300,
+            cwd=ROOT, env=ENV, capture_output=True, text=True, timeout=1200,
         )  # fmt: skip
 
     done = run("--help")
@@ -123,7 +124,7 @@ def test_inference_that_needs_only_jax(export, out, tmp_path):
     paths = (out / "model.stablehlo", tmp_path / "images.npy", tmp_path / "logits.npy")
     done = subprocess.run(
         [sys.executable, "-c", CALLER, *map(str, paths)],
-        cwd=tmp_path, env=ENV, capture_output=True, text=True, timeout=300,
+        cwd=tmp_path, env=ENV, capture_output=True, text=True, timeout=1200,
     )  # fmt: skip
     assert done.returncode == 0, done.stderr
     assert json.loads(done.stdout) == []
@@ -239,7 +240,7 @@ def test_a_full_disk_leaves_what_was_there(export, out, suffix):
     batch = ("--batch", "1") if suffix == "stablehlo" else ()
     done = subprocess.run(
         [sys.executable, "-c", code, str(export), str(path), *batch],
-        cwd=ROOT, env=ENV, capture_output=True, text=True, timeout=300,
+        cwd=ROOT, env=ENV, capture_output=True, text=True, timeout=1200,
     )  # fmt: skip
     assert done.returncode == 1
     assert re.search(rf"^error: .*{path.name}.*", done.stderr, re.MULTILINE), done.stderr

@@ -9,12 +9,15 @@ import subprocess
 import sys
 
 from absl import flags
+import compiling
 import make_imagenet
 import numpy as np
+from PIL import Image
 import pytest
 from runs import ROOT
 
 from configs import convit_ti, finetune
+from convit_jax.cli import data as command
 from convit_jax.data.chunks import CorruptImageError
 from convit_jax.train import loop, setup
 from convit_jax.workdir.folder import Workdir
@@ -41,9 +44,9 @@ def small(config):
 
 
 def run(*command: str) -> subprocess.CompletedProcess:
-    env = {k: v for k, v in os.environ.items() if k != "XLA_FLAGS"}  # one device, as a user has
+    env = os.environ | {"XLA_FLAGS": compiling.flags()}  # one device, as a user has
     command = [sys.executable, *command]
-    return subprocess.run(command, cwd=ROOT, env=env, capture_output=True, text=True, timeout=300)
+    return subprocess.run(command, cwd=ROOT, env=env, capture_output=True, text=True, timeout=1200)
 
 
 def test_main_trains_on_tfrecords_with_the_whole_recipe(imagenet, tmp_path):
@@ -172,6 +175,19 @@ def test_a_corrupt_image_stops_the_run_by_name_or_is_replaced(imagenet, tmp_path
     loop.train(setup.prepare(config, Workdir(tmp_path / "lenient")))
     metrics = (tmp_path / "lenient/metrics.jsonl").read_text().splitlines()
     assert max(json.loads(line).get("skipped_images", 0) for line in metrics) >= 1
+
+
+def test_the_check_names_all_classes_of_a_small_set_and_draws_it(tmp_path, capsys):
+    sheet = tmp_path / "sheet.png"
+    command.main(["check", "--config=digits", f"--pictures={sheet}"])
+    shown = capsys.readouterr().out
+    assert shown.count("classes 0, 1, 2, 3, 4, 5, 6, 7, 8, 9\n") == 2
+    assert shown.endswith(f"wrote {sheet}\n")
+    with Image.open(sheet) as picture:
+        assert picture.format == "PNG"
+        assert picture.width > 8 * 112
+    with pytest.raises(SystemExit, match="error: --pictures: no such folder"):
+        command.main(["check", "--config=digits", f"--pictures={tmp_path / 'no' / 'a.png'}"])
 
 
 def test_the_check_command(imagenet, tmp_path):

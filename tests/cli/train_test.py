@@ -6,6 +6,7 @@ import re
 import subprocess
 import sys
 
+import compiling
 import pytest
 from runs import ROOT
 
@@ -19,9 +20,9 @@ SMALL = (
 
 
 def run(*command: str) -> subprocess.CompletedProcess:
-    env = {k: v for k, v in os.environ.items() if k != "XLA_FLAGS"}  # one device, as a user has
+    env = os.environ | {"XLA_FLAGS": compiling.flags()}  # one device, as a user has
     return subprocess.run(
-        [sys.executable, *command], cwd=ROOT, env=env, capture_output=True, text=True, timeout=300
+        [sys.executable, *command], cwd=ROOT, env=env, capture_output=True, text=True, timeout=1200
     )
 
 
@@ -53,7 +54,7 @@ def test_trains_and_ends_with_the_test_accuracy(tmp_path):
     assert again.returncode == 1
     assert "error:" in again.stderr
     assert "choose another --workdir" in again.stderr
-    assert "optim.b1: there 0.9, now 0.5" in again.stderr
+    assert "optim.b1: saved 0.9, now 0.5" in again.stderr
     assert "Traceback" not in again.stderr
 
 
@@ -109,6 +110,6 @@ def test_a_run_continues_by_its_own_configuration(tmp_path):
     assert done.returncode == 0, done.stderr
     done = run("main.py", f"--workdir={tmp_path / 'run'}", "--config.train.epochs=3")
     assert done.returncode == 0, done.stderr
-    assert "changed since the last start: train.epochs: there 2.0, now 3.0" in done.stderr
+    assert "changed since the last start: train.epochs: saved 2.0, now 3.0" in done.stderr
     assert "continuing from step 22 of" in done.stderr
     assert "after 33 steps" in done.stderr.splitlines()[-1]

@@ -331,7 +331,7 @@ def test_killed_run_goes_on_to_the_same_bytes(tars, prepared, tmp_path):
     def start(mode: str) -> subprocess.CompletedProcess:
         folders = f"{tars}{os.pathsep}{tmp_path}"
         command = [sys.executable, "-c", KILLED, folders, mode, json.dumps(COUNTS)]
-        return subprocess.run(command, capture_output=True, text=True, timeout=60)
+        return subprocess.run(command, capture_output=True, text=True, timeout=1200)
 
     killed = start("kill")
     assert killed.returncode == -signal.SIGKILL, killed.stderr

@@ -11,7 +11,7 @@ import reference
 from scipy import stats
 
 from benchmarks import peer
-from convit_jax import VARIANTS, ConViT, create_model, from_torch, to_torch
+from convit_jax import ConViT, create_model, from_torch, to_torch
 from convit_jax.model.block import drop_samples
 
 # Small, with a rectangular grid of 4 x 6 patches.
@@ -54,7 +54,6 @@ def apply(model, variables, images=IMAGES, **options):
 )
 def test_parameter_counts(name, count):
     """Exact counts for the models of the paper's Table 1; timm's ViT for the DeiT "+" sizes."""
-    assert len(VARIANTS) == 12
     shapes = jax.eval_shape(create_model(name).init, jax.random.key(0), jnp.zeros((1, 224, 224, 3)))
     assert sum(leaf.size for leaf in jax.tree.leaves(shapes)) == count
 
@@ -101,7 +100,7 @@ def test_results_do_not_depend_on_unroll_and_remat():
         return jax.jit(jax.value_and_grad(loss))(variables)
 
     expected = value_and_grad(model.clone(remat="none"))
-    for options in ({"unroll": True}, {"unroll": 2}, {"remat": "block"}, {}):
+    for options in ({"unroll": True}, {"remat": "block"}, {}):
         close = functools.partial(np.testing.assert_allclose, atol=2e-5, rtol=1e-5, err_msg=options)
         jax.tree.map(close, value_and_grad(model.clone(**options)), expected)
 

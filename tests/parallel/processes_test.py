@@ -2,14 +2,18 @@
 
 import contextlib
 import http.server
+import os
 import re
 import signal
 import socket
+import subprocess
+import sys
 import threading
 import time
 
 import jax
 import pytest
+from runs import ROOT
 from several import finish, free_port, start, start_pair, wait_for
 
 from convit_jax.parallel import launcher, processes
@@ -99,7 +103,7 @@ def test_process_that_never_comes():
     stopped.send_signal(signal.SIGINT)  # Ctrl-C
     with socket.create_server(("::", 0), family=socket.AF_INET6) as taken:
         refused = start("by_hand(timeout=2)", f"127.0.0.1:{taken.getsockname()[1]}", 0)
-        first, second, _, port_taken = finish([*alone, stopped, refused], timeout=30)
+        first, second, _, port_taken = finish([*alone, stopped, refused])
     assert [process.returncode for process in alone] == [1, 1]
     assert "error: process 0 of 2 waited 2 s for the others. Check that" in first
     assert f"all hosts reach it at {address}." in first
@@ -126,7 +130,7 @@ with processes.failing_together():
         wait_for(pair[0], "ready")
         pair[1].kill()
     before = time.monotonic()
-    of_talking, _, of_silent, _ = finish([*talking, *silent], timeout=30)
+    of_talking, _, of_silent, _ = finish([*talking, *silent])
     assert time.monotonic() - before < 20
     assert talking[0].returncode == 1
     assert "error: process 0 of 2 stopped. If another process stopped before" in of_talking
@@ -153,9 +157,9 @@ def test_one_process_needs_nothing(tmp_path, caplog):
 @pytest.mark.parametrize(
     ("flags", "message"),
     [
-        (("host:1", None, None), "--num_processes and --process_id: expected beside --coordinator"),
-        ((None, 2, 0), "--coordinator: expected beside --num_processes and --process_id"),
-        (("host:1", None, 0), "--num_processes: expected beside"),
+        (("host:1", None, None), "--coordinator: expected together with --num_processes and"),
+        ((None, 2, 0), "--num_processes and --process_id: expected together with --coordinator"),
+        (("host:1", None, 0), "--coordinator and --process_id: expected together with"),
         (("host", 2, 0), "--coordinator: expected HOST:PORT, got 'host'"),
         (("host:1", 0, 0), "--num_processes: expected at least 1, got 0"),
         (("host:1", 2, 2), "--process_id: expected 0 to 1, got 2"),
@@ -220,6 +224,61 @@ def metadata_server(attributes: dict[str, str]):
             yield f"127.0.0.1:{server.server_port}"
         finally:
             server.shutdown()
+
+
+TORCHRUN = {
+    "RANK": "3",
+    "WORLD_SIZE": "4",
+    "LOCAL_RANK": "1",
+    "LOCAL_WORLD_SIZE": "2",
+    "MASTER_ADDR": "first",
+    "MASTER_PORT": "29500",
+}
+MPICH = {"PMI_RANK": "1", "PMI_SIZE": "7", "MPI_LOCALNRANKS": "7", "MPI_LOCALRANKID": "1"}
+
+
+def test_launchers_of_other_frameworks():
+    packed = launcher.Launch("ranks", 4, 3, "first:29500", owns_devices=False, local_device=1)
+    assert launcher.detect(TORCHRUN) == packed
+    # torchrun listens at the port that it names; others leave it free.
+    assert launcher.detect({**TORCHRUN, "TORCHELASTIC_RUN_ID": "x"}).coordinator == "first:29501"
+    assert launcher.detect(TORCHRUN, "host:1").coordinator == "host:1"
+    alone = {**TORCHRUN, "LOCAL_RANK": "0", "LOCAL_WORLD_SIZE": "1"}
+    assert launcher.detect(alone) == launcher.Launch("ranks", 4, 3, "first:29500")
+    assert launcher.detect({**TORCHRUN, "CUDA_VISIBLE_DEVICES": "1"}).owns_devices
+    assert launcher.detect({**TORCHRUN, "WORLD_SIZE": "1", "RANK": "0"}) is None
+    assert launcher.detect({"WORLD_SIZE": "4"}) is None
+
+
+def test_a_launcher_that_tells_too_little_is_refused_with_the_flag_to_use():
+    with pytest.raises(ValueError, match=r"--coordinator: .* MPICH .* started 7 processes"):
+        launcher.detect(MPICH)
+    found = launcher.detect(MPICH, "host:1")
+    assert found == launcher.Launch("ranks", 7, 1, "host:1", owns_devices=False, local_device=1)
+    assert launcher.detect({**MPICH, "PMI_SIZE": "1", "PMI_RANK": "0"}) is None
+
+
+def test_torchrun_starts_one_run(tmp_path):
+    pytest.importorskip("torch")
+    script = tmp_path / "script.py"
+    script.write_text(
+        "from convit_jax.parallel import processes\n"
+        "processes.initialize()\n"
+        "import jax\n"
+        "print('process', jax.process_index(), 'of', jax.process_count(), flush=True)\n"
+    )
+    run = subprocess.run(
+        [
+            *(sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2"),
+            str(script),
+        ],
+        env={**os.environ, "PYTHONPATH": str(ROOT), "JAX_PLATFORMS": "cpu"},
+        capture_output=True,
+        text=True,
+        timeout=1200,
+    )
+    assert run.returncode == 0, run.stderr
+    assert sorted(run.stdout.splitlines()) == ["process 0 of 2", "process 1 of 2"]
 
 
 def test_tpu_hosts():

@@ -50,7 +50,7 @@ def test_signal_to_one_process_stops_all_at_the_same_step():
             wait_for(process, "step 3")
         pair[1].send_signal(number)
     for number, pair in pairs.items():
-        texts = finish(pair, timeout=40)
+        texts = finish(pair)
         assert [process.returncode for process in pair] == [0, 0], texts
         stops = [line_with(text, "stopped") for text in texts]
         assert stops[0] == stops[1]

@@ -228,7 +228,7 @@ def test_a_run_on_other_devices_and_weights_without_a_workdir(run_of_digits):
             "--config.model.local_up_to_layer=1",
             f"--config.init_from={run_of_digits / 'weights.safetensors'}",
         ],
-        cwd=ROOT, capture_output=True, text=True, timeout=120,
+        cwd=ROOT, capture_output=True, text=True, timeout=1200,
     )  # fmt: skip
     assert done.returncode == 0, done.stderr
     header, row = done.stdout.splitlines()

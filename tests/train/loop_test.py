@@ -21,6 +21,7 @@ from convit_jax.train.windows import Windows
 from convit_jax.weights.load import read_weights
 from convit_jax.workdir.checkpoints import Checkpoints, newest_step
 from convit_jax.workdir.folder import Workdir
+from convit_jax.workdir.lock import Lock
 
 
 def small_config(**train_options):
@@ -264,6 +265,17 @@ def test_compiled_programs_are_kept_where_the_configuration_says(tmp_path):
         jax.config.update("jax_compilation_cache_dir", before)
 
 
+def test_a_second_start_in_a_workdir_ends_and_harms_nothing(tmp_path):
+    workdir = Workdir(tmp_path)
+    run = setup.prepare(small_config(), workdir)
+    with Lock(workdir):
+        before = workdir.lock.read_bytes()
+        with pytest.raises(OSError, match=r"process \d+ on host .* trains in this folder"):
+            loop.train(run)
+        assert workdir.lock.read_bytes() == before
+    assert [path.name for path in tmp_path.iterdir()] == ["lock.json"]
+
+
 def test_a_loss_that_is_not_finite_stops_the_run(tmp_path):
     config = small_config(epochs=3.0)
     config.optim.update(lr=1e30, warmup_lr=1e30)
@@ -342,11 +354,11 @@ def test_a_run_of_an_older_configuration_continues(tmp_path, caplog):
     config.train.epochs = 0.2
     result = loop.train(setup.prepare(config, workdir))
     assert result["images"] == 360
-    assert "changed since the last start: mixup.group_size: there a group is" in caplog.text
+    assert "last start: mixup.group_size: the run was saved with groups of" in caplog.text
     assert json.loads(workdir.config.read_text())["format_version"] == recipe.FORMAT_VERSION
     read_weights(tmp_path)
     config.optim.b1 = 0.5
-    with pytest.raises(ValueError, match=r"(?s)another config.* optim.b1: there 0.9, now 0.5"):
+    with pytest.raises(ValueError, match=r"(?s)another config.* optim.b1: saved 0.9, now 0.5"):
         setup.prepare(config, workdir)
 
 

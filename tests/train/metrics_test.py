@@ -6,6 +6,7 @@ import io
 import json
 import logging
 import os
+import pty
 import resource
 import sys
 import time
@@ -236,6 +237,7 @@ class Terminal(io.StringIO):
 def test_only_the_main_process_writes_and_shows(tmp_path, monkeypatch, caplog):
     caplog.set_level(logging.INFO)
     monkeypatch.setattr(sys, "stderr", Terminal())
+    monkeypatch.setenv("COLUMNS", "100")
     with Metrics(Workdir(tmp_path), 10, 64, main=False) as metrics:
         metrics.train(5, {"loss": 1.0})
         with metrics.evaluating(2) as watch:
@@ -245,7 +247,19 @@ def test_only_the_main_process_writes_and_shows(tmp_path, monkeypatch, caplog):
     assert sys.stderr.getvalue() == caplog.text == ""
 
 
+def test_a_terminal_of_unknown_width_gets_lines(tmp_path, monkeypatch, caplog):
+    caplog.set_level(logging.INFO)
+    monkeypatch.delenv("COLUMNS", raising=False)
+    controller, end = pty.openpty()  # its width is 0, as in some containers
+    with open(end, "w") as terminal, open(controller, "rb"):
+        monkeypatch.setattr(sys, "stderr", terminal)
+        with Metrics(Workdir(tmp_path), 10, 64) as metrics:
+            metrics.train(5, {"loss": 1.0})
+    assert "step 5/10  loss 1.0000" in caplog.text
+
+
 def test_a_terminal_gets_bars(tmp_path, monkeypatch):
+    monkeypatch.setenv("COLUMNS", "100")
     terminal = Terminal()
     monkeypatch.setattr(sys, "stderr", terminal)
     handler = logging.StreamHandler(terminal)

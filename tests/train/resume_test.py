@@ -94,7 +94,7 @@ def test_killed_runs_end_as_the_one_that_was_not(flags, whole, tmp_path):
     runs.finish(process, workdir)
 
     assert f"continuing from step {second}" in runs.output(workdir)
-    assert "changed since the last start: data.workers: there 1, now 2" in runs.output(workdir)
+    assert "changed since the last start: data.workers: saved 1, now 2" in runs.output(workdir)
     starts = [json.loads(line) for line in (workdir / "starts.jsonl").read_text().splitlines()]
     assert starts[0]["step"] == 0
     assert starts[-1]["step"] > 12
@@ -154,7 +154,7 @@ def test_two_processes_are_as_one_and_end_together(flags, whole, tmp_path):
     runs.wait_for(lambda path: reached(path, 8), first, workdir)
     runs.kill(second)
     start = time.monotonic()
-    assert first.wait(timeout=100) != 0
+    assert first.wait(timeout=1200) != 0
     print(f"the other process ended after {time.monotonic() - start:.1f} s")
     output = runs.output(workdir)
     assert "process 0 of 2: 4 x cpu, 8 in all" in output

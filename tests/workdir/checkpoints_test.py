@@ -44,6 +44,18 @@ def write(folder, steps, *, every=1, keep=10, also=(), top1=None):
             checkpoints.save(step, make_state(step), lambda step=step: {"seen": step}, metrics)
 
 
+def test_a_checkpoint_that_is_evaluated_later_can_become_the_best(tmp_path):
+    folder = tmp_path / "checkpoints"
+    with Checkpoints(folder, every=1, also=(), keep=1) as checkpoints:
+        for step, top1 in ((1, 0.1), (2, 0.9), (3, 0.5), (4, 0.4)):
+            state, progress = make_state(step), lambda: {}
+            assert checkpoints.save(step, state, progress)
+            assert not checkpoints.save(step, state, progress, metrics={"top1": top1})
+            assert not checkpoints.save(step, state, progress, stopping=True)
+    assert {2, 4} <= set(steps(folder))
+    assert best_step(folder, "top1") == 2
+
+
 def read(folder, mesh=None):
     mesh = mesh or sharding.make_mesh()
     with Checkpoints(folder, every=1, also=(), keep=10) as checkpoints:

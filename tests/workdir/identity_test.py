@@ -2,6 +2,7 @@
 
 import json
 
+import numpy as np
 import pytest
 
 from convit_jax.workdir import identity
@@ -11,19 +12,25 @@ from convit_jax.workdir.folder import Workdir
 @pytest.fixture
 def started(tmp_path):
     workdir = Workdir(tmp_path)
-    identity.record_start(workdir, {"seed": 3}, 0, ["zero", "one"])
+    data = {"train": {"images": 2}}
+    hashes = {"train": np.array([3, 5], np.uint64)}
+    identity.record_start(workdir, {"seed": 3}, 0, ["zero", "one"], data, hashes)
     return workdir
 
 
 def test_what_is_written_is_read(started):
     assert identity.read_config(started) == {"seed": 3}
     assert identity.read_class_names(started) == ("zero", "one")
-    assert identity.read_config(Workdir(started.path / "other")) is None
+    assert identity.read_data(started) == {"train": {"images": 2}}
+    assert identity.read_fingerprints(started)["train"].tolist() == [3, 5]
+    other = Workdir(started.path / "other")
+    assert identity.read_data(other) == identity.read_fingerprints(other) == {}
+    assert identity.read_config(other) is None
     assert identity.read_class_names(Workdir(started.path / "other")) is None
 
 
 def test_each_start_has_a_line(started):
-    identity.record_start(started, {"seed": 3}, 7, ["zero", "one"])
+    identity.record_start(started, {"seed": 3}, 7, ["zero", "one"], {}, {})
     first, second = map(json.loads, started.starts.read_text().splitlines())
     assert (first["step"], second["step"]) == (0, 7)
     assert second["versions"].keys() >= {"jax", "flax", "optax", "orbax-checkpoint"}

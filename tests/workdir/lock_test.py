@@ -1,0 +1,96 @@
+"""The lock of a workdir: held, released, left by a killed process, or by another host."""
+
+import json
+import signal
+import subprocess
+import sys
+import threading
+import time
+
+import pytest
+from runs import ROOT
+
+from convit_jax.workdir import lock
+from convit_jax.workdir.folder import Workdir
+from convit_jax.workdir.lock import Lock
+
+HOLD = """
+import sys, time
+from convit_jax.workdir.folder import Workdir
+from convit_jax.workdir.lock import Lock
+with Lock(Workdir(sys.argv[1])):
+    print("held", flush=True)
+    time.sleep(3600)
+"""
+
+
+def entry(**other):
+    return json.dumps({"host": "elsewhere", "process": 7, "since": "noon", "beats": 0} | other)
+
+
+def test_a_second_holder_is_refused_and_told_who_holds_it(tmp_path):
+    workdir = Workdir(tmp_path / "run")
+    with Lock(workdir):
+        held = json.loads(workdir.lock.read_text())
+        with pytest.raises(OSError, match=f"process {held['process']} on host .*since .* trains"):
+            Lock(workdir)
+        assert json.loads(workdir.lock.read_text()) == held
+    Lock(workdir).__exit__()
+
+
+def test_a_killed_holder_does_not_block(tmp_path, caplog):
+    caplog.set_level("INFO")
+    holder = subprocess.Popen(
+        [sys.executable, "-c", HOLD, str(tmp_path)], cwd=ROOT, stdout=subprocess.PIPE, text=True
+    )
+    assert holder.stdout.readline() == "held\n"
+    with pytest.raises(OSError, match=f"process {holder.pid} on host"):
+        Lock(Workdir(tmp_path))
+    holder.send_signal(signal.SIGKILL)
+    holder.communicate()
+    assert Workdir(tmp_path).lock.stat().st_size  # it could not clean up
+    with Lock(Workdir(tmp_path)):
+        assert "waiting" not in caplog.text
+
+
+def test_the_holder_writes_the_lock_anew(tmp_path, monkeypatch):
+    monkeypatch.setattr(lock, "_BEAT", 0.01)
+    workdir = Workdir(tmp_path)
+    with Lock(workdir) as held:
+        while held._beats < 3:
+            time.sleep(0.01)
+    assert workdir.lock.read_text() == ""
+
+
+def test_another_hosts_lock_is_taken_over_if_it_is_not_written_anew(tmp_path, monkeypatch, caplog):
+    caplog.set_level("INFO")
+    monkeypatch.setattr(lock, "_WAIT", 0.2)
+    workdir = Workdir(tmp_path)
+    workdir.lock.write_text(entry())
+    with Lock(workdir):
+        assert json.loads(workdir.lock.read_text())["host"] != "elsewhere"
+    assert "not released by process 7 on host elsewhere (since noon)" in caplog.text
+    assert "taking over" in caplog.text
+
+
+def test_another_hosts_lock_is_respected_if_it_is_written_anew(tmp_path, monkeypatch):
+    monkeypatch.setattr(lock, "_WAIT", 60.0)
+    workdir = Workdir(tmp_path)
+    workdir.lock.write_text(entry())
+    writer = threading.Timer(0.2, lambda: workdir.lock.write_text(entry(beats=1)))
+    writer.start()
+    with pytest.raises(OSError, match="on host elsewhere"):
+        Lock(workdir)
+    writer.join()
+    assert json.loads(workdir.lock.read_text()) == json.loads(entry(beats=1))
+
+
+def test_without_file_locks_the_entry_decides_also_on_one_host(tmp_path, monkeypatch):
+    def unsupported(*_):
+        raise OSError(95, "Operation not supported")
+
+    monkeypatch.setattr(lock.fcntl, "flock", unsupported)
+    monkeypatch.setattr(lock, "_BEAT", 0.05)
+    monkeypatch.setattr(lock, "_WAIT", 60.0)
+    with Lock(Workdir(tmp_path)), pytest.raises(OSError, match="trains in this folder"):
+        Lock(Workdir(tmp_path))
