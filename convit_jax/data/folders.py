@@ -119,7 +119,8 @@ def open_folder(path: str, split: str, options: Options) -> FolderSource:
     if unknown := sorted(there - {*classes}):
         raise ValueError(f"{part.top.path}: classes that train/ lacks: {unknown}")
     folders = [name for name in classes if name in there]
-    images = _list_classes(part, folders, layout.left_out, classes_known)
+    beside = layout.left_out if layout.undivided else layout.left_out + part.top.left_out
+    images = _list_classes(part, folders, beside, classes_known)
     if layout.undivided:
         return _divide(part.top.path, images, split, options)
     return _folder_source(part.top.path, images, classes, "")

@@ -162,6 +162,17 @@ def test_what_systems_leave_behind_is_counted_and_is_neither_class_nor_image(tmp
     assert caplog.messages[1].endswith(", 9 of other kinds")
 
 
+def test_what_lies_beside_the_class_folders_of_a_split_is_counted_too(tmp_path, caplog):
+    caplog.set_level("INFO", "convit_jax")
+    make_files(tmp_path, *classes("train"), *classes("val"), "train/.DS_Store", "val/labels.csv")
+    make_files(tmp_path, "README.md", "train/cat/notes.md")
+    assert len(opened(tmp_path)) == len(opened(tmp_path, "test")) == 6
+    assert caplog.messages == [
+        f"{tmp_path}/train: left out: 2 .md, 1 hidden file",
+        f"{tmp_path}/val: left out: 1 .csv, 1 .md",
+    ]
+
+
 def test_a_link_that_leads_back_up_is_not_followed(tmp_path, caplog):
     caplog.set_level("INFO", "convit_jax")
     make_files(tmp_path, *classes("train"), *classes("val"), "elsewhere/sub/9.jpg")
