@@ -148,6 +148,8 @@ def _weights(
                 f"init_from: {workdir} holds a run, which would be evaluated, not "
                 f"{config.init_from}: choose another --workdir for the result"
             )
+        for text in recipe.keep_division(saved, config) if config is not None else ():
+            log.info("%s", text)
         loaded = read_weights(workdir.path, ema=choices.ema, checkpoint=choices.checkpoint)
         return config or saved, loaded, True
     if config is None or not config.init_from:
@@ -193,14 +195,13 @@ def _match_classes(
 ) -> ClassMapping:
     """Returns the logit of each class of the data; raises ValueError for classes without one."""
     name, count = config.data.source, loaded.model.num_classes
-    ordered = "class_order" in config.data and config.data.class_order != "sorted"
     mapping = class_mapping.match(
         source.class_names,
         loaded.class_names,
         count,
         source=name,
         loaded=loaded.source,
-        ordered=ordered,
+        ordered=config.data.class_order != "sorted",
     )
     if re.fullmatch(r"tfds:(imagenet_a|imagenet_r)\b.*", name):
         # tfds declares all classes of ImageNet for them. Their papers evaluate 200.
