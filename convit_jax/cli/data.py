@@ -14,6 +14,7 @@ import ml_collections
 
 from convit_jax.cli import options
 from convit_jax.data.chunks import Share, TrainChunks, Transform
+from convit_jax.data.corrupt import MEND, CorruptImageError
 from convit_jax.data.source import Source, check_images, describe
 from convit_jax.data.workers import iterate, num_workers
 from convit_jax.train import setup
@@ -74,8 +75,14 @@ def _check(config: ml_collections.ConfigDict) -> None:
         print(f"{split}: {describe(source)}")
         names = ", ".join(itertools.islice(source.class_names, 5))
         print(f"  classes {names}, ...")
-        rate = check_images(source, 32)
-        print(f"  {min(32, len(source))} images decoded, {rate:.0f} a second on one core")
+        rate, damage = check_images(source, 32)
+        if damage and not config.data.skip_corrupt:
+            raise CorruptImageError(f"{damage[0]}. {MEND}")
+        count = min(32, len(source))
+        print(f"  {count} images decoded, {rate:.0f} a second on one core")
+        if damage:
+            print(f"  {len(damage)} of them are corrupt and would be skipped:")
+            print("\n".join(f"    {text}" for text in damage))
         if split == "train":
             _time(config, source, train_transform)
 

@@ -11,12 +11,17 @@ whole number of chunks. Every process reads its own contiguous share of each glo
 from collections.abc import Callable, Iterable
 import dataclasses
 import functools
+import logging
 import math
+from typing import Any
 
 import grain
 import numpy as np
 
+from convit_jax.data.corrupt import MEND, CorruptImageError, ImageError
 from convit_jax.data.source import Source
+
+log = logging.getLogger(__name__)
 
 Batch = dict[str, np.ndarray]
 Transform = Callable[..., np.ndarray]
@@ -38,10 +43,6 @@ def draws_per_epoch(num_images: int, repeats: int) -> int:
       repeats: draws of an image in a row; 1 is no repeated augmentation.
     """
     return num_images // 256 * 256 or num_images if repeats > 1 else num_images
-
-
-class CorruptImageError(ValueError):
-    """Raised for an image that cannot be decoded; the message names the image."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -116,7 +117,8 @@ class TrainChunks:
         "skipped" is the number of corrupt images that each image replaces.
 
         Raises:
-          CorruptImageError: if an image cannot be decoded and none may replace it.
+          CorruptImageError: if an image is corrupt and none may replace it.
+          ImageError: if an image does not fit the transform.
         """
         draws = map(self._draw, self.share.positions(chunk))
         images, (labels, skipped) = _gather(draws, self.share.chunk)
@@ -129,18 +131,20 @@ class TrainChunks:
     def _draw(self, draw: int) -> tuple[np.ndarray, int, int]:
         """Returns an image, its label, and the number of corrupt images that it replaces."""
         epoch, position = divmod(draw, draws_per_epoch(len(self.source), self.repeats))
-        for skipped in range(min(_TRIES, len(self.source)) if self.skip_corrupt else 1):
+        tries = min(_TRIES, len(self.source)) if self.skip_corrupt else 1
+        for skipped in range(tries):
             place = (position // self.repeats + skipped) % len(self.source)
-            example = self.source[self._shuffled(epoch, place)]
             rng = np.random.default_rng((self.seed, draw))
             try:
-                return self.transform(example["image"], rng), example["label"], skipped
-            except ValueError as error:
-                failure = f"{example['name']}: {error}"
-        raise CorruptImageError(
-            f"{failure}. Mend or remove the file, or set data.skip_corrupt=True to use others in "
-            "its place"
-        )
+                index = self._shuffled(epoch, place)
+                return *_transformed(self.source, index, self.transform, rng), skipped
+            except CorruptImageError as error:
+                failure = str(error)
+                if self.skip_corrupt:
+                    _say_once(failure)
+        if not self.skip_corrupt:
+            raise CorruptImageError(f"{failure}. {MEND}")
+        raise CorruptImageError(f"{tries} images in a row are corrupt, the last of them {failure}")
 
     def _shuffled(self, epoch: int, place: int) -> int:
         """Returns the index of the image at a place in the order of an epoch."""
@@ -167,33 +171,78 @@ class EvalChunks:
       source: the images.
       transform: image -> uint8 (height, width, channels).
       share: the part of every global batch that this process reads.
+      skip_corrupt: whether corrupt images are left out.
     """
 
     source: Source
     transform: Transform
     share: Share
+    skip_corrupt: bool = False
 
     def __len__(self) -> int:
         return math.ceil(len(self.source) / self.share.batch_size) * self.share.chunks
 
     def __getitem__(self, chunk: int) -> Batch:
-        """Returns "image" and "label" as in training, and "mask" (chunk,) float32, 0 for padding.
+        """Returns "image" and "label" as in training, and "mask" (chunk,) float32.
+
+        The mask is 1 for an image, 0 for padding and -1 for a corrupt image, whose pixels are black
+        and whose label is -1.
 
         Raises:
-          CorruptImageError: if an image cannot be decoded.
+          CorruptImageError: if an image is corrupt and may not be left out, or if the first images
+            all are corrupt.
         """
         positions = self.share.positions(chunk)
         mask = np.asarray([position < len(self.source) for position in positions], np.float32)
-        examples = (self._example(p if p < len(self.source) else 0) for p in positions)
-        images, (labels,) = _gather(examples, len(positions))
+        examples = [self._example(p) for p in positions if p < len(self.source)]
+        blank = next((image for image, _ in filter(None, examples)), None)
+        if blank is None:  # no image to take the shape from
+            blank, _ = self._first()
+        blank = np.zeros_like(blank)
+        for number, example in enumerate(examples):
+            if example is None:
+                mask[number] = -1
+        padded = [*examples, *[(blank, 0)] * (len(positions) - len(examples))]
+        images, (labels,) = _gather((e or (blank, -1) for e in padded), len(positions))
         return {"image": images, "label": np.asarray(labels, np.int32), "mask": mask}
 
-    def _example(self, index: int) -> tuple[np.ndarray, int]:
-        example = self.source[index]
+    def _example(self, index: int) -> tuple[np.ndarray, int] | None:
+        """Returns an image and its label; None for a corrupt image that may be left out."""
         try:
-            return self.transform(example["image"]), example["label"]
-        except ValueError as error:
-            raise CorruptImageError(f"{example['name']}: {error}") from None
+            return _transformed(self.source, index, self.transform)
+        except CorruptImageError as error:
+            if not self.skip_corrupt:
+                raise CorruptImageError(f"{error}. {MEND}") from None
+            _say_once(str(error))
+            return None
+
+    def _first(self) -> tuple[np.ndarray, int]:
+        """Returns the first image that is not corrupt."""
+        tries = min(_TRIES, len(self.source))
+        for index in range(tries):
+            if (example := self._example(index)) is not None:
+                return example
+        where = self.source.description
+        raise CorruptImageError(f"the first {tries} images are all corrupt: {where}")
+
+
+def _transformed(
+    source: Source, index: int, transform: Transform, *args: Any
+) -> tuple[np.ndarray, int]:
+    """Returns a transformed image and its label; errors of the transform name the image."""
+    example = source[index]
+    try:
+        return transform(example["image"], *args), example["label"]
+    except CorruptImageError as error:
+        raise CorruptImageError(f"{example['name']}: {error}") from None
+    except ValueError as error:  # the image does not fit the configuration
+        raise ImageError(f"{example['name']}: {error}") from error
+
+
+@functools.cache
+def _say_once(failure: str) -> None:
+    """Logs a corrupt image, once in each process however often it is drawn."""
+    log.warning("corrupt, so it is skipped: %s", failure)
 
 
 def _gather(examples: Iterable[tuple], count: int) -> tuple[np.ndarray, list[tuple]]:

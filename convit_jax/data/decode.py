@@ -6,6 +6,8 @@ import struct
 
 import numpy as np
 
+from convit_jax.data.corrupt import CorruptImageError
+
 _SEGMENT = struct.Struct(">BBH")  # start of a JPEG segment: 0xFF, marker, length from here on
 _FRAME = struct.Struct(">HHB")  # from byte 5 of a frame segment: height, width, components
 Read = Callable[[int], np.ndarray]  # takes n, returns the top n rows or more
@@ -15,7 +17,7 @@ def decode(data: bytes) -> np.ndarray:
     """Decodes an image to (height, width, 3) uint8, the pixels of Pillow's convert("RGB").
 
     Raises:
-      ValueError: if the bytes are not an image, or the image is damaged.
+      CorruptImageError: if the bytes are not an image, or the image is damaged.
     """
     import simplejpeg
 
@@ -29,9 +31,11 @@ def decode(data: bytes) -> np.ndarray:
 
     try:
         return np.asarray(Image.open(io.BytesIO(data)).convert("RGB"))
+    except MemoryError:
+        raise  # the machine's fault, not the image's
     except Exception as error:  # Pillow's decoders raise a dozen kinds of errors
         what = f"{len(data)} bytes that start with {bytes(data[:4])!r}"
-        raise ValueError(f"not a readable image ({what}): {error}") from error
+        raise CorruptImageError(f"not a readable image ({what}): {error}") from error
 
 
 def open_image(image: bytes | np.ndarray) -> tuple[int, int, Read]:
@@ -44,8 +48,8 @@ def open_image(image: bytes | np.ndarray) -> tuple[int, int, Read]:
       image: an encoded image, or pixels (height, width, 1 or 3) uint8.
 
     Raises:
-      ValueError: if `image` is neither, or is seen to be damaged. The returned function raises it
-        too.
+      CorruptImageError: if a file is seen to be damaged. The returned function raises it too.
+      ValueError: if `image` is neither.
     """
     if isinstance(image, np.ndarray):
         if image.dtype != np.uint8 or image.ndim != 3 or image.shape[2] not in (1, 3):

@@ -3,11 +3,10 @@
 from collections.abc import Mapping
 import dataclasses
 import os
-import pathlib
 
 import numpy as np
 
-from convit_jax.data import threads
+from convit_jax.data import corrupt, threads
 from convit_jax.data.source import Example, check_index
 
 HELD_OUT_FOLDERS = ("val", "validation", "test")  # the first that exists is the test split
@@ -43,7 +42,7 @@ class FolderSource:
     def __getitem__(self, index: int) -> Example:
         index = check_index(index, len(self))
         path = os.path.join(self.root, os.fsdecode(self.names[index]))
-        image = pathlib.Path(path).read_bytes()
+        image = corrupt.read_file(path, self.root)
         return {"image": image, "label": int(self.labels[index]), "name": path}
 
     def names_and_labels(self, cache_dir: str | None = None) -> tuple[np.ndarray, np.ndarray]:

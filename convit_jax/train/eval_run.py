@@ -45,7 +45,7 @@ def run(prepared: EvalRun) -> dict[str, Any] | None:
 
     Raises:
       OSError: if the results cannot be written.
-      convit_jax.data.chunks.CorruptImageError: if an image cannot be decoded.
+      convit_jax.data.corrupt.ImageError: if an image is corrupt or does not fit the configuration.
     """
     log.info("data: %s", describe(prepared.source))
     results, lines = [], []
@@ -56,12 +56,14 @@ def run(prepared: EvalRun) -> dict[str, Any] | None:
                 log.info("stopped: no results were written")
                 return None
             labels, best = result.pop("label", None), result.pop("predictions", None)
+            evaluated = result.pop("evaluated", ())
             results.append(result)
             if best is not None:
                 size = result["image_size"]
                 lines += [
                     {"image_size": size, "index": i, "label": int(label), "top5": row.tolist()}
                     for i, (label, row) in enumerate(zip(labels, best, strict=True))
+                    if evaluated[i]
                 ]
     report = _report(prepared, results)
     if processes.is_main():
@@ -117,7 +119,7 @@ def _evaluate(
     compiled = step.lower(params, batch).compile()
     log.info("%d x %d: compiled in %.1f s", *size, time.perf_counter() - start)
     transform = transforms.EvalTransform(size, config.augment.eval_crop)
-    chunks = EvalChunks(prepared.source, transform, prepared.share)
+    chunks = EvalChunks(prepared.source, transform, prepared.share, config.data.skip_corrupt)
     start = time.perf_counter()
     with contextlib.closing(iterate(chunks, workers=prepared.workers)) as batches:
         watched = _watch(batches, len(prepared.source), prepared.share.batch_size)

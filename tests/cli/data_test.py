@@ -11,11 +11,13 @@ import sys
 from absl import flags
 import make_imagenet
 import numpy as np
+from PIL import Image
 import pytest
 from runs import ROOT
 
 from configs import convit_ti, finetune
-from convit_jax.data.chunks import CorruptImageError
+from convit_jax.cli import data
+from convit_jax.data.corrupt import CorruptImageError
 from convit_jax.train import loop, setup
 from convit_jax.workdir.folder import Workdir
 
@@ -172,6 +174,24 @@ def test_a_corrupt_image_stops_the_run_by_name_or_is_replaced(imagenet, tmp_path
     loop.train(setup.prepare(config, Workdir(tmp_path / "lenient")))
     metrics = (tmp_path / "lenient/metrics.jsonl").read_text().splitlines()
     assert max(json.loads(line).get("skipped_images", 0) for line in metrics) >= 1
+
+
+def test_the_check_command_names_corrupt_images(tmp_path, capsys):
+    for split in ("train", "val"):
+        for name in "ab":
+            folder = tmp_path / split / name
+            folder.mkdir(parents=True)
+            for number in range(2):
+                Image.new("RGB", (64, 64)).save(folder / f"{number}.png")
+    (tmp_path / "train/a/gone.png").symlink_to("nowhere.png")
+    flags = ["check", "--config=configs/finetune.py", f"--config.data.source=folder:{tmp_path}"]
+    flags += ["--config.data.workers=0", "--config.model.image_size=32"]
+    with pytest.raises(SystemExit, match=r"a/gone\.png: cannot be read.*data\.skip_corrupt=True"):
+        data.main(flags)
+    data.main([*flags, "--config.data.skip_corrupt=True"])
+    output = capsys.readouterr().out
+    assert "1 of them are corrupt and would be skipped:" in output
+    assert "a/gone.png: cannot be read" in output
 
 
 def test_the_check_command(imagenet, tmp_path):
