@@ -8,23 +8,24 @@ The stream is cut into chunks. One worker makes a chunk from its position alone,
 whole number of chunks. Every process reads its own contiguous share of each global batch.
 """
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable
 import dataclasses
 import functools
-import logging
 import math
-from typing import Any
 
-import grain
 import numpy as np
+from numpy.typing import ArrayLike
 
-from convit_jax.data.corrupt import MEND, CorruptImageError, ImageError
-from convit_jax.data.source import Source
-
-log = logging.getLogger(__name__)
+from convit_jax.data.arrays import ArraySource
+from convit_jax.data.corrupt import MEND, CorruptImageError
+from convit_jax.data.gather import Transform, gather, naming, say_once, transformed
+from convit_jax.data.random_numbers import uniforms
+from convit_jax.data.shuffle import shuffled, shuffled_places
+from convit_jax.data.source import Source, Subset
+from convit_jax.data.transforms import TrainTransform
 
 Batch = dict[str, np.ndarray]
-Transform = Callable[..., np.ndarray]
+_Images = tuple[np.ndarray, ArrayLike, ArrayLike]  # pixels, labels, numbers of skipped images
 
 _CHUNK = 64  # largest number of images that a worker makes, and holds in memory, at a time
 _ENDLESS = 2**40  # number of chunks in the endless stream, since a sequence needs a length
@@ -120,40 +121,70 @@ class TrainChunks:
           CorruptImageError: if an image is corrupt and none may replace it.
           ImageError: if an image does not fit the transform.
         """
-        draws = map(self._draw, self.share.positions(chunk))
-        images, (labels, skipped) = _gather(draws, self.share.chunk)
+        draws = self.share.positions(chunk)
+        if isinstance(self.transform, TrainTransform) and self.transform.numbers:
+            images, labels, skipped = self._at_once(draws, self.transform)
+        else:
+            images, labels, skipped = self._one_by_one(draws, self._with_generator)
         return {
             "image": images,
             "label": np.asarray(labels, np.int32),
             "skipped": np.asarray(skipped, np.int32),
         }
 
-    def _draw(self, draw: int) -> tuple[np.ndarray, int, int]:
+    def _at_once(self, draws: range, transform: TrainTransform) -> _Images:
+        """Transforms all images of the draws at once."""
+        source, indices = self.source, self._indices(draws)
+        while isinstance(source, Subset):
+            indices, source = source.indices[indices], source.source
+        labels: ArrayLike
+        skipped: ArrayLike
+        if isinstance(source, ArraySource):
+            images, labels = source.images[indices], source.labels[indices]
+            with naming(source.names[indices[0]].decode()):
+                transform.pixels(images[0])  # raises if it does not fit, and all are alike
+            skipped = np.zeros(len(draws))
+        else:
+            images, labels, skipped = self._one_by_one(draws, lambda x, _: transform.pixels(x))
+        numbers = uniforms(self.seed, draws, transform.numbers)
+        return transform.of_chunk(images, numbers), labels, skipped
+
+    def _with_generator(self, image: bytes | np.ndarray, draw: int) -> np.ndarray:
+        return self.transform(image, np.random.default_rng((self.seed, draw)))
+
+    def _indices(self, draws: range) -> np.ndarray:
+        """Returns the indices of the images of draws, if none is corrupt."""
+        size = len(self.source)
+        epochs, positions = np.divmod(np.asarray(draws), draws_per_epoch(size, self.repeats))
+        places = positions // self.repeats % size
+        parts = [
+            shuffled_places(places[epochs == epoch], size, _epoch_seed(self.seed, epoch))
+            for epoch in range(epochs[0], epochs[-1] + 1)
+        ]
+        return np.concatenate(parts)
+
+    def _one_by_one(self, draws: range, make: Callable[..., np.ndarray]) -> _Images:
+        """Reads the images of the draws one by one; `make` takes (image, draw)."""
+        images, (labels, skipped) = gather((self._draw(d, make) for d in draws), len(draws))
+        return images, labels, skipped
+
+    def _draw(self, draw: int, make: Callable[..., np.ndarray]) -> tuple[np.ndarray, int, int]:
         """Returns an image, its label, and the number of corrupt images that it replaces."""
-        epoch, position = divmod(draw, draws_per_epoch(len(self.source), self.repeats))
-        tries = min(_TRIES, len(self.source)) if self.skip_corrupt else 1
+        size = len(self.source)
+        epoch, position = divmod(draw, draws_per_epoch(size, self.repeats))
+        tries = min(_TRIES, size) if self.skip_corrupt else 1
         for skipped in range(tries):
-            place = (position // self.repeats + skipped) % len(self.source)
-            rng = np.random.default_rng((self.seed, draw))
+            place = (position // self.repeats + skipped) % size
             try:
-                index = self._shuffled(epoch, place)
-                return *_transformed(self.source, index, self.transform, rng), skipped
+                index = shuffled(place, size, _epoch_seed(self.seed, epoch))
+                return *transformed(self.source, index, make, draw), skipped
             except CorruptImageError as error:
                 failure = str(error)
                 if self.skip_corrupt:
-                    _say_once(failure)
+                    say_once(failure)
         if not self.skip_corrupt:
             raise CorruptImageError(f"{failure}. {MEND}")
         raise CorruptImageError(f"{tries} images in a row are corrupt, the last of them {failure}")
-
-    def _shuffled(self, epoch: int, place: int) -> int:
-        """Returns the index of the image at a place in the order of an epoch."""
-        if len(self.source) == 1:
-            return 0  # index_shuffle needs two images
-        seed = _epoch_seed(self.seed, epoch)
-        return grain.experimental.index_shuffle(
-            place, max_index=len(self.source) - 1, seed=seed, rounds=4
-        )
 
 
 @functools.lru_cache(maxsize=8)
@@ -203,17 +234,17 @@ class EvalChunks:
             if example is None:
                 mask[number] = -1
         padded = [*examples, *[(blank, 0)] * (len(positions) - len(examples))]
-        images, (labels,) = _gather((e or (blank, -1) for e in padded), len(positions))
+        images, (labels,) = gather((e or (blank, -1) for e in padded), len(positions))
         return {"image": images, "label": np.asarray(labels, np.int32), "mask": mask}
 
     def _example(self, index: int) -> tuple[np.ndarray, int] | None:
         """Returns an image and its label; None for a corrupt image that may be left out."""
         try:
-            return _transformed(self.source, index, self.transform)
+            return transformed(self.source, index, self.transform)
         except CorruptImageError as error:
             if not self.skip_corrupt:
                 raise CorruptImageError(f"{error}. {MEND}") from None
-            _say_once(str(error))
+            say_once(str(error))
             return None
 
     def _first(self) -> tuple[np.ndarray, int]:
@@ -224,40 +255,3 @@ class EvalChunks:
                 return example
         where = self.source.description
         raise CorruptImageError(f"the first {tries} images are all corrupt: {where}")
-
-
-def _transformed(
-    source: Source, index: int, transform: Transform, *args: Any
-) -> tuple[np.ndarray, int]:
-    """Returns a transformed image and its label; errors of the transform name the image."""
-    example = source[index]
-    try:
-        return transform(example["image"], *args), example["label"]
-    except CorruptImageError as error:
-        raise CorruptImageError(f"{example['name']}: {error}") from None
-    except ValueError as error:  # the image does not fit the configuration
-        raise ImageError(f"{example['name']}: {error}") from error
-
-
-@functools.cache
-def _say_once(failure: str) -> None:
-    """Logs a corrupt image, once in each process however often it is drawn."""
-    log.warning("corrupt, so it is skipped: %s", failure)
-
-
-def _gather(examples: Iterable[tuple], count: int) -> tuple[np.ndarray, list[tuple]]:
-    """Collects `count` tuples (image, value, ...) into one array of images and a tuple per value.
-
-    Each image is copied as soon as it is made: it is still in the processor's cache then, and its
-    own memory is freed at once.
-    """
-    rest = []
-    for number, (image, *values) in enumerate(examples):
-        if not number:
-            images = np.empty((count, *image.shape), image.dtype)
-        elif image.shape != images.shape[1:]:
-            shape = images.shape[1:]
-            raise ValueError(f"images of a batch: expected all {shape}, got {image.shape}")
-        images[number] = image
-        rest.append(values)
-    return images, list(zip(*rest, strict=True))
