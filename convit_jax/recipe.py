@@ -160,7 +160,10 @@ KEYS: dict[str, Key] = {
         3, "times each image is drawn in a row, for repeated augmentation; 1 is off", above=0
     ),
     "data.skip_corrupt": Key(
-        False, "whether to train on other images in place of corrupt ones", may_change=True
+        False,
+        "whether training takes other images in place of corrupt ones, and evaluation leaves "
+        "corrupt ones out",
+        may_change=True,
     ),
     "data.workers": Key(
         None, "number of processes that make batches; None means one per core, and 0 for digits",

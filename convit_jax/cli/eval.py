@@ -58,7 +58,7 @@ def main(argv: Sequence[str] | None = None, prog: str = "convit eval") -> None:
         with options.report(ValueError, OSError, RuntimeError):
             processes.check_devices()
             processes.log_from_main()
-        from convit_jax.data.chunks import CorruptImageError
+        from convit_jax.data.corrupt import ImageError
         from convit_jax.train import eval_run, eval_setup, setup
         from convit_jax.workdir.folder import Workdir
 
@@ -72,6 +72,6 @@ def main(argv: Sequence[str] | None = None, prog: str = "convit eval") -> None:
                 args.checkpoint, args.ema, args.eval_size, args.predictions
             )
             run = eval_setup.prepare(config, workdir, choices)
-        with options.report(OSError, CorruptImageError):
+        with options.report(OSError, ImageError):
             setup.use_compilation_cache(run.config, run.workdir)
             eval_run.run(run)

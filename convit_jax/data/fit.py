@@ -2,7 +2,7 @@
 
 import ml_collections
 
-from convit_jax.data.source import Source
+from convit_jax.data.source import Source, first_example
 from convit_jax.model.network import ConViT
 
 
@@ -32,7 +32,7 @@ def check_fit(
         raise ValueError(
             f"model.num_classes: expected {source.num_classes} as in {name}, got {num_classes}"
         )
-    image = source[0]["image"]
+    image = first_example(source, config.data.skip_corrupt)["image"]
     channels = 3 if isinstance(image, bytes) else image.shape[-1]
     if model.in_channels != channels:
         raise ValueError(

@@ -5,11 +5,18 @@ import dataclasses
 import functools
 import logging
 import os
-import pathlib
 
 import numpy as np
 
-from convit_jax.data import class_names, class_order, held_out, label_lists, layouts, threads
+from convit_jax.data import (
+    class_names,
+    class_order,
+    corrupt,
+    held_out,
+    label_lists,
+    layouts,
+    threads,
+)
 from convit_jax.data.listing import EXTENSIONS, LeftOut, Tree, left_out_text, walk
 from convit_jax.data.source import Example, check_index, hashes
 
@@ -46,7 +53,7 @@ class FolderSource:
     def __getitem__(self, index: int) -> Example:
         index = check_index(index, len(self))
         path = os.path.join(self.root, os.fsdecode(self.names[index]))
-        image = pathlib.Path(path).read_bytes()
+        image = corrupt.read_file(path, self.root)
         return {"image": image, "label": int(self.labels[index]), "name": path}
 
     def names_and_labels(self, cache_dir: str | None = None) -> tuple[np.ndarray, np.ndarray]:

@@ -13,6 +13,7 @@ from typing import Any
 import numpy as np
 
 from convit_jax.data import held_out, records, tfds_folders, threads
+from convit_jax.data.corrupt import CorruptImageError
 from convit_jax.data.source import Source, Subset, check_index, hashes
 from convit_jax.data.tf_example import parse_example
 
@@ -57,11 +58,11 @@ class RecordSource:
         record = self.shards[index]
         try:
             example = parse_example(record, keys)
-        except ValueError as error:
-            raise ValueError(f"{self.shards.where(index)}: {error}") from error
+        except CorruptImageError as error:
+            raise CorruptImageError(f"{self.shards.where(index)}: {error}") from error
         image, label, found = (example.get(key) for key in keys)
         if not isinstance(image, bytes) or not isinstance(label, int):
-            raise ValueError(
+            raise CorruptImageError(
                 f"{self.shards.where(index)}: expected bytes {self.image_key!r} and an integer "
                 f"{self.label_key!r}, got {sorted(example)}"
             )

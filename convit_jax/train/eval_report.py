@@ -29,11 +29,10 @@ def of_evaluated(arrays: dict[str, np.ndarray]) -> PerImage:
     """Returns the results of the images that were evaluated, and "index", their places in the data.
 
     Args:
-      arrays: arrays (images, ...), see `evaluation.make_eval_step`. If there is an array
-        "evaluated", the images where it is False are left out.
+      arrays: arrays (images, ...), see `evaluation.make_eval_step`. The images where "evaluated" is
+        False are corrupt, and are left out.
     """
-    arrays = dict(arrays)
-    chosen = np.flatnonzero(arrays.pop("evaluated", np.ones(len(arrays["label"]))))
+    chosen = np.flatnonzero(arrays["evaluated"])
     return {"index": chosen, **{key: values[chosen] for key, values in arrays.items()}}
 
 

@@ -44,7 +44,7 @@ def run(prepared: EvalRun) -> dict[str, Any] | None:
 
     Raises:
       OSError: if the results cannot be written.
-      convit_jax.data.chunks.CorruptImageError: if an image cannot be decoded.
+      convit_jax.data.corrupt.ImageError: if an image is corrupt or does not fit the configuration.
     """
     log.info("data: %s", describe(prepared.source))
     classes, results, rows = prepared.classes, [], []
@@ -92,7 +92,7 @@ def _evaluate(
     compiled = step.lower(params, batch).compile()
     log.info("%d x %d: compiled in %.1f s", *size, time.perf_counter() - start)
     transform = transforms.EvalTransform(size, config.augment.eval_crop)
-    chunks = EvalChunks(prepared.source, transform, prepared.share)
+    chunks = EvalChunks(prepared.source, transform, prepared.share, config.data.skip_corrupt)
     start = time.perf_counter()
     with contextlib.closing(iterate(chunks, workers=prepared.workers)) as batches:
         watched = _watch(batches, len(prepared.source), prepared.share.batch_size)

@@ -150,7 +150,7 @@ def prepare(config: ml_collections.ConfigDict, workdir: Workdir, profile: bool =
             repeats=config.data.repeats,
             skip_corrupt=config.data.skip_corrupt,
         ),
-        test_chunks=EvalChunks(test_source, eval_transform, share),
+        test_chunks=EvalChunks(test_source, eval_transform, share, config.data.skip_corrupt),
         workers=num_workers(config.data.workers, train_source),
         total_steps=total_steps,
         steps_per_epoch=steps_per_epoch,

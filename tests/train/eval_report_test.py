@@ -17,6 +17,7 @@ def results_of(labels, predictions, **more):
     labels, predictions = np.array(labels), np.array(predictions)
     best = np.stack([predictions, 1 - predictions], axis=-1)
     arrays = {
+        "evaluated": np.ones(len(labels), bool),
         "label": labels,
         "rank": np.where(labels == predictions, 1, 2),
         "predictions": best,
