@@ -16,7 +16,7 @@ import numpy as np
 
 from convit_jax.data import class_names
 from convit_jax.data.decode import decode
-from convit_jax.data.folders import EXTENSIONS
+from convit_jax.data.listing import EXTENSIONS, walk
 from convit_jax.data.transforms import EvalTransform
 from convit_jax.model.normalise import normalise
 from convit_jax.weights.loaded import Loaded
@@ -116,8 +116,9 @@ def find_images(arguments: Iterable[str]) -> tuple[list[str], dict[str, str]]:
     """Finds the image files that the arguments of a command line name.
 
     Args:
-      arguments: files, with any extension; folders, searched at any depth for files with one of
-        the `EXTENSIONS`; or patterns such as "photos/*.jpg" and "photos/**/*.jpg".
+      arguments: files, with any extension; folders, searched at any depth for files that have one
+        of the `EXTENSIONS` and are not hidden; or patterns such as "photos/*.jpg" and
+        "photos/**/*.jpg".
 
     Returns:
       The paths in the order of the arguments, sorted within each argument and without repetition;
@@ -126,13 +127,11 @@ def find_images(arguments: Iterable[str]) -> tuple[list[str], dict[str, str]]:
     paths, reasons = [], {}
     for argument in arguments:
         if os.path.isdir(argument):
-            found = [
-                os.path.join(folder, name)
-                for folder, _, names in os.walk(argument, followlinks=True)
-                for name in names
-                if name.lower().endswith(EXTENSIONS)
-            ]
             reason = f"no images in this folder ({', '.join(EXTENSIONS)})"
+            try:
+                found = [os.path.join(argument, name) for name in walk(argument).images]
+            except OSError as error:  # the folder, or one in it, cannot be read
+                found, reason = [], str(error)
         elif glob.has_magic(argument) and not os.path.exists(argument):
             found = [path for path in glob.glob(argument, recursive=True) if os.path.isfile(path)]
             reason = "no file matches this pattern"

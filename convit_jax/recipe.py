@@ -29,7 +29,7 @@ from convit_jax.model.variants import VARIANTS, options_of_kind
 
 # Version of saved configurations. It grows when the form or meaning of a key changes, not when a
 # key with a default is added. `from_json` reads every earlier version.
-FORMAT_VERSION = 2
+FORMAT_VERSION = 3
 
 
 @dataclasses.dataclass(frozen=True)
@@ -128,7 +128,23 @@ KEYS: dict[str, Key] = {
         "folder of tfds data sets; empty is $TFDS_DATA_DIR, or ~/tensorflow_datasets if unset",
         may_change=True,
     ),
-    "data.val_fraction": Key(0.1, "share of each class held out of a folder without val/"),
+    "data.val_fraction": Key(
+        0.1, "share held out of class folders, or of a tfds data set, that have no other split"
+    ),
+    "data.held_out": Key(
+        "hash",
+        "rule that chooses the images held out: hash (of the file name), or spread (evenly over "
+        "the sorted names of each class, as in runs before format 3)",
+        choices=("hash", "spread"),
+    ),
+    "data.train_split": Key("", "name of the split or folder to train on; empty is train"),
+    "data.test_split": Key(
+        "", "name of the split or folder to evaluate on; empty is validation, or test without it"
+    ),
+    "data.class_order": Key(
+        "sorted",
+        "order of class folders: sorted, natural (2 before 10), or a file with a class a line",
+    ),
     "data.sampling_ratio": Key(1.0, "share of each class used for training (ConViT, Table 2)"),
     "data.epochs_scale": Key(
         1.0,
@@ -333,7 +349,8 @@ def to_json(config: ml_collections.ConfigDict) -> dict[str, Any]:
 def from_json(saved: Mapping[str, Any], where: str) -> ml_collections.ConfigDict:
     """Returns the configuration of a run, saved by this version or an earlier one.
 
-    A key that did not exist in the earlier version gets its default.
+    A key that did not exist in the earlier version gets its default, or the value that stands for
+    what the earlier version did.
 
     Args:
       saved: the content of a JSON file that was written from `to_json`.
@@ -353,6 +370,8 @@ def from_json(saved: Mapping[str, Any], where: str) -> ml_collections.ConfigDict
     try:
         for name, value in _leaves(values):
             _set(config, name, tuple(value) if isinstance(value, list) else value)
+        if version < 3:  # earlier versions knew no other rule
+            config.data.held_out = "spread"
         size = config.model.image_size
         if version < 2 and isinstance(size, tuple):  # a tuple in version 1
             config.model.image_size = size[0] if size[0] == size[-1] else image_size.text(size)
@@ -360,6 +379,27 @@ def from_json(saved: Mapping[str, Any], where: str) -> ml_collections.ConfigDict
     except (ValueError, TypeError, AttributeError) as error:
         raise ValueError(f"{where}: not the configuration of a run: {error}") from None
     return config
+
+
+def keep_division(saved: ml_collections.ConfigDict, config: ml_collections.ConfigDict) -> list[str]:
+    """Gives a configuration the rule by which a run divides its data, so that no split changes.
+
+    The configuration file of a run that an earlier version started does not name the rule.
+
+    Args:
+      saved: configuration of the run.
+      config: configuration of the present start; its data.held_out is changed if it differs.
+
+    Returns:
+      A text about the change, if it matters to the data set.
+    """
+    rule, asked = saved.data.held_out, config.data.held_out
+    if rule == asked:
+        return []
+    config.data.held_out = rule
+    if not config.data.source.startswith("folder:"):
+        return []  # their split does not depend on it
+    return [f"data.held_out: {rule!r}, as the run has it, not {asked!r}: its splits stay the same"]
 
 
 def changes_since(saved: Mapping[str, Any], config: ml_collections.ConfigDict) -> list[str]:

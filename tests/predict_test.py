@@ -172,7 +172,9 @@ def test_what_is_found(photos):
     odd = photos / "[1].jpg"
     odd.write_bytes(PHOTOS[0].read_bytes())
     assert names(predict.find_images([str(odd)])) == ["[1].jpg"]
-    (photos / "empty").mkdir()
+    for left_behind in ("._china.jpg", "__MACOSX/china.jpg", ".cache/china.jpg"):
+        (photos / "empty" / left_behind).parent.mkdir(parents=True, exist_ok=True)
+        (photos / "empty" / left_behind).write_bytes(b"")
     paths, reasons = predict.find_images([str(photos / "empty")])
     assert paths == []
     assert reasons[str(photos / "empty")].startswith("no images in this folder (.jpg,")

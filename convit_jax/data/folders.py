@@ -1,18 +1,21 @@
-"""Class folders: image files labelled by the folder that they are in."""
+"""Class folders: image files labelled by the folder that they are in, or by a list beside them."""
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping, Sequence
 import dataclasses
+import functools
+import logging
 import os
 import pathlib
 
 import numpy as np
 
-from convit_jax.data import threads
+from convit_jax.data import class_names, class_order, held_out, label_lists, layouts, threads
+from convit_jax.data.listing import EXTENSIONS, LeftOut, Tree, left_out_text, walk
 from convit_jax.data.source import Example, check_index, hashes
 
-HELD_OUT_FOLDERS = ("val", "validation", "test")  # the first that exists is the test split
-# The extensions that torchvision's ImageFolder reads.
-EXTENSIONS = (".jpg", ".jpeg", ".png", ".ppm", ".bmp", ".pgm", ".tif", ".tiff", ".webp")
+log = logging.getLogger(__name__)
+
+_SINCE_FORMAT_3 = (".jfif", ".gif")  # earlier versions did not read them
 
 
 @dataclasses.dataclass(frozen=True, eq=False, repr=False)
@@ -55,18 +58,38 @@ class FolderSource:
         return hashes(name + b"\0" + classes[label] for name, label in pairs)
 
 
-def open_folder(path: str, split: str, val_fraction: float) -> FolderSource:
-    """Opens one split of a folder of images.
+@dataclasses.dataclass(frozen=True)
+class Options:
+    """How a folder is read; the keys of the configuration with these names say more.
+
+    Attributes:
+      val_fraction: share held out for "test" if the folder is not divided.
+      held_out: rule that chooses the images held out, "hash" or "spread".
+      class_order: order of the classes: "sorted", "natural" or a file.
+      train_split: name of the folder to train on; empty finds it.
+      test_split: name of the folder to evaluate on; empty finds it.
+    """
+
+    val_fraction: float = 0.1
+    held_out: str = "hash"
+    class_order: str = "sorted"
+    train_split: str = ""
+    test_split: str = ""
+
+
+def open_folder(path: str, split: str, options: Options) -> FolderSource:
+    """Opens one split of a folder of images. docs/data.md lists the layouts.
 
     Args:
-      path: a folder with train/ and val/ (or validation/, or test/), each with a folder of images
-        for every class; or a folder that holds the class folders itself.
+      path: a folder with train/ and val/, each with a folder of images for every class; or a folder
+        that holds the class folders itself.
       split: "train" or "test".
-      val_fraction: share of each class held out for "test" if `path` has no train/ and val/.
+      options: how the folder is read.
 
     Raises:
       FileNotFoundError: if the folder or the split is missing.
-      ValueError: if there are too few classes or images, or val/ has classes that train/ lacks.
+      ValueError: if the layout is not understood, there are too few classes or images, or val/ has
+        classes that train/ lacks.
     """
     root = os.path.abspath(os.path.expanduser(path))
     if not os.path.isdir(root):
@@ -74,92 +97,173 @@ def open_folder(path: str, split: str, val_fraction: float) -> FolderSource:
             f"data.source: no folder {root}; expected train/ and val/ in it, with a folder of "
             f"images for each class, or class folders"
         )
-    there = [name for name in ("train", *HELD_OUT_FOLDERS) if _subfolders(root, name)]
-    if not there:
-        return _open_undivided(root, split, val_fraction)
-    wanted = ("train",) if split == "train" else HELD_OUT_FOLDERS
-    folder = next((name for name in wanted if name in there), None)
-    if folder is None:
-        raise FileNotFoundError(
-            f"{root}: expected {' or '.join(f'{name}/' for name in wanted)} for the {split} "
-            f"split, got {', '.join(f'{name}/' for name in there)} alone"
-        )
+    earlier = options.held_out == "spread"  # a run of an earlier version keeps its images
+    classes_known = earlier or class_order.is_file(options.class_order)
+    layout = layouts.find_layout(
+        root,
+        options.train_split,
+        options.test_split,
+        classes_known=classes_known,
+        earlier=earlier,
+    )
+    part = layout.train if split == "train" else layout.test
+    if part is None:
+        raise FileNotFoundError(layouts.missing_split(layout, split))
+    for note in (*layout.notes, *(layout.test_notes if split == "test" else ())):
+        _say(note)
     # The training classes define the labels, even if val/ lacks some of them.
-    class_names = _class_names(root, "train" if "train" in there else folder)
-    unknown = sorted({*_subfolders(root, folder)} - {*class_names})
-    if unknown:
-        raise ValueError(f"{os.path.join(root, folder)}: classes that train/ lacks: {unknown}")
-    names = _list_classes(os.path.join(root, folder), _subfolders(root, folder))
-    return _folder_source(os.path.join(root, folder), names, class_names, "")
+    classes = _number_classes(layout.train or part, options.class_order)
+    if part.labels != "folders":
+        return _labelled_by_list(part, classes, layout.train is not None)
+    there = {*part.top.folders}
+    if unknown := sorted(there - {*classes}):
+        raise ValueError(f"{part.top.path}: classes that train/ lacks: {unknown}")
+    folders = [name for name in classes if name in there]
+    beside = layout.left_out if layout.undivided else layout.left_out + part.top.left_out
+    images = _list_classes(part, folders, beside, classes_known)
+    if layout.undivided:
+        return _divide(part.top.path, images, split, options)
+    return _folder_source(part.top.path, images, classes, "")
 
 
-def _open_undivided(root: str, split: str, val_fraction: float) -> FolderSource:
-    """Opens one split of undivided class folders, by dividing the sorted files of each class."""
-    if not 0 < val_fraction < 1:
-        raise ValueError(f"data.val_fraction: expected 0 < fraction < 1, got {val_fraction}")
-    class_names = _class_names(root, "")
-    names = {}
-    for name, files in _list_classes(root, class_names).items():
-        # Hold out round(n * val_fraction) of n images, evenly spread over the sorted names.
-        steps = np.floor(np.round(np.arange(len(files) + 1) * val_fraction + 0.5, 9))
-        held_out = np.diff(steps) > 0
-        names[name] = list(np.array(files)[held_out == (split == "test")])
-        if split == "train" and not names[name]:
+def _number_classes(part: layouts.Part, order: str) -> tuple[str, ...]:
+    """Returns the classes of the training images, or of the images to evaluate, in order."""
+    path = part.top.path
+    if part.labels == "imagenet":
+        classes: Iterable[str] = class_names.imagenet()
+    elif part.labels != "folders":
+        classes = {*label_lists.annotated_labels(part.labels).values()}
+    else:
+        classes = part.top.folders
+    in_order = class_order.in_order(classes, order, path)
+    if len(in_order) < 2:
+        beside = f" and {len(part.top.images):,} images in no class" if part.top.images else ""
+        raise ValueError(
+            f"{path}: expected at least two class folders, got {list(in_order)}{beside}; "
+            f"data.source is 'folder:PATH' with the folder that holds train/ and val/, or the "
+            f"class folders"
+        )
+    return in_order
+
+
+def _labelled_by_list(part: layouts.Part, classes: Sequence[str], restrict: bool) -> FolderSource:
+    """Opens images that a list labels, in one folder without class folders.
+
+    Args:
+      part: the images.
+      classes: the classes, in order.
+      restrict: whether to leave out ImageNet's classes that are not in `classes`.
+    """
+    path, left_out = part.top.path, LeftOut(part.top.left_out)
+    if part.labels == "imagenet":
+        labels = label_lists.imagenet_labels(part.top.images, path)
+        listed_in = "ImageNet's list of validation labels"
+        if restrict:
+            labels, images, others = label_lists.restricted(labels, classes)
+            if images:
+                left_out[f"image(s) of the {others:,} classes that train/ lacks"] += images
+    else:
+        labels = label_lists.annotated_labels(part.labels)
+        listed_in = part.labels
+        if unknown := sorted({*labels.values()} - {*classes}):
+            raise ValueError(f"{part.labels}: classes that train/ lacks: {unknown[:5]}")
+        there = {*part.top.images}
+        if unlabelled := there - {*labels}:
+            left_out[f"image(s) without a line in {part.labels}"] += len(unlabelled)
+        if missing := {*labels} - there:
+            left_out[f"line(s) of {part.labels} without an image"] += len(missing)
+        labels = {name: label for name, label in labels.items() if name in there}
+    if not labels:
+        raise ValueError(f"{path}: no image of the {len(classes):,} classes, by {listed_in}")
+    _say_left_out(path, left_out)
+    number = {name: i for i, name in enumerate(classes)}
+    files = sorted(labels)
+    return FolderSource(
+        path,
+        np.array([os.fsencode(file) for file in files]),
+        np.array([number[labels[file]] for file in files], np.int32),
+        tuple(classes),
+        f"images in {path}, labelled by {listed_in}",
+    )
+
+
+def _list_classes(
+    part: layouts.Part, folders: Sequence[str], left_out: LeftOut, classes_known: bool
+) -> dict[str, list[str]]:
+    """Lists the images of each class folder, at any depth, in ImageFolder's order.
+
+    Args:
+      part: the class folders.
+      folders: their names, in order.
+      left_out: what was left out above them, for the log.
+      classes_known: whether they need not be checked to be classes, and not splits.
+    """
+    root = part.top.path
+    paths = [os.path.join(root, name) for name in folders]
+    walked = threads.in_threads("Listing", "classes", walk, paths)
+    trees: dict[str, Tree] = dict(zip(folders, walked, strict=True))
+    if not classes_known:
+        layouts.check_level(root, trees)
+    for name, tree in trees.items():
+        if not tree.images:
+            got = f"; it holds {left_out_text(tree.left_out)}" if tree.left_out else ""
+            raise ValueError(
+                f"{os.path.join(root, name)}: a class folder without images "
+                f"({', '.join(EXTENSIONS)}){got}; remove it or fill it"
+            )
+    left_out = sum((tree.left_out for tree in trees.values()), LeftOut(left_out))
+    if part.top.images:
+        left_out["image(s) beside the class folders"] += len(part.top.images)
+    _say_left_out(root, left_out)
+    return {name: tree.images for name, tree in trees.items()}
+
+
+def _divide(
+    root: str, images: Mapping[str, list[str]], split: str, options: Options
+) -> FolderSource:
+    """Returns one split of class folders that are not divided."""
+    fraction, rule = options.val_fraction, options.held_out
+    held_out.check_fraction(fraction)
+    chosen = {}
+    for name, files in images.items():
+        if rule == "hash":
+            out = held_out.by_hash((os.fsencode(f"{name}/{file}") for file in files), fraction)
+        else:
+            files = [file for file in files if not file.lower().endswith(_SINCE_FORMAT_3)]
+            out = held_out.by_spread(len(files), fraction)
+        wanted = out == (split == "test")
+        chosen[name] = [file for file, keep in zip(files, wanted, strict=True) if keep]
+        if split == "train" and not chosen[name]:
             raise ValueError(
                 f"{os.path.join(root, name)}: {len(files)} images, of which "
-                f"data.val_fraction={val_fraction} leaves none for training"
+                f"data.val_fraction={fraction} leaves none for training"
             )
-    share = f", {val_fraction:.0%} of each class held out, {split} part"
-    if not any(names.values()):
-        raise ValueError(f"{root}: too few images for a {split} split{share}; make a val/ folder")
-    return _folder_source(root, names, class_names, share)
+    how = {"hash": "by the hash of the file name", "spread": "spread over the file names"}[rule]
+    share = f", {fraction:.0%} of each class held out {how}, {split} part"
+    if not any(chosen.values()):
+        raise ValueError(
+            f"{root}: too few images for a {split} split{share}; "
+            f"change data.val_fraction, or make train/ and val/"
+        )
+    return _folder_source(root, chosen, tuple(images), share)
 
 
 def _folder_source(
-    root: str, names: Mapping[str, list[str]], class_names: tuple[str, ...], note: str
+    root: str, images: Mapping[str, list[str]], classes: tuple[str, ...], note: str
 ) -> FolderSource:
-    number = {name: i for i, name in enumerate(class_names)}
-    files = np.array([os.fsencode(f"{name}/{file}") for name in names for file in names[name]])
-    labels = [number[name] for name in names for _ in names[name]]
+    number = {name: i for i, name in enumerate(classes)}
+    files = np.array([os.fsencode(f"{name}/{file}") for name in images for file in images[name]])
+    labels = [number[name] for name in images for _ in images[name]]
     description = f"class folders in {root}{note}"
-    return FolderSource(root, files, np.array(labels, np.int32), class_names, description)
+    return FolderSource(root, files, np.array(labels, np.int32), classes, description)
 
 
-def _subfolders(root: str, name: str) -> list[str]:
-    """Returns the folders in a folder, sorted; none if the folder does not exist."""
-    path = os.path.join(root, name)
-    if not os.path.isdir(path):
-        return []
-    with os.scandir(path) as entries:
-        return sorted(entry.name for entry in entries if entry.is_dir())
+def _say_left_out(path: str, left_out: LeftOut) -> None:
+    if left_out:
+        _say(f"{path}: left out: {left_out_text(left_out)}")
 
 
-def _class_names(root: str, name: str) -> tuple[str, ...]:
-    class_names = tuple(_subfolders(root, name))
-    if len(class_names) < 2:
-        raise ValueError(
-            f"{os.path.join(root, name)}: expected at least two class folders, got "
-            f"{list(class_names)}; data.source is 'folder:PATH' with the folder that holds "
-            f"train/ and val/, or the class folders"
-        )
-    return class_names
-
-
-def _list_classes(root: str, class_names: tuple[str, ...] | list[str]) -> dict[str, list[str]]:
-    """Lists the images of each class folder, at any depth, in ImageFolder's order."""
-    paths = [os.path.join(root, name) for name in class_names]
-    listed = threads.in_threads("Listing", "classes", _list_images, paths)
-    return dict(zip(class_names, listed, strict=True))
-
-
-def _list_images(path: str) -> list[str]:
-    images = []
-    for folder, _, files in sorted(os.walk(path, followlinks=True)):
-        inside = os.path.relpath(folder, path)
-        kept = sorted(file for file in files if file.lower().endswith(EXTENSIONS))
-        images += kept if inside == "." else [os.path.join(inside, file) for file in kept]
-    if not images:
-        raise ValueError(
-            f"{path}: a class folder without images ({', '.join(EXTENSIONS)}); remove it or fill it"
-        )
-    return images
+@functools.cache
+def _say(text: str) -> None:
+    """Logs a line once: both splits of a folder are opened, and say the same."""
+    log.info("%s", text)

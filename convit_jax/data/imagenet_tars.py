@@ -121,9 +121,14 @@ def index_validation(path: pathlib.Path, count: int) -> Images:
         found = some([name.decode() for name in wrong])
         raise _wrong(path, f"images numbered 1 to {count}", f"as missing or new: {found}")
     labels = _labels()
-    by_number = [labels[wnid] for wnid in _tfds_lines("validation_labels.txt")]
+    by_number = [labels[wnid] for wnid in validation_wnids()]
     targets = [by_number[int(name[-13:-5]) - 1] for name in images.names.tolist()]
     return dataclasses.replace(images, labels=np.array(targets))
+
+
+def validation_wnids() -> list[str]:
+    """Returns the WordNet id of each of the 50,000 validation images, by number, from tfds."""
+    return _tfds_lines("validation_labels.txt")
 
 
 def as_rgb_jpeg(data: bytes) -> bytes:

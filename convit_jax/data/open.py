@@ -2,8 +2,10 @@
 
 from convit_jax.data import tfds_source
 from convit_jax.data.arrays import digits
-from convit_jax.data.folders import open_folder
+from convit_jax.data.folders import Options, open_folder
+from convit_jax.data.held_out import RULES
 from convit_jax.data.source import Source, subset
+from convit_jax.data.tfds_source import Splits
 
 SPLITS = ("train", "test")
 
@@ -16,22 +18,31 @@ def open_source(
     sampling_ratio: float = 1.0,
     cache_dir: str | None = None,
     val_fraction: float = 0.1,
+    held_out: str = "hash",
+    class_order: str = "sorted",
+    train_split: str = "",
+    test_split: str = "",
 ) -> Source:
     """Opens a data set.
 
     Args:
       source: name of the data set.
         "tfds:NAME", "tfds:NAME:VERSION" or "tfds:NAME/CONFIG" is a prepared tfds data set.
-        "folder:PATH" is a folder with train/ and val/ (or validation/, or test/), each with a
-        folder of images for every class; or a folder that holds the class folders itself.
+        "folder:PATH" is a folder with train/ and val/, each with a folder of images for every
+        class, or another layout of docs/data.md; or a folder that holds the class folders itself.
         "digits" is scikit-learn's digits.
-      split: "train", or "test" for the images held out. For a tfds data set, "test" is its
-        validation split, or its test split if it has no validation split.
+      split: "train", or "test" for the images held out: the validation split or folder, else the
+        test split or folder, else a part of the training images.
       data_dir: folder of the tfds data sets; empty: $TFDS_DATA_DIR, else ~/tensorflow_datasets.
       sampling_ratio: share of the training images of each class to keep, the first by file name.
         The test split is always whole.
       cache_dir: folder for the indices of large data sets; None keeps no indices.
-      val_fraction: share of each class held out for "test" if PATH has no train/ and val/.
+      val_fraction: share held out for "test" of class folders, or of a tfds data set with a train
+        split only.
+      held_out: rule that chooses them: "hash", or "spread" as before format 3 of configurations.
+      class_order: order of the class folders: "sorted", "natural" or a file that lists them.
+      train_split: name of the split or folder to train on; empty as above.
+      test_split: name of the split or folder to evaluate on; empty as above.
 
     Raises:
       ValueError, FileNotFoundError: if the data are missing or not as expected.
@@ -40,14 +51,28 @@ def open_source(
         raise ValueError(f"split: expected 'train' or 'test', got {split!r}")
     if not 0 < sampling_ratio <= 1:
         raise ValueError(f"data.sampling_ratio: expected 0 < ratio <= 1, got {sampling_ratio}")
+    if held_out not in RULES:
+        raise ValueError(f"data.held_out: expected one of {RULES}, got {held_out!r}")
     opened: Source
     kind, _, rest = source.partition(":")
+    if class_order != "sorted" and kind != "folder":
+        raise ValueError(
+            f"data.class_order: expected 'sorted' for data.source={source}, whose classes are "
+            f"numbered already, got {class_order!r}"
+        )
     if source == "digits":
+        if train_split or test_split:
+            raise ValueError(
+                f"data.train_split, data.test_split: expected both empty for data.source=digits, "
+                f"got {train_split!r} and {test_split!r}"
+            )
         opened = digits(split)
     elif kind == "folder" and rest:
-        opened = open_folder(rest, split, val_fraction)
+        options = Options(val_fraction, held_out, class_order, train_split, test_split)
+        opened = open_folder(rest, split, options)
     elif kind == "tfds" and rest:
-        opened = tfds_source.open_tfds(rest, split, data_dir, cache_dir)
+        splits = Splits(train_split, test_split, val_fraction, held_out)
+        opened = tfds_source.open_tfds(rest, split, data_dir, cache_dir, splits)
     else:
         raise ValueError(
             f"data.source: expected 'digits', 'folder:PATH' or 'tfds:NAME', got {source!r}"

@@ -5,15 +5,18 @@ processes only read records and never import it.
 """
 
 import dataclasses
+import logging
 import os
 import pathlib
 from typing import Any
 
 import numpy as np
 
-from convit_jax.data import records, threads
-from convit_jax.data.source import check_index, hashes
+from convit_jax.data import held_out, records, tfds_folders, threads
+from convit_jax.data.source import Source, Subset, check_index, hashes
 from convit_jax.data.tf_example import parse_example
+
+log = logging.getLogger(__name__)
 
 FORMATS = {"array_record": "ArrayRecord", "tfrecord": "TFRecord"}  # tfds' name -> name in messages
 NAME_FEATURES = ("file_name", "filename", "image/filename", "id")  # may hold the image's name
@@ -108,14 +111,34 @@ class RecordSource:
         return start + np.arange(len(self), dtype=np.uint64)
 
 
-def open_tfds(spec: str, split: str, data_dir: str, cache_dir: str | None) -> RecordSource:
+@dataclasses.dataclass(frozen=True)
+class Splits:
+    """Which splits are read; the keys of the configuration with these names say more.
+
+    Attributes:
+      train_split: name of the split to train on; empty is "train".
+      test_split: name of the split to evaluate on; empty is "validation", else "test".
+      val_fraction: share held out for evaluation if there is no split but the training split.
+      held_out: rule that chooses the images held out; only "hash" is possible.
+    """
+
+    train_split: str = ""
+    test_split: str = ""
+    val_fraction: float = 0.1
+    held_out: str = "hash"
+
+
+def open_tfds(
+    spec: str, split: str, data_dir: str, cache_dir: str | None, splits: Splits
+) -> Source:
     """Opens a split of a prepared data set.
 
     Args:
       spec: NAME, NAME:VERSION or NAME/CONFIG.
-      split: "train", or "test" for the validation split or, if there is none, the test split.
+      split: "train" or "test".
       data_dir: folder of the tfds data sets; empty: $TFDS_DATA_DIR, else ~/tensorflow_datasets.
       cache_dir: folder for the indices of large data sets; None stores none.
+      splits: which splits are read.
 
     Raises:
       FileNotFoundError: if the data set or one of its shards is missing.
@@ -123,29 +146,24 @@ def open_tfds(spec: str, split: str, data_dir: str, cache_dir: str | None) -> Re
         image classification.
       ImportError: if tensorflow-datasets is not installed.
     """
-    root = _find_root(data_dir)
-    folder = _find_version(spec, root)
+    root = tfds_folders.find_root(data_dir)
+    folder = tfds_folders.find_version(spec, root)
     info = _tfds_info(folder)
     format_name = info.file_format.value
     if format_name not in FORMATS:
         raise ValueError(
             f"{folder}: expected ArrayRecord or TFRecord files, got {format_name}; "
-            f"{_prepare_command(info.name, root)}"
+            f"{_prepare_again(info, folder, root)}"
         )
-    candidates = ("train",) if split == "train" else ("validation", "test")
-    name = next((name for name in candidates if name in info.splits), None)
-    if name is None or not info.splits[name].num_examples:
-        raise ValueError(
-            f"{folder}: expected a {' or '.join(candidates)} split with images, got "
-            f"{ ({key: value.num_examples for key, value in info.splits.items()}) }"
-        )
+    name, divided = _choose_split(info, split, splits, folder)
     paths = [os.fspath(path) for path in info.splits[name].filepaths]
     lengths = info.splits[name].shard_lengths
     missing = [path for path in paths if not os.path.isfile(path)]
     if missing:
         raise FileNotFoundError(
             f"{folder}: {len(missing):,} of {len(paths):,} shards of the {name} split are missing, "
-            f"the first is {missing[0]}; copy them, or {_prepare_command(info.name, root)}"
+            f"the first is {missing[0]}; copy them, or "
+            f"{_prepare_again(info, folder, root)}"
         )
     cache_name = f"{info.full_name}-{name}".replace("/", "-")
     shards: records.Records
@@ -154,76 +172,67 @@ def open_tfds(spec: str, split: str, data_dir: str, cache_dir: str | None) -> Re
         shards = records.open_tfrecords(paths, lengths, cache)
     else:
         shards = records.open_array_records(paths, lengths)
-    description = f"{info.full_name} {name}, {FORMATS[format_name]}, {len(paths):,} shards in"
-    return RecordSource(shards, *_tfds_keys(info), f"{description} {folder}", cache_name)
-
-
-def _find_root(data_dir: str) -> pathlib.Path:
-    data_dir = data_dir or os.environ.get("TFDS_DATA_DIR") or "~/tensorflow_datasets"
-    if "://" in data_dir:
-        raise ValueError(
-            f"data.dir: expected a local folder, got {data_dir!r}; mount it (gcsfuse for "
-            f"gs://) or copy it"
-        )
-    return pathlib.Path(data_dir).expanduser().absolute()
-
-
-def _find_version(spec: str, root: pathlib.Path) -> pathlib.Path:
-    """Returns the folder ROOT/NAME[/CONFIG]/VERSION, by default of the highest prepared version."""
-    name, _, version = spec.partition(":")
-    folder = root / name
-    versions = _versions(folder)
-    configs = [child for child in _folders(folder) if _versions(child)]
-    if not versions and len(configs) == 1:
-        folder = configs[0]
-        versions = _versions(folder)
-    elif not versions and configs:
-        raise ValueError(
-            f"data.source: {folder} holds several configurations; name one of "
-            f"{[f'tfds:{name}/{child.name}' for child in configs]}"
-        )
-    if version in versions:
-        return folder / version
-    if versions and not version:
-        return folder / versions[-1]
-    if versions:
-        found = f"versions {', '.join(versions)} alone"
-    elif (root / "dataset_info.json").is_file() or _versions(root):
-        found = f"a data set in {root} itself: data.dir is the folder above NAME/VERSION"
-    elif root.is_dir():
-        found = f"in {root}: {', '.join(child.name for child in _folders(root)) or 'nothing'}"
-    else:
-        found = f"no folder {root}: set data.dir or TFDS_DATA_DIR"
-    raise FileNotFoundError(
-        f"data.source: expected tfds:{spec} prepared in {folder / (version or 'VERSION')}, got "
-        f"{found}. To prepare it: {_prepare_command(name, root)}"
+    description = (
+        f"{info.full_name} {name}, {FORMATS[format_name]}, {len(paths):,} shards in {folder}"
     )
+    opened = RecordSource(shards, *_tfds_keys(info), description, cache_name)
+    return _divide(opened, f"{info.full_name}/{name}", split, splits) if divided else opened
 
 
-def _folders(path: pathlib.Path) -> list[pathlib.Path]:
-    return sorted(child for child in path.iterdir() if child.is_dir()) if path.is_dir() else []
+def _choose_split(info: Any, split: str, splits: Splits, folder: pathlib.Path) -> tuple[str, bool]:
+    """Returns the name of the split to read, and whether it has to be divided."""
+    counts = {name: part.num_examples for name, part in info.splits.items()}
+    there = [name for name, count in counts.items() if count]
+    for key, name in (("train_split", splits.train_split), ("test_split", splits.test_split)):
+        if name and name not in there:
+            raise ValueError(
+                f"data.{key}: expected the name of a split of {folder} with images, got {name!r}; "
+                f"there: {counts}"
+            )
+    train = splits.train_split or "train"
+    if train == splits.test_split:
+        raise ValueError(
+            f"data.test_split: expected another split than the training split, got {train!r}"
+        )
+    names = [splits.test_split] if splits.test_split else ["validation", "test"]
+    found = [name for name in names if name in there and name != train]
+    divided = not found and there == [train]
+    wanted = train if split == "train" or divided else next(iter(found), "")
+    if wanted not in there:
+        key, expected = ("train_split", train) if split == "train" else ("test_split", None)
+        choice = [name for name in there if expected or name != train]
+        raise ValueError(
+            f"{folder}: expected a {expected or 'validation or test'} split with images, got "
+            f"{counts}" + (f"; choose with --config.data.{key}={choice[0]}" if choice else "")
+        )
+    if wanted == "test" and not splits.test_split:
+        log.info(
+            "%s: its test split chooses the best checkpoint of a run, as there is no validation "
+            "split: the accuracy on it is optimistic", folder,
+        )  # fmt: skip
+    return wanted, divided
 
 
-def _versions(path: pathlib.Path) -> list[str]:
-    """Returns the prepared versions in a folder, in rising order.
+def _divide(source: RecordSource, name: str, split: str, splits: Splits) -> Subset:
+    """Returns one part of a data set that has a training split only.
 
-    A version that is not fully prepared has no dataset_info.json and is left out.
+    Args:
+      source: the training split.
+      name: name of the data set, its version and split.
+      split: "train" or "test".
+      splits: share and rule of what is held out.
     """
-    names = [
-        child.name
-        for child in _folders(path)
-        if child.name.replace(".", "").isdigit() and (child / "dataset_info.json").is_file()
-    ]
-    return sorted(names, key=lambda name: [int(part) for part in name.split(".") if part])
-
-
-def _prepare_command(name: str, data_dir: pathlib.Path) -> str:
-    if name == "imagenet2012":
-        return f"convit data prepare --tars DIR --data_dir {data_dir}"
-    return (
-        f"tfds build {name} --file_format=array_record --data_dir {data_dir} (after pip install "
-        f"tensorflow tensorflow-datasets)"
-    )
+    held_out.check_fraction(splits.val_fraction)
+    if splits.held_out != "hash":
+        raise ValueError(
+            f"data.held_out: expected 'hash' for a tfds data set, got {splits.held_out!r}"
+        )
+    names = (f"{name}/{index}".encode() for index in range(len(source)))
+    chosen = held_out.by_hash(names, splits.val_fraction) == (split == "test")
+    share = f", {splits.val_fraction:.0%} held out by the hash of the index, {split} part"
+    if not chosen.any():
+        raise ValueError(f"{source.description}: too few images for a {split} split{share}")
+    return Subset(source, np.flatnonzero(chosen), source.description + share)
 
 
 def _tfds_info(folder: pathlib.Path) -> Any:
@@ -242,6 +251,12 @@ def _tfds_info(folder: pathlib.Path) -> Any:
             f"{folder}: tfds cannot read dataset_info.json and features.json: {error}; copy or "
             f"prepare the data set again"
         ) from error
+
+
+def _prepare_again(info: Any, folder: pathlib.Path, root: pathlib.Path) -> str:
+    """Returns what mends a prepared folder. No command replaces one that is there."""
+    spec = f"{info.name}/{info.config_name}" if info.config_name else info.name
+    return f"move {folder} away and prepare it again. {tfds_folders.how_to_prepare(spec, root)}"
 
 
 def _tfds_keys(info: Any) -> tuple[str, str, str | None, tuple[str, ...]]:

@@ -139,6 +139,8 @@ def _weights(
                 f"init_from: {workdir} holds a run, which would be evaluated, not "
                 f"{config.init_from}: choose another --workdir for the result"
             )
+        for text in recipe.keep_division(saved, config) if config is not None else ():
+            log.info("%s", text)
         loaded = read_weights(workdir.path, ema=choices.ema, checkpoint=choices.checkpoint)
         return config or saved, loaded
     if config is None or not config.init_from:

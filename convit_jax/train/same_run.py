@@ -32,6 +32,15 @@ def batch_size(workdir: Workdir) -> int | None:
     return None if saved is None else recipe.from_json(saved, str(workdir.config)).train.batch_size
 
 
+def keep_division(workdir: Workdir, config: ml_collections.ConfigDict) -> None:
+    """Gives a configuration the rule by which the run in the workdir holds out images, if any."""
+    saved = identity.read_config(workdir)
+    if saved is not None:
+        found = recipe.from_json(saved, str(workdir.config))
+        for text in recipe.keep_division(found, config):
+            log.info("%s", text)
+
+
 def check_config(workdir: Workdir, config: ml_collections.ConfigDict) -> list[str]:
     """Returns the permitted differences from the run in the workdir, if there is a run.
 

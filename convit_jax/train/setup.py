@@ -163,12 +163,13 @@ def _open_data(
 ) -> tuple[list[str], list[Source], dict[str, Identity]]:
     """Opens both splits, and checks that they fit the configuration and the run in the workdir.
 
-    If `config` leaves the batch size open, it is set.
+    If `config` leaves the batch size open, it is set. So is the run's own rule of held-out images.
 
     Returns:
       What changed since the last start, the sources of both splits, and their identities.
     """
     workdir.check_writable()
+    same_run.keep_division(workdir, config)
     sources = [open_split(config, split, workdir) for split in SPLITS]
     if config.train.batch_size is None:
         config.train.batch_size = same_run.batch_size(workdir) or _fitting_batch(
@@ -245,6 +246,10 @@ def open_split(config: ml_collections.ConfigDict, split: str, workdir: Workdir |
         split,
         data_dir=config.data.dir,
         val_fraction=config.data.val_fraction,
+        held_out=config.data.held_out,
+        class_order=config.data.class_order,
+        train_split=config.data.train_split,
+        test_split=config.data.test_split,
         sampling_ratio=config.data.sampling_ratio if split == "train" else 1.0,
         cache_dir=str(workdir.index) if workdir else None,
     )

@@ -13,9 +13,8 @@ import struct
 import make_imagenet
 import numpy as np
 import pytest
-import reference
 
-from convit_jax.data import folders, records, tf_example, tfds_source
+from convit_jax.data import records, tf_example, tfds_folders, tfds_source
 from convit_jax.data.open import SPLITS, open_source
 from convit_jax.data.source import check_images, describe
 
@@ -136,25 +135,82 @@ def test_sources_travel_to_fresh_processes_which_need_no_tfds(disk):
         assert "tensorflow" not in modules
 
 
-def test_another_tfds_set_with_png_images_and_no_validation_split(disk, tmp_path):
+def write_cifar(data_dir, image, **counts):
+    """Writes a small data set under the name of CIFAR-10, with any splits; returns its content."""
     from tensorflow_datasets.image_classification import cifar
 
-    builder = cifar.Cifar10(data_dir=str(tmp_path), file_format="array_record")
+    builder = cifar.Cifar10(data_dir=str(data_dir), file_format="array_record")
     builder.info.features["label"].names = [*"zyxwvutsrq"]  # as its preparation does
-    image = open_any(disk, "folder", "train")[0]["image"]
     splits = {
         split: {
             f"{split}_{i:05}": {"id": f"{split}_{i:05}", "image": image, "label": i % 10}
             for i in range(count)
         }
-        for split, count in (("train", 20), ("test", 10))
+        for split, count in counts.items()
     }
     make_imagenet.write_prepared(builder, splits)
+    return splits
+
+
+def test_another_tfds_set_with_png_images_and_no_validation_split(disk, tmp_path, caplog):
+    caplog.set_level("INFO", "convit_jax")
+    image = open_any(disk, "folder", "train")[0]["image"]
+    splits = write_cifar(tmp_path, image, train=20, test=10)
     train, test = (open_source("tfds:cifar10", split, data_dir=str(tmp_path)) for split in SPLITS)
     assert (len(train), len(test), train.num_classes) == (20, 10, 10)
     assert "".join(train.class_names) == "zyxwvutsrq"
     assert sorted(train[i]["name"] for i in range(20)) == sorted(splits["train"])
     assert sorted(test[i]["label"] for i in range(10)) == list(range(10))
+    assert caplog.text.count("its test split chooses the best checkpoint of a run") == 1
+
+
+def test_a_part_of_a_tfds_set_with_a_train_split_only_is_held_out(disk, tmp_path):
+    image = open_any(disk, "folder", "train")[0]["image"]
+    splits = write_cifar(tmp_path, image, train=32)
+    options = {"data_dir": str(tmp_path), "val_fraction": 0.25}
+    train, test = (open_source("tfds:cifar10", split, **options) for split in SPLITS)
+    # By the hashes of cifar10/3.0.2/train/0 and so on: pinned, since runs depend on them.
+    assert test.indices.tolist() == [3, 5, 10, 18, 21, 24, 26, 31]
+    assert sorted([*train.indices, *test.indices]) == [*range(32)]
+    names = [source[i]["name"] for source in (train, test) for i in range(len(source))]
+    assert sorted(names) == sorted(splits["train"])
+    assert ", 25% held out by the hash of the index, test part: 8 images of 10" in describe(test)
+    kept, labels = train.names_and_labels()
+    assert [os.fsdecode(name) for name in kept] == [train[i]["name"] for i in range(24)]
+    assert labels.tolist() == [train[i]["label"] for i in range(24)]
+    with pytest.raises(ValueError, match="too few images for a test split"):
+        open_source("tfds:cifar10", "test", **options | {"val_fraction": 0.001})
+    with pytest.raises(ValueError, match=r"data\.val_fraction: expected 0 < fraction < 1"):
+        open_source("tfds:cifar10", "train", **options | {"val_fraction": 0.0})
+    with pytest.raises(ValueError, match=r"data\.held_out: expected 'hash' for a tfds data set"):
+        open_source("tfds:cifar10", "train", **options, held_out="spread")
+
+
+def test_splits_of_a_tfds_set_are_read_by_name(disk, tmp_path, caplog):
+    caplog.set_level("INFO", "convit_jax")
+    image = open_any(disk, "folder", "train")[0]["image"]
+    write_cifar(tmp_path, image, train=8, extra=4, test=2)
+
+    def count(split, **options):
+        return len(open_source("tfds:cifar10", split, data_dir=str(tmp_path), **options))
+
+    assert (count("train", train_split="extra"), count("test", train_split="extra")) == (4, 2)
+    assert (count("train", test_split="extra"), count("test", test_split="extra")) == (8, 4)
+    assert caplog.text.count("optimistic") == 1  # test, which was not named
+    with pytest.raises(ValueError, match=r"data\.test_split: expected another split .* 'extra'"):
+        count("train", train_split="extra", test_split="extra")
+    message = (
+        r"data\.train_split: expected the name of a split .*'train\[:80%\]'; there: .*'extra': 4"
+    )
+    with pytest.raises(ValueError, match=message):
+        count("train", train_split="train[:80%]")
+    # There is another split, so nothing is held out without being asked for.
+    with pytest.raises(ValueError, match=r"validation or test .*--config\.data\.test_split=train"):
+        count("test", train_split="test")
+    with pytest.raises(
+        ValueError, match=r"data\.train_split, data\.test_split: expected both empty"
+    ):
+        open_source("digits", "train", train_split="train")
 
 
 def test_checksums_are_crc32c():
@@ -363,6 +419,7 @@ def test_missing_shards_and_wrong_metadata_are_named(broken):
     path.unlink()
     text = refused(FileNotFoundError, "1 of 2 shards of the train split are missing")
     assert str(path) in text
+    assert f"move {folder} away and prepare it again. To prepare it: convit data prepare" in text
     assert f"convit data prepare --tars DIR --data_dir {data_dir}" in text
 
     info = folder / "dataset_info.json"
@@ -398,13 +455,24 @@ def test_a_data_set_that_is_not_there_comes_with_the_command_that_prepares_it(
     assert f"expected tfds:food101 prepared in {data_dir}/food101/VERSION" in text
     assert f"in {data_dir}: imagenet2012" in text
     assert f"tfds build food101 --file_format=array_record --data_dir {data_dir}" in text
+    text = refused("tfds:cifra10", data_dir)
+    assert "has no data set 'cifra10': did you mean tfds:cifar10?" in text
+    assert "tfds build" not in text
+    odd = tmp_path / "a folder"
+    text = refused("tfds:imagenet_v2/threshold-0.7", odd)
+    assert (
+        f"tfds build imagenet_v2/threshold-0.7 --file_format=array_record --data_dir '{odd}'"
+        in text
+    )
     text = refused(NAME, tmp_path / "nowhere")
     assert f"no folder {tmp_path / 'nowhere'}: set data.dir or TFDS_DATA_DIR" in text
     assert "convit data prepare --tars DIR" in text
     assert "in " + str(tmp_path) + ": nothing" in refused(NAME, tmp_path)
     for wrong in (data_dir / "imagenet2012", data_dir / "imagenet2012/5.1.0"):
         assert "data.dir is the folder above NAME/VERSION" in refused(NAME, wrong)
-    assert "versions 5.1.0 alone" in refused(f"{NAME}:5.0.0", data_dir)
+    text = refused(f"{NAME}:5.0.0", data_dir)
+    assert f"versions 5.1.0 alone (data.source={NAME}:5.1.0)" in text
+    assert len(open_source(f"{NAME}:5.1.0", "test", data_dir=str(data_dir))) == 8
     (tmp_path / "imagenet2012/incomplete.ABC_5.1.0").mkdir(parents=True)  # tfds stopped half way
     (tmp_path / "imagenet2012/5.1.0").mkdir()
     assert f"in {tmp_path}: imagenet2012" in refused(NAME, tmp_path)
@@ -427,7 +495,7 @@ def test_versions_and_configurations(disk, tmp_path, monkeypatch):
         return open_source(source, "test").shards.paths[0]
 
     def folder(source):
-        path = tfds_source._find_version(source.removeprefix("tfds:"), tmp_path)
+        path = tfds_folders.find_version(source.removeprefix("tfds:"), tmp_path)
         return os.path.relpath(path, tmp_path)
 
     assert len(open_source("tfds:plain", "test")) == 8
@@ -476,88 +544,6 @@ def test_ratios_that_leave_nothing_are_refused(disk):
     for ratio in (0, -1, 1.5, float("nan")):
         with pytest.raises(ValueError, match=r"data\.sampling_ratio: expected 0 < ratio <= 1"):
             open_source("digits", "train", sampling_ratio=ratio)
-
-
-def make_files(root, *paths):
-    for path in paths:
-        (root / path).parent.mkdir(parents=True, exist_ok=True)
-        (root / path).write_bytes(path.encode())
-
-
-def test_folders_are_read_as_image_folder_reads_them(tmp_path):
-    reference.import_timm()
-    from torchvision import datasets
-
-    make_files(
-        tmp_path,
-        *("train/b/2.jpg", "train/b/10.JPEG", "train/b/x/3.Png", "train/b/notes.txt"),
-        *("train/B/1.webp", "train/B/a.tiff", "train/a b/é.bmp", "train/10/1.ppm"),
-        *("train/10/z/1.pgm", "train/10/a/2.tif", "train/10/.hidden.jpg", "train/README.md"),
-        "val/b/1.jpg",
-    )
-    ours = open_source(f"folder:{tmp_path}", "train")
-    theirs = datasets.ImageFolder(tmp_path / "train")
-    assert list(ours.class_names) == theirs.classes
-    assert [(ours[i]["name"], ours[i]["label"]) for i in range(len(ours))] == theirs.samples
-    assert ours[0]["image"] == pathlib.Path(ours[0]["name"]).read_bytes()
-    # val/ has only one class, which keeps the number that it has in train/.
-    assert open_source(f"folder:{tmp_path}", "test")[0]["label"] == 3
-
-
-@pytest.mark.parametrize("name", folders.HELD_OUT_FOLDERS)
-def test_held_out_folders(tmp_path, name):
-    make_files(tmp_path, "train/a/1.jpg", "train/b/1.jpg", f"{name}/a/9.jpg", f"{name}/b/8.jpg")
-    test = open_source(f"folder:{tmp_path}", "test")
-    assert [os.path.basename(test[i]["name"]) for i in range(len(test))] == ["9.jpg", "8.jpg"]
-    shutil.rmtree(tmp_path / "train")
-    assert len(open_source(f"folder:{tmp_path}", "test")) == 2  # an evaluation needs no train/
-    with pytest.raises(FileNotFoundError, match=f"expected train/ for the train split.* {name}/"):
-        open_source(f"folder:{tmp_path}", "train")
-
-
-@pytest.mark.parametrize("fraction", [0.1, 0.25, 0.5, 0.8])
-def test_class_folders_alone_are_divided_by_file_name(tmp_path, fraction):
-    counts = {"a": 5, "b": 10, "c": 33}
-    for name, count in counts.items():
-        make_files(tmp_path, *(f"{name}/{i:03}.jpg" for i in range(count)))
-    parts = {
-        split: open_source(f"folder:{tmp_path}", split, val_fraction=fraction) for split in SPLITS
-    }
-    files = {
-        split: {source[i]["name"] for i in range(len(source))} for split, source in parts.items()
-    }
-    assert not files["train"] & files["test"]
-    assert len(files["train"] | files["test"]) == 48
-    test = np.bincount(parts["test"].labels)
-    for count, held_out in zip(counts.values(), test, strict=True):
-        assert abs(held_out - count * fraction) <= 0.5
-    if fraction == 0.1:  # every tenth
-        c = [int(name[-7:-4]) for name in sorted(files["test"]) if "/c/" in name]
-        assert c == [4, 14, 24]
-
-
-def test_what_is_wrong_with_a_folder_is_said(tmp_path):
-    def refused(error, message, split="train", path=tmp_path, **options):
-        with pytest.raises(error, match=message) as caught:
-            open_source(f"folder:{path}", split, **options)
-        assert str(path) in str(caught.value)
-
-    refused(FileNotFoundError, "no folder", path=tmp_path / "nowhere")
-    refused(ValueError, r"expected at least two class folders, got \[\]")
-    make_files(tmp_path, "a/1.jpg", "b/readme.txt")
-    refused(ValueError, "b: a class folder without images")
-    make_files(tmp_path, "b/1.jpg")
-    refused(ValueError, "too few images for a test split", "test")
-    with pytest.raises(ValueError, match=r"data\.val_fraction: expected 0 < fraction < 1, got 1"):
-        open_source(f"folder:{tmp_path}", "test", val_fraction=1)
-    refused(ValueError, "leaves none for training", val_fraction=0.6)
-    divided = tmp_path / "divided"
-    make_files(divided, "train/a/1.jpg", "train/b/1.jpg")
-    refused(FileNotFoundError, "expected val/ or validation/ or test/", "test", path=divided)
-    make_files(divided, "val/a/1.jpg", "val/c/1.jpg")
-    refused(ValueError, r"val: classes that train/ lacks: \['c'\]", "test", path=divided)
-    make_files(tmp_path / "single", "train/a/1.jpg")
-    refused(ValueError, r"two class folders, got \['a'\]", path=tmp_path / "single")
 
 
 def test_unknown_sources_and_splits_are_refused():
