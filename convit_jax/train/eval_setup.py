@@ -32,6 +32,9 @@ from convit_jax.workdir.folder import Workdir
 
 log = logging.getLogger(__name__)
 
+# tfds declares ImageNet's 1,000 classes for these, of which only 200 have images. Their authors
+# evaluate over these 200 (arXiv:1907.07174, arXiv:2006.16241).
+_PARTIAL = ("imagenet_a", "imagenet_r")
 _BATCH_A_DEVICE = 128  # most images a device; more are no faster and need memory
 
 
@@ -203,11 +206,12 @@ def _match_classes(
         loaded=loaded.source,
         ordered=config.data.class_order != "sorted",
     )
-    if re.fullmatch(r"tfds:(imagenet_a|imagenet_r)\b.*", name):
-        # tfds declares all classes of ImageNet for them. Their papers evaluate 200.
-        mapping = mapping.restrict(
-            source.names_and_labels(str(workdir.index) if workdir else None)[1]
-        )
+    data_set = re.match(r"tfds:(\w+)", name)
+    if data_set and data_set[1] in _PARTIAL:
+        cache_dir = str(workdir.index) if workdir else None
+        mapping = mapping.restrict(source.names_and_labels(cache_dir)[1])
+    if data_set and data_set[1] == "imagenet2012_real":
+        log.warning("%s: the labels are ImageNet's own; ReaL's labels are not read", name)
     if mapping.how != "by name" or not mapping.is_identity:
         log.info("classes: found %s", mapping.how)
     return mapping

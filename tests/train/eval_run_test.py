@@ -297,6 +297,24 @@ def test_classes_are_found_by_name_and_unknown_ones_are_refused(imagenet, small,
             assert prepared.share.batch_size == 8  # 3 images, 8 devices
 
 
+def test_classes_without_images_are_left_out_of_imagenet_a_and_said_of_real(
+    imagenet, small, tmp_path, caplog
+):
+    _, path = small
+    config = small_config(imagenet, path)
+    for name in ("imagenet_a", "imagenet2012_real"):
+        (tmp_path / name).symlink_to(imagenet / "imagenet2012")
+    config.data.update(dir=str(tmp_path), source="tfds:imagenet_a:5.1.0")
+    prepared = eval_setup.prepare(config, None, eval_setup.Choices())
+    labels = {prepared.source[i]["label"] for i in range(IMAGES)}
+    assert 1 < len(labels) <= IMAGES
+    assert prepared.classes.kept == tuple(sorted(labels))
+    config.data.source = "tfds:imagenet2012_real"
+    prepared = eval_setup.prepare(config, None, eval_setup.Choices())
+    assert prepared.classes.is_identity
+    assert "imagenet2012_real: the labels are ImageNet's own" in caplog.text
+
+
 def test_mistakes_are_named(imagenet, small, tmp_path):
     _, path = small
     config = small_config(imagenet, tmp_path / "no.pth")
