@@ -197,6 +197,8 @@ def test_a_run_is_evaluated_as_it_evaluated_itself(run_of_digits):
     kept = runs.steps_saved(run_of_digits)
     best = max(kept, key=lambda step: (evaluated[step]["top1"], step))
     best_ema = max(kept, key=lambda step: (evaluated[step]["ema_top1"], step))
+    for name, step in (("top1", best), ("ema_top1", best_ema)):  # neither was deleted
+        assert evaluated[step][name] == max(line[name] for line in evaluated.values())
     for options, step, prefix in (
         ({"ema": False}, best, ""),
         ({"ema": False, "checkpoint": "newest"}, kept[-1], ""),
