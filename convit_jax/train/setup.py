@@ -14,7 +14,7 @@ from convit_jax.data import fit, transforms
 from convit_jax.data.chunks import EvalChunks, Share, TrainChunks, draws_per_epoch
 from convit_jax.data.open import open_source
 from convit_jax.data.source import Source
-from convit_jax.data.workers import num_workers
+from convit_jax.data.workers import num_workers, warn_of_small_chunks
 from convit_jax.model import image_size
 from convit_jax.model.attention import choose_forms
 from convit_jax.model.network import ConViT
@@ -129,6 +129,7 @@ def prepare(config: ml_collections.ConfigDict, workdir: Workdir, profile: bool =
     for text in changed:
         log.info("changed since the last start: %s", text)
     share = Share(config.train.batch_size, jax.process_index(), jax.process_count())
+    warn_of_small_chunks(share, mesh.size * config.train.accum_steps)
     return Run(
         workdir=workdir,
         program=program,
