@@ -7,7 +7,6 @@ anonymous memory and not a file in /dev/shm, which a container may limit to 64 M
 
 import atexit
 from collections.abc import Generator
-import concurrent.futures
 import contextlib
 import math
 import mmap
@@ -29,7 +28,6 @@ from convit_jax.parallel import signals
 Chunks = TrainChunks | EvalChunks
 
 _AHEAD = 128  # images that a worker may have made ahead, beside the chunk that it works on
-_STARTS = 16  # workers that are started at a time
 _PATIENCE = 5.0  # seconds to wait for the exit status of a worker whose pipe has closed
 
 
@@ -56,17 +54,17 @@ def make(chunks: Chunks, numbers: range, workers: int) -> Generator[Batch, None,
     if not numbers:
         return
     slots = max(2, math.ceil(_AHEAD / chunks.share.chunk))
-    pickled = pickle.dumps(chunks)
     count = min(workers, len(numbers))
     team: list[_Worker] = []
     try:
-        team.extend(_Worker(pickled, numbers[i::count], slots) for i in range(count))
-        # A start returns only after the new process has read its arguments, so start many at once.
-        with (
-            signals.shielded_children(),
-            concurrent.futures.ThreadPoolExecutor(min(count, _STARTS)) as pool,
-        ):
-            list(pool.map(_Worker.start, team))
+        with _File() as file, signals.shielded_children():
+            # All workers read this file. As an argument, each would keep a copy of its own, and
+            # the chunks may hold the names of a million images.
+            with open(file.descriptor, "wb", closefd=False) as out:
+                pickle.dump(chunks, out)
+            for i in range(count):
+                team.append(_Worker(file, numbers[i::count], slots))
+                team[-1].start()
         for i in range(len(numbers)):
             yield from team[i % count].next()
     finally:
@@ -77,19 +75,25 @@ def make(chunks: Chunks, numbers: range, workers: int) -> Generator[Batch, None,
 class _Worker:
     """A worker process, as this process sees it."""
 
-    def __init__(self, pickled: bytes, numbers: range, slots: int) -> None:
+    def __init__(self, file: "_File", numbers: range, slots: int) -> None:
         context = multiprocessing.get_context("spawn")
         self._made, made = context.Pipe(duplex=False)
         free, self._free = context.Pipe(duplex=False)
         self._memory = _Memory(slots)
         self._theirs = (made, free)
-        args = (pickled, numbers, made, free, self._memory)
+        args = (file, numbers, made, free, self._memory)
         self._process = context.Process(target=_work, args=args, daemon=True)
 
     def start(self) -> None:
         # Workers ignore SIGTERM, by which multiprocessing would end them when Python exits.
         atexit.register(self.end)
-        self._process.start()
+        try:
+            self._process.start()
+        except OSError as error:  # of the limits of processes, open files and memory
+            raise WorkerError(
+                f"a worker process that makes batches cannot be started: {error}. Use fewer "
+                f"workers (data.workers), or raise the limit; `ulimit -a` lists the limits"
+            ) from error
         for connection in self._theirs:
             connection.close()  # so that the end of the worker closes its pipes
 
@@ -141,35 +145,28 @@ class _Worker:
         return f"{what}, which another program sent; {mend}"
 
 
-class _Memory:
-    """Memory that two processes share, in slots of equal size for the images of one chunk."""
+class _File:
+    """An open file without a name, in memory on Linux, which a process gets when it is started."""
 
-    def __init__(self, slots: int, file: int | None = None) -> None:
-        self._slots = slots
-        self._file = _anonymous_file() if file is None else file
-        self._map: mmap.mmap | None = None
+    def __init__(self, descriptor: int | None = None) -> None:
+        self.descriptor = _anonymous_file() if descriptor is None else descriptor
 
     def __reduce__(self) -> tuple:
-        # Passes the open file to a process that is being started.
-        return _reopen, (self._slots, reduction.DupFd(self._file))
+        return _reopen, (reduction.DupFd(self.descriptor),)
 
-    def slot(self, number: int, shape: tuple[int, ...], dtype: str) -> np.ndarray:
-        """Returns the array in a slot; all arrays must have as many bytes as the first."""
-        size = math.prod(shape) * np.dtype(dtype).itemsize
-        if self._map is None:
-            if os.fstat(self._file).st_size == 0:
-                os.ftruncate(self._file, max(1, self._slots * size))
-            self._map = mmap.mmap(self._file, max(1, self._slots * size))
-        return np.ndarray(shape, dtype, self._map, offset=number * size)
+    def __enter__(self) -> "_File":
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        self.close()
 
     def close(self) -> None:
-        if self._file >= 0:
-            os.close(self._file)
-        self._file, self._map = -1, None
+        if self.descriptor >= 0:
+            os.close(self.descriptor)
+        self.descriptor = -1
 
 
 def _anonymous_file() -> int:
-    """Opens a new file that has no name: in memory on Linux, elsewhere in the temporary folder."""
     if hasattr(os, "memfd_create"):
         with contextlib.suppress(OSError):  # a sandbox may not have it
             return os.memfd_create("chunks")
@@ -177,19 +174,41 @@ def _anonymous_file() -> int:
         return os.dup(file.fileno())
 
 
-def _reopen(slots: int, handle: Any) -> _Memory:
-    return _Memory(slots, handle.detach())
+def _reopen(handle: Any) -> _File:
+    return _File(handle.detach())
 
 
-def _work(
-    pickled: bytes, numbers: range, made: Connection, free: Connection, memory: _Memory
-) -> None:
+class _Memory:
+    """Memory that two processes share, in slots of equal size for the images of one chunk."""
+
+    def __init__(self, slots: int) -> None:
+        self.slots = slots
+        self._file = _File()
+        self._map: mmap.mmap | None = None
+
+    def slot(self, number: int, shape: tuple[int, ...], dtype: str) -> np.ndarray:
+        """Returns the array in a slot; all arrays must have as many bytes as the first."""
+        size = math.prod(shape) * np.dtype(dtype).itemsize
+        if self._map is None:
+            if os.fstat(self._file.descriptor).st_size == 0:
+                os.ftruncate(self._file.descriptor, self.slots * size)
+            self._map = mmap.mmap(self._file.descriptor, self.slots * size)
+        return np.ndarray(shape, dtype, self._map, offset=number * size)
+
+    def close(self) -> None:
+        self._file.close()
+        self._map = None
+
+
+def _work(file: _File, numbers: range, made: Connection, free: Connection, memory: _Memory) -> None:
     """Runs a worker process: makes chunks until all are made, one fails, or the parent ends."""
     signals.end_with_parent()
-    unused, size = list(range(memory._slots)), None
+    unused, size = list(range(memory.slots)), None
     with contextlib.suppress(EOFError, BrokenPipeError):  # the parent has ended
         try:
-            chunks = pickle.loads(pickled)
+            # Mapped, because all workers share the file's position.
+            with file, mmap.mmap(file.descriptor, 0, access=mmap.ACCESS_READ) as pickled:
+                chunks = pickle.loads(pickled)
             for number in numbers:
                 chunk = chunks[number]
                 image = chunk.pop("image")

@@ -3,6 +3,8 @@
 import contextlib
 import itertools
 import multiprocessing
+import multiprocessing.resource_tracker
+import multiprocessing.util
 import os
 import shutil
 import signal
@@ -61,6 +63,17 @@ def test_an_error_that_cannot_be_sent_is_sent_as_text():
     assert multiprocessing.active_children() == []
 
 
+def test_a_worker_that_cannot_start_is_an_error(monkeypatch):
+    def refuse(*args, **kwargs):
+        raise BlockingIOError(11, "Resource temporarily unavailable")
+
+    monkeypatch.setattr(multiprocessing.util, "spawnv_passfds", refuse)
+    monkeypatch.setattr(multiprocessing.resource_tracker, "ensure_running", print)
+    with pytest.raises(worker_processes.WorkerError, match=r"cannot be started: .*temporarily"):
+        next(iterate(chunks(keep), workers=1))
+    assert multiprocessing.active_children() == []
+
+
 @pytest.mark.parametrize(
     ("status", "texts"),
     [
@@ -72,7 +85,7 @@ def test_an_error_that_cannot_be_sent_is_sent_as_text():
     ],
 )
 def test_the_cause_of_death_is_named(status, texts, monkeypatch):
-    worker = worker_processes._Worker(b"", range(1), 2)
+    worker = worker_processes._Worker(None, range(1), 2)
     worker._process = type("Dead", (), {"join": print, "exitcode": status, "pid": None})()
     said = worker._cause_of_death()
     worker.end()
@@ -93,7 +106,7 @@ def large(image, rng):
 if __name__ == "__main__":
     assert os.statvfs("/dev/shm").f_blocks <= 16
     chunks = TrainChunks(open_source("digits", "train"), large, Share(128), seed=0)
-    with contextlib.closing(iterate(chunks, workers=2)) as batches:
+    with contextlib.closing(iterate(chunks, workers=1)) as batches:
         print([next(batches)["image"].shape for _ in range(4)])
 """
 
