@@ -109,6 +109,9 @@ def prepare(
     if workdir is not None:
         processes.check_shared_folder(workdir.path)
     batch_size = _batch_size(config.train.batch_size, len(source), mesh.size)
+    share = Share(batch_size, jax.process_index(), jax.process_count())
+    chunk_bytes = share.chunk * max(math.prod(model.image_shape) for model in models)
+    workers = processes.on_all(lambda: num_workers(config.data.workers, source, chunk_bytes))
     return EvalRun(
         config=config,
         workdir=workdir,
@@ -117,8 +120,8 @@ def prepare(
         loaded=loaded,
         models=models,
         source=source,
-        share=Share(batch_size, jax.process_index(), jax.process_count()),
-        workers=num_workers(config.data.workers, source),
+        share=share,
+        workers=workers,
     )
 
 
