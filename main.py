@@ -8,7 +8,7 @@ python main.py --mode=eval --help
 
 import argparse
 
-from convit_jax.cli.main import run
+from convit_jax.cli.main import run, start
 
 
 def main() -> None:
@@ -19,4 +19,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    start(main)

@@ -17,7 +17,6 @@ import pathlib
 import tempfile
 import time
 
-from absl import flags
 import numpy as np
 
 from benchmarks import input_pipeline
@@ -97,7 +96,6 @@ def main() -> None:
     parser.add_argument("--steps", type=int, default=24, help='for "training" (default: 24)')
     parser.add_argument("--workers", type=int, default=2, help='for "training" (default: 2)')
     args = parser.parse_args()
-    flags.FLAGS.mark_as_parsed()  # grain's workers inherit the flags
     with tempfile.TemporaryDirectory() as folder:
         root = pathlib.Path(folder)
         write_folder(root / "images", IMAGES)

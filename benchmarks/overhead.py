@@ -27,7 +27,6 @@ import time
 from typing import Any
 from unittest import mock
 
-from absl import flags
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -168,7 +167,6 @@ def main() -> None:
     parser.add_argument("--block", type=int, default=8, help="steps of a block (default: 8)")
     parser.add_argument("--pairs", type=int, default=3, help="blocks to time (default: 3)")
     args = parser.parse_args()
-    flags.FLAGS.mark_as_parsed()  # grain's workers inherit the flags
     with tempfile.TemporaryDirectory() as folder:
         root = pathlib.Path(folder)
         feeding.write_folder(root / "images", feeding.IMAGES)

@@ -166,7 +166,7 @@ KEYS: dict[str, Key] = {
         may_change=True,
     ),
     "data.workers": Key(
-        None, "number of processes that make batches; None means one per core, and 0 for digits",
+        None, "processes that make batches; None means one per CPU that it may use, 0 for digits",
         int, may_change=True,
     ),
     "data.mean": Key(IMAGENET_MEAN, "mean of each channel, of values in [0, 1]"),

@@ -1,8 +1,14 @@
 """Dispatch to the commands: `convit train`, `convit eval` and so on."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+import contextlib
 import importlib
+import logging
+import multiprocessing
+import os
+import signal
 import sys
+import traceback
 
 from convit_jax import __version__, extras
 
@@ -45,6 +51,49 @@ def run(name: str, argv: Sequence[str], prog: str) -> None:
             sys.exit(command.main(argv, prog))
     except ModuleNotFoundError as error:
         sys.exit(f"error: {error}")
+
+
+def start(command: Callable[[], None] = main) -> None:
+    """Runs a command as the whole of this process: if the command fails, the process ends at once.
+
+    A normal exit of Python waits for every thread, and after an error a library may leave a thread
+    that never ends. If the command succeeds, Python exits normally.
+
+    Args:
+      command: the command, which reads `sys.argv` and may raise SystemExit.
+    """
+    try:
+        command()
+    except BaseException as error:
+        if isinstance(error, SystemExit) and not error.code:
+            raise
+        status = _report(error)
+    else:
+        return
+    with contextlib.suppress(Exception):  # nothing may keep the process from its end
+        for worker in multiprocessing.active_children():
+            worker.kill()
+            worker.join(1)
+        logging.shutdown()
+    for stream in (sys.stdout, sys.stderr):
+        with contextlib.suppress(Exception):  # the reader of a pipe may be gone
+            stream.flush()
+    if isinstance(status, signal.Signals):  # so that a shell sees that a signal ended the process
+        signal.signal(status, signal.SIG_DFL)
+        os.kill(os.getpid(), status)
+    os._exit(status)
+
+
+def _report(error: BaseException) -> int:
+    """Prints an error as Python would; returns the exit status, or the signal to end by."""
+    with contextlib.suppress(OSError):
+        if not isinstance(error, SystemExit):
+            traceback.print_exception(error)
+        elif not isinstance(error.code, int):
+            print(error.code, file=sys.stderr)
+    if isinstance(error, KeyboardInterrupt):
+        return signal.SIGINT
+    return error.code if isinstance(error, SystemExit) and isinstance(error.code, int) else 1
 
 
 def usage() -> str:

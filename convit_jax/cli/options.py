@@ -183,7 +183,6 @@ def start_logging() -> None:
     logging.getLogger("convit_jax").setLevel(logging.INFO)
     # Orbax logs the errors that it raises too, with tracebacks, and many details.
     logging.getLogger("absl").setLevel(logging.CRITICAL)
-    flags.FLAGS.mark_as_parsed()  # grain's worker processes read absl's flags
 
 
 @contextlib.contextmanager

@@ -1,20 +1,27 @@
-"""Worker processes that turn chunks into batches."""
+"""Makes batches ahead of the training step, in worker processes or in threads."""
 
-from collections.abc import Generator
-import contextlib
-import gc
+from collections import deque
+from collections.abc import Generator, Iterator
+import concurrent.futures
 import itertools
-import os
+import logging
+import math
 
-import grain
 import numpy as np
 
+from convit_jax.data import worker_processes
 from convit_jax.data.arrays import ArraySource
-from convit_jax.data.chunks import Batch, EvalChunks, TrainChunks
+from convit_jax.data.chunks import Batch, EvalChunks, Share, TrainChunks
 from convit_jax.data.source import Source
-from convit_jax.parallel import signals
+from convit_jax.parallel import cpus, processes
 
-_SHARED = 2**16  # bytes; larger arrays are sent through shared memory, smaller ones by pipe
+log = logging.getLogger(__name__)
+
+_AHEAD = 2  # batches that threads make ahead
+_FEW = 2048  # images; an evaluation of at most as many is done before processes would have started
+_THREADS = 8  # most threads for an evaluation of a few images
+_SMALL = 16  # images; smaller chunks are worth a word
+_UNIT = 64  # images; a share of a batch that is a multiple of this divides into large chunks
 
 
 def iterate(
@@ -23,51 +30,119 @@ def iterate(
     stop_step: int | None = None,
     workers: int = 0,
 ) -> Generator[Batch, None, None]:
-    """Makes batches of chunks, from one step to another.
+    """Makes batches of chunks, from one step to another, ahead of their use.
 
     Args:
       chunks: the chunks of training (endless) or of an evaluation.
       start_step: number of the first batch to make, from 0.
-      stop_step: number of the batch before which to stop; None makes all batches. If the workers
-        are stopped earlier, the operating system frees the chunks that they had made ahead.
-      workers: number of processes that make chunks; 0 makes them in this process, on demand.
+      stop_step: number of the batch before which to stop; None makes all batches.
+      workers: number of processes that make chunks; 0 makes them in a thread of this process. An
+        evaluation of few images uses threads in any case, because processes take seconds to start.
 
     Yields:
       Batches of `chunks.share.size` images. Close the generator to end the workers.
+
+    Raises:
+      WorkerError: if a worker process is killed or crashes.
+      CorruptImageError: if an image cannot be decoded.
     """
-    per_batch = chunks.share.chunks
-    stop = len(chunks) if stop_step is None else stop_step * per_batch
-    dataset = grain.MapDataset.source(chunks)[start_step * per_batch : stop]
-    dataset = dataset.to_iter_dataset(grain.ReadOptions(num_threads=0, prefetch_buffer_size=0))
-    if workers:
-        small = grain.experimental.DatasetOptions(min_shm_size=_SHARED)
-        dataset = grain.experimental.WithOptionsIterDataset(dataset, small)
-        options = grain.MultiprocessingOptions(num_workers=workers, per_worker_buffer_size=2)
-        dataset = dataset.mp_prefetch(options, signals.end_with_parent)
-    iterator = iter(dataset)
+    share = chunks.share
+    stop = len(chunks) if stop_step is None else stop_step * share.chunks
+    numbers = range(start_step * share.chunks, stop)
+    if not workers:
+        parts = _in_threads(chunks, numbers, 1)
+    elif isinstance(chunks, EvalChunks) and len(numbers) * share.chunk <= _FEW:
+        parts = _in_threads(chunks, numbers, min(workers, _THREADS))
+    else:
+        parts = worker_processes.make(chunks, numbers, workers)
     try:
-        # Asking for the first batch starts the workers.
-        with signals.shielded_children() if workers else contextlib.nullcontext():
-            parts = list(itertools.islice(iterator, per_batch))
-        while parts:
-            yield {key: _join([part[key] for part in parts]) for key in parts[0]}
-            parts = list(itertools.islice(iterator, per_batch))
+        while batch := _batch(parts, share):
+            yield batch
     finally:
-        if hasattr(iterator, "close"):
-            iterator.close()
-        if workers:
-            # grain's iterators are part of a reference cycle. They hold the last chunk of each
-            # worker in shared memory, which would not be freed at the end of the process.
-            del iterator, dataset
-            gc.collect()
+        parts.close()
 
 
-def num_workers(wanted: int | None, source: Source) -> int:
-    """Returns the number of worker processes: `wanted`, or by default one a core, 0 for arrays."""
+def num_workers(wanted: int | None, source: Source, chunk_bytes: int) -> int:
+    """Returns the number of worker processes; every process of a run must call it.
+
+    Args:
+      wanted: the number to use; None means one for each CPU that this process may use, divided by
+        the number of processes that share these CPUs, and 0 for images in memory. It means fewer
+        if shared memory has no room for their chunks.
+      source: the images.
+      chunk_bytes: size of the images of a chunk, in bytes.
+
+    Raises:
+      ValueError: if shared memory has no room for the chunks of `wanted` workers.
+    """
+    sharing = processes.on_this_host()
+    if wanted == 0 or (wanted is None and isinstance(source, ArraySource)):
+        return 0
+    number = max(1, cpus.available() // sharing) if wanted is None else wanted
+    # Training and evaluation have workers of their own.
+    each = 2 * worker_processes.HELD * chunk_bytes * sharing
+    room = worker_processes.room()
+    if room is None or number * each <= room:
+        return number
+    fitting = room // each
+    text = (
+        f"{worker_processes.SHM} has {room / 1e6:,.0f} MB free, and {number} workers need "
+        f"{number * each / 1e6:,.0f}; Docker's --shm-size={math.ceil(number * each / 2**20)}m "
+        "gives it to a container"
+    )
     if wanted is not None:
-        return wanted
-    return 0 if isinstance(source, ArraySource) else os.cpu_count() or 1
+        raise ValueError(f"data.workers: expected at most {fitting}, got {wanted}: {text}")
+    log.warning("data.workers=%d, not %d: %s", fitting, number, text)
+    return fitting
 
 
-def _join(parts: list[np.ndarray]) -> np.ndarray:
-    return np.concatenate(parts)  # copies even a single part, which is in worker shared memory
+def warn_of_small_chunks(share: Share, multiple: int) -> None:
+    """Logs a better batch size if a process's share of a batch divides only into small chunks.
+
+    Args:
+      share: the part of every global batch that this process reads.
+      multiple: a batch size must be a multiple of this number.
+    """
+    if share.chunk >= min(_SMALL, share.size):
+        return
+    unit = math.lcm(_UNIT * share.count, multiple)
+    better = unit * max(1, round(share.batch_size / unit))
+    log.info(
+        "train.batch_size=%d: each process reads %d images of a batch, which divide only into "
+        "chunks of %d, and small chunks cost time; %d makes chunks of %d",
+        share.batch_size,
+        share.size,
+        share.chunk,
+        better,
+        Share(better, share.index, share.count).chunk,
+    )
+
+
+def _in_threads(
+    chunks: TrainChunks | EvalChunks, numbers: range, threads: int
+) -> Generator[Batch, None, None]:
+    """Yields the chunks of these numbers, in order, made in threads of this process."""
+    waiting: deque[concurrent.futures.Future[Batch]] = deque()
+    ahead = max(_AHEAD * chunks.share.chunks, threads)
+    with concurrent.futures.ThreadPoolExecutor(threads, "batches") as pool:
+        try:
+            for number in numbers:
+                waiting.append(pool.submit(chunks.__getitem__, number))
+                if len(waiting) > ahead:
+                    yield waiting.popleft().result()
+            while waiting:
+                yield waiting.popleft().result()
+        finally:
+            for future in waiting:
+                future.cancel()
+
+
+def _batch(parts: Iterator[Batch], share: Share) -> Batch:
+    """Copies the next chunks into one batch; returns an empty one after the last."""
+    batch: Batch = {}
+    for number, part in enumerate(itertools.islice(parts, share.chunks)):
+        for key, values in part.items():
+            if not number:
+                batch[key] = np.empty((share.size, *values.shape[1:]), values.dtype)
+            batch[key][number * share.chunk : (number + 1) * share.chunk] = values
+    return batch

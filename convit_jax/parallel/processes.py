@@ -3,9 +3,11 @@
 import collections
 from collections.abc import Callable, Iterator
 import contextlib
+import functools
 import logging
 import os
 import pathlib
+import platform
 import secrets
 import signal
 import sys
@@ -13,6 +15,7 @@ import threading
 import time
 import traceback
 from typing import TypeVar
+import zlib
 
 import jax
 from jax.experimental import multihost_utils
@@ -91,6 +94,20 @@ def initialize(
 def is_main() -> bool:
     """Whether this process is the one that reports and writes."""
     return jax.process_index() == 0
+
+
+@functools.cache
+def on_this_host() -> int:
+    """Returns the number of processes of the run that share this host and this process's CPUs.
+
+    Processes that a scheduler has bound to different CPUs of a host do not share them. All
+    processes must make the first call together.
+    """
+    if jax.process_count() == 1:
+        return 1
+    bound = sorted(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else []
+    own = zlib.crc32(f"{platform.node()} {bound}".encode()) >> 1  # fits into int32
+    return int((_gather(own) == own).sum())
 
 
 def check_devices() -> None:

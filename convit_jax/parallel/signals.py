@@ -1,4 +1,7 @@
-"""Handles SIGTERM and SIGINT (Ctrl-C): all processes of a run stop after the same step.
+"""Handles the signals that ask a run to stop: all its processes stop after the same step.
+
+They are SIGTERM, SIGINT (Ctrl-C), SIGHUP (the terminal is gone), and SIGUSR1 and SIGUSR2, which
+schedulers send before the time limit of a job.
 
 Worker processes that make batches are shielded from these signals, which a terminal and Slurm send
 to them too. They must not end before their parent has stopped, and they must end with it.
@@ -9,6 +12,7 @@ import contextlib
 import itertools
 import logging
 import multiprocessing
+from multiprocessing import resource_tracker
 import os
 import signal
 import threading
@@ -17,22 +21,24 @@ from typing import Any
 
 import jax
 from jax.experimental import multihost_utils
+import numpy as np
 
 log = logging.getLogger(__name__)
 
-_SIGNALS = (signal.SIGTERM, signal.SIGINT)
+_SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP, signal.SIGUSR1, signal.SIGUSR2)
 _SAME_WISH = 1.0  # seconds; a repeat within them is ignored, as `timeout` and others send two
 
 
 class Interruption:
-    """Context manager in which SIGTERM and SIGINT make `requested` return True.
+    """Context manager in which the signals above make `requested` return True.
 
     The first signal is logged. A second one, at least a second later, acts as it would outside the
-    block: SIGINT raises KeyboardInterrupt and SIGTERM ends the process.
+    block: SIGINT raises KeyboardInterrupt and the others end the process. A signal that is ignored
+    outside the block stays ignored; `nohup` ignores SIGHUP.
 
     With several processes, a signal to one of them stops all, through JAX's preemption service. The
-    service handles SIGTERM, also every later one, because schedulers repeat it. SIGINT is passed on
-    to the service as SIGTERM.
+    service handles SIGTERM, also every later one, because schedulers repeat it. The other signals
+    are passed on to the service as SIGTERM.
 
     Enter the block on the main thread, the only one on which Python can set signal handlers.
     """
@@ -44,12 +50,14 @@ class Interruption:
         self._several = jax.process_count() > 1
         self._requested = False
         self._first: float | None = None  # time of the first signal, seconds
+        self._number = 0  # the first signal, if this process handled it
         self._old: dict[int, Any] = {}
 
     def __enter__(self) -> "Interruption":
         # Keep the service's handler of SIGTERM: it is written in C++, so Python cannot restore it.
-        for number in (signal.SIGINT,) if self._several else _SIGNALS:
-            self._old[number] = signal.signal(number, self._handle)
+        for number in _SIGNALS[1:] if self._several else _SIGNALS:
+            if signal.getsignal(number) is not signal.SIG_IGN:
+                self._old[number] = signal.signal(number, self._handle)
         return self
 
     def __exit__(self, *error: object) -> None:
@@ -65,13 +73,22 @@ class Interruption:
         if self._several and not self._requested:
             self._requested = multihost_utils.reached_preemption_sync_point(next(self._calls))
             if self._requested:
-                log.info("stopping after this step: one of the processes got SIGTERM or SIGINT")
+                log.info("stopping after this step: %s", self._reason())
         return self._requested
+
+    def _reason(self) -> str:
+        """Returns which process got which signal. All processes must call it together."""
+        numbers = multihost_utils.process_allgather(np.asarray(self._number, np.int32))
+        for process, number in enumerate(numbers):
+            if number:
+                return f"process {process} got {signal.Signals(number).name}"
+        return "one of the processes got SIGTERM"  # the service does not say which
 
     def _handle(self, number: int, frame: object) -> None:
         now = time.monotonic()
         if self._first is None:
             self._first = now
+            self._number = number
             name = signal.Signals(number).name
             log.warning("%s: stopping after this step; send it again to stop at once", name)
             if self._several:
@@ -91,27 +108,25 @@ class Interruption:
 
 @contextlib.contextmanager
 def shielded_children() -> Iterator[None]:
-    """Context manager: processes started inside, also by new threads, get no SIGINT or SIGTERM.
+    """Context manager: processes started inside, also by new threads, get none of the signals.
 
     The new processes inherit the mask of blocked signals when they start. They can be ended by
     SIGKILL, or by means other than signals. This process still gets its signals, on another thread
     or at the end of the block.
     """
-    # Start multiprocessing's resource tracker first, because starting it unblocks the signals.
-    multiprocessing.get_context("spawn").Lock()
     before = signal.pthread_sigmask(signal.SIG_BLOCK, _SIGNALS)
     try:
+        # Starting the first process would start multiprocessing's resource tracker, which unblocks
+        # signals. Start it now, shielded too, and block them again.
+        resource_tracker.ensure_running()
+        signal.pthread_sigmask(signal.SIG_BLOCK, _SIGNALS)
         yield
     finally:
         signal.pthread_sigmask(signal.SIG_SETMASK, before)
 
 
-def end_with_parent(worker: int, count: int) -> None:
-    """Makes a worker process end when its parent ends, even if by SIGKILL. Call it first there.
-
-    Without it, grain's workers outlive their parent and keep their memory. grain passes the
-    arguments, which are not used.
-    """
+def end_with_parent() -> None:
+    """Makes a worker process end when its parent ends, even if by SIGKILL. Call it first there."""
     threading.Thread(target=_wait_for_parent, daemon=True).start()
 
 

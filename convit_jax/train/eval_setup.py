@@ -116,21 +116,24 @@ def prepare(
     _warn_of_other_preprocessing(config, loaded)
     # What is "auto" in the configuration is chosen for each size: it depends on the patches.
     count = loaded.model.num_classes
-    models = tuple(setup.make_model(config, count, size=size) for size in choices.sizes)
+    models = tuple(setup.make_model(config, count, size=size) for size in choices.sizes) or (model,)
     if workdir is not None:
         processes.check_shared_folder(workdir.path)
     batch_size = _batch_size(config.train.batch_size, len(source), mesh.size)
+    share = Share(batch_size, jax.process_index(), jax.process_count())
+    chunk_bytes = share.chunk * max(math.prod(model.image_shape) for model in models)
+    workers = processes.on_all(lambda: num_workers(config.data.workers, source, chunk_bytes))
     return EvalRun(
         config=config,
         workdir=workdir,
         choices=choices,
         mesh=mesh,
         loaded=loaded,
-        models=models or (model,),
+        models=models,
         source=source,
         classes=classes,
-        share=Share(batch_size, jax.process_index(), jax.process_count()),
-        workers=num_workers(config.data.workers, source),
+        share=share,
+        workers=workers,
     )
 
 
@@ -232,10 +235,15 @@ def _warn_of_other_preprocessing(config: ml_collections.ConfigDict, loaded: Load
             log.warning("%s is %s; %s says %s", key, value, loaded.source, known)
 
 
-def _batch_size(wanted: int, num_images: int, devices: int) -> int:
+def _batch_size(wanted: int | None, num_images: int, devices: int) -> int:
     """Returns a batch size that is a multiple of the number of devices.
 
     The results do not depend on it, except for the order of sums.
+
+    Args:
+      wanted: train.batch_size, None if it is open.
+      num_images: number of images to evaluate.
+      devices: number of devices.
     """
-    wanted = min(wanted, _BATCH_A_DEVICE * devices, num_images)
+    wanted = min(wanted or num_images, _BATCH_A_DEVICE * devices, num_images)
     return max(1, math.ceil(wanted / devices)) * devices

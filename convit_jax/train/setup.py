@@ -16,7 +16,7 @@ from convit_jax.data.chunks import EvalChunks, Share, TrainChunks, draws_per_epo
 from convit_jax.data.identity import Identity
 from convit_jax.data.open import SPLITS, open_source
 from convit_jax.data.source import Source
-from convit_jax.data.workers import num_workers
+from convit_jax.data.workers import num_workers, warn_of_small_chunks
 from convit_jax.model import image_size
 from convit_jax.model.attention import choose_forms
 from convit_jax.model.network import ConViT
@@ -134,11 +134,14 @@ def prepare(config: ml_collections.ConfigDict, workdir: Workdir, profile: bool =
     init_params = None
     if config.init_from and newest_step(workdir.checkpoints) is None:
         init_params = processes.on_all(lambda: _init_params(config, model))
+    share = Share(config.train.batch_size, jax.process_index(), jax.process_count())
+    chunk_bytes = share.chunk * math.prod(model.image_shape)
+    workers = processes.on_all(lambda: num_workers(config.data.workers, train_source, chunk_bytes))
     _warn_of_odd_values(config)
     processes.check_shared_folder(workdir.path)
     for text in changed:
         log.info("changed since the last start: %s", text)
-    share = Share(config.train.batch_size, jax.process_index(), jax.process_count())
+    warn_of_small_chunks(share, mesh.size * config.train.accum_steps)
     return Run(
         workdir=workdir,
         program=program,
@@ -151,7 +154,7 @@ def prepare(config: ml_collections.ConfigDict, workdir: Workdir, profile: bool =
             skip_corrupt=config.data.skip_corrupt,
         ),
         test_chunks=EvalChunks(test_source, eval_transform, share, config.data.skip_corrupt),
-        workers=num_workers(config.data.workers, train_source),
+        workers=workers,
         total_steps=total_steps,
         steps_per_epoch=steps_per_epoch,
         data=data,

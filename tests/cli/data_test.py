@@ -8,7 +8,6 @@ import re
 import subprocess
 import sys
 
-from absl import flags
 import compiling
 import make_imagenet
 import numpy as np
@@ -21,9 +20,6 @@ from convit_jax.cli import data as command
 from convit_jax.data.corrupt import CorruptImageError
 from convit_jax.train import loop, setup
 from convit_jax.workdir.folder import Workdir
-
-if not flags.FLAGS.is_parsed():
-    flags.FLAGS.mark_as_parsed()  # grain's workers inherit the flags
 
 
 @pytest.fixture(scope="module")

@@ -2,12 +2,15 @@
 
 import json
 import os
+import pathlib
 import re
+import signal
 import subprocess
 import sys
 
 import compiling
 import pytest
+import runs
 from runs import ROOT
 
 SMALL = (
@@ -113,3 +116,25 @@ def test_a_run_continues_by_its_own_configuration(tmp_path):
     assert "changed since the last start: train.epochs: saved 2.0, now 3.0" in done.stderr
     assert "continuing from step 22 of" in done.stderr
     assert "after 33 steps" in done.stderr.splitlines()[-1]
+
+
+@pytest.mark.slow
+def test_a_killed_worker_ends_the_run_with_one_line(tmp_path):
+    runs.write_images(tmp_path / "images")
+    flags = (*runs.SMALL, f"--config.data.source=folder:{tmp_path / 'images'}")
+    process = runs.start(tmp_path / "run", *flags, "--config.train.epochs=400", devices=1)
+    runs.wait_for(lambda workdir: "step 8/" in runs.output(workdir), process, tmp_path / "run")
+    children = pathlib.Path(f"/proc/{process.pid}/task").glob("*/children")
+    started = [int(child) for file in children for child in file.read_text().split()]
+    workers = [
+        i for i in started if b"spawn_main" in pathlib.Path(f"/proc/{i}/cmdline").read_bytes()
+    ]
+    os.kill(workers[0], signal.SIGKILL)
+    runs.finish(process, tmp_path / "run", code=1)
+    said = runs.output(tmp_path / "run")
+    assert said.splitlines()[-1].startswith(
+        "error: a worker process that makes batches was ended by SIGKILL, probably because the "
+        "memory of the machine or job ran out. Use fewer workers (data.workers) or give"
+    )
+    assert "Traceback" not in said
+    assert "leaked" not in said

@@ -35,6 +35,7 @@ processes.log_from_main()
 log.info("an ordinary line")
 log.warning("a warning")
 print("devices", jax.device_count(), "main", processes.is_main())
+print("on this host", processes.on_this_host())
 """
 
 
@@ -46,6 +47,8 @@ def test_processes_make_one_run(tmp_path):
     assert "process 1 of 2: 2 x cpu, 4 in all" in second
     assert "devices 4 main True" in first
     assert "devices 4 main False" in second
+    assert "on this host 2\n" in first
+    assert "on this host 2\n" in second
     folder = tmp_path / "runs" / "of_"
     for text, own in ((first, 0), (second, 1)):
         refused = [line for line in text.splitlines() if line.startswith("refused:")]
@@ -145,6 +148,7 @@ def test_one_process_needs_nothing(tmp_path, caplog):
     assert not jax.distributed.is_initialized()
     processes.check_devices()
     assert processes.is_main()
+    assert processes.on_this_host() == 1
     processes.check_shared_folder(tmp_path / "new")
     assert list((tmp_path / "new").iterdir()) == []
     with pytest.raises(OSError, match=r"--data: process 0 cannot write to .*: .*Not a directory"):

@@ -44,7 +44,7 @@ def line_with(text: str, start: str) -> list[str]:
 
 
 def test_signal_to_one_process_stops_all_at_the_same_step():
-    pairs = {signal.SIGTERM: start_pair(LOOP), signal.SIGINT: start_pair(LOOP)}
+    pairs = {number: start_pair(LOOP) for number in (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1)}
     for number, pair in pairs.items():
         for process in pair:
             wait_for(process, "step 3")
@@ -56,18 +56,23 @@ def test_signal_to_one_process_stops_all_at_the_same_step():
         assert stops[0] == stops[1]
         assert 3 < int(stops[0][1]) < 9_999
         assert stops[0][2] == "True"
-        assert "stopping after this step: one of the processes got SIGTERM or SIGINT" in texts[0]
-        if number == signal.SIGINT:
-            said = "process 1 of 2: SIGINT: stopping after this step; send it again to stop at once"
-            assert said in texts[1]
+        if number == signal.SIGTERM:
+            assert "stopping after this step: one of the processes got SIGTERM\n" in texts[0]
+        else:
+            assert f"stopping after this step: process 1 got {number.name}\n" in texts[0]
+            said = "stopping after this step; send it again to stop at once"
+            assert f"process 1 of 2: {number.name}: {said}" in texts[1]
         for text in texts:
             assert float(line_with(text, "microseconds")[1]) < 1000
 
 
+STOPPING = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP, signal.SIGUSR1, signal.SIGUSR2)
+
+
 @contextlib.contextmanager
 def handlers():
-    """Replaces pytest's handlers of SIGTERM and SIGINT by handlers that count."""
-    counts = {signal.SIGTERM: 0, signal.SIGINT: 0}
+    """Replaces the handlers of the signals that stop a run by handlers that count."""
+    counts = dict.fromkeys(STOPPING, 0)
 
     def count(number, frame):
         counts[number] += 1
@@ -80,7 +85,7 @@ def handlers():
             signal.signal(number, handler)
 
 
-@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+@pytest.mark.parametrize("number", STOPPING)
 def test_first_signal_is_a_wish_and_the_second_an_order(number, monkeypatch, caplog):
     with handlers() as counts:
         with signals.Interruption() as asked:
@@ -88,16 +93,27 @@ def test_first_signal_is_a_wish_and_the_second_an_order(number, monkeypatch, cap
             signal.raise_signal(number)
             assert asked.requested()
             signal.raise_signal(number)  # immediately, as `timeout` does
-            assert counts == {signal.SIGTERM: 0, signal.SIGINT: 0}
+            assert not any(counts.values())
             monkeypatch.setattr(signals, "_SAME_WISH", 0.0)
             signal.raise_signal(number)
             assert counts[number] == 1
             assert asked.requested()
-        signal.raise_signal(signal.SIGTERM)
-        signal.raise_signal(signal.SIGINT)
-        assert sum(counts.values()) == 3  # the previous handlers are back
+        for each in STOPPING:
+            signal.raise_signal(each)
+        assert sum(counts.values()) == 1 + len(STOPPING)  # the previous handlers are back
     name = signal.Signals(number).name
     assert caplog.messages == [f"{name}: stopping after this step; send it again to stop at once"]
+
+
+@pytest.mark.parametrize("number", STOPPING)
+def test_a_signal_that_was_ignored_stays_ignored(number, caplog):
+    with handlers():
+        signal.signal(number, signal.SIG_IGN)  # as nohup does with SIGHUP
+        with signals.Interruption() as asked:
+            signal.raise_signal(number)
+            assert not asked.requested()
+        assert signal.getsignal(number) is signal.SIG_IGN
+    assert caplog.messages == []
 
 
 def test_old_handlers_are_back_after_an_error():
@@ -111,7 +127,6 @@ def test_old_handlers_are_back_after_an_error():
 FEED = """
 import signal
 
-from absl import flags
 from convit_jax.data.open import open_source
 from convit_jax.data.chunks import Share, TrainChunks
 from convit_jax.data.workers import iterate
@@ -123,7 +138,6 @@ def keep(image, rng):
 
 
 if __name__ == "__main__":
-    flags.FLAGS.mark_as_parsed()
     chunks = TrainChunks(open_source("digits", "train"), keep, Share(8), seed=0)
     with Interruption() as interruption:
         print("starting", flush=True)
@@ -162,8 +176,8 @@ def test_workers_outlive_signals_but_not_their_parent(tmp_path):
     try:
         wait_for(process, "starting")
         time.sleep(0.5)  # the workers are being started
-        os.killpg(process.pid, signal.SIGINT)
-        os.killpg(process.pid, signal.SIGTERM)
+        for number in STOPPING:
+            os.killpg(process.pid, number)
         text = wait_for(process, "20 batches after the signal")
         assert "Traceback" not in text
         assert len(members(process.pid)) > 2

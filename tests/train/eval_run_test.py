@@ -5,7 +5,6 @@ import json
 import subprocess
 import sys
 
-from absl import flags
 import jax
 import jax.numpy as jnp
 import make_imagenet
@@ -27,9 +26,6 @@ from convit_jax.weights.loaded import Loaded
 from convit_jax.workdir.folder import Workdir
 
 IMAGES = 40
-
-if not flags.FLAGS.is_parsed():
-    flags.FLAGS.mark_as_parsed()  # grain's workers inherit the flags
 
 
 @pytest.fixture(scope="module")

@@ -36,6 +36,7 @@ def setting(tmp_path, caplog):
         config.model.update(**{**SMALL, **options})
         config.init_from = str(path)
         config.data.update(source=f"folder:{tmp_path / 'images'}", workers=0)
+        config.train.batch_size = None  # as in configs/finetune.py: nothing is trained
         return eval_setup.prepare(config, None, eval_setup.Choices(sizes=sizes))
 
     return prepare
