@@ -87,7 +87,11 @@ KEYS: dict[str, Key] = {
         may_change=True,
     ),
     "checkpoint.keep": Key(
-        2, "number of newest checkpoints kept, besides the best by top-1", above=0, may_change=True
+        2,
+        "number of newest checkpoints kept, besides the best by top-1 and the best by that of the "
+        "averaged weights",
+        above=0,
+        may_change=True,
     ),
     "init_from": Key("", "weights to start from, any source of convit_jax.load; empty is random"),
     "init_ema": Key(False, "whether to start from the averaged weights of init_from"),
@@ -156,7 +160,10 @@ KEYS: dict[str, Key] = {
         3, "times each image is drawn in a row, for repeated augmentation; 1 is off", above=0
     ),
     "data.skip_corrupt": Key(
-        False, "whether to train on other images in place of corrupt ones", may_change=True
+        False,
+        "whether training takes other images in place of corrupt ones, and evaluation leaves "
+        "corrupt ones out",
+        may_change=True,
     ),
     "data.workers": Key(
         None, "processes that make batches; None means one per CPU that it may use, 0 for digits",

@@ -16,6 +16,7 @@ import numpy as np
 
 from convit_jax.cli import options
 from convit_jax.data.chunks import Batch, EvalChunks, Share, TrainChunks, Transform
+from convit_jax.data.corrupt import MEND, CorruptImageError
 from convit_jax.data.open import SPLITS
 from convit_jax.data.pictures import contact_sheet
 from convit_jax.data.source import Source, Subset, check_images, describe
@@ -92,8 +93,14 @@ def _check(config: ml_collections.ConfigDict, pictures: pathlib.Path | None) -> 
     for split, source in sources.items():
         print(f"{split}: {describe(source)}")
         print(f"  classes {_listed(source.class_names)}")
-        rate = check_images(source, 32)
-        print(f"  {min(32, len(source))} images decoded, {rate:.0f} a second on one core")
+        rate, damage = check_images(source, 32)
+        if damage and not config.data.skip_corrupt:
+            raise CorruptImageError(f"{damage[0]}. {MEND}")
+        count = min(32, len(source))
+        print(f"  {count} images decoded, {rate:.0f} a second on one core")
+        if damage:
+            print(f"  {len(damage)} of them are corrupt and would be skipped:")
+            print("\n".join(f"    {text}" for text in damage))
         if split == "train":
             _time(config, source, train_transform)
 

@@ -4,9 +4,10 @@
     convit eval --config=configs/convit_b.py --config.init_from=WEIGHTS
 
 The first line evaluates a run with its own configuration. The second evaluates weights: any source
-that convit_jax.load reads. The command prints a table. With --workdir it also writes eval.json
-there."""
+that convit_jax.load reads. The command prints a table, and the accuracy of each class if there are
+at most 20. With --workdir it also writes eval.json there."""
 
+import argparse
 from collections.abc import Sequence
 
 from convit_jax.cli import options
@@ -23,9 +24,14 @@ def main(argv: Sequence[str] | None = None, prog: str = "convit eval") -> None:
         "--checkpoint",
         metavar="WHICH",
         default="best",
-        help="checkpoint of the run to evaluate: best (by top-1), newest, or a step; default best",
+        help="checkpoint of the run to evaluate: best (by top-1 of the weights that are "
+        "evaluated), newest, or a step; default best",
     )
-    add("--ema", action="store_true", help="evaluate the averaged weights")
+    add(
+        "--ema",
+        action=argparse.BooleanOptionalAction,
+        help="evaluate the averaged weights; default: those of a run that has any, and no others",
+    )
     add(
         "--eval_size",
         metavar="SIZES",
@@ -37,7 +43,8 @@ def main(argv: Sequence[str] | None = None, prog: str = "convit eval") -> None:
     add(
         "--predictions",
         action="store_true",
-        help="write the five most probable classes of every image to WORKDIR/predictions.jsonl",
+        help="write file, label and the five most probable classes of every image to "
+        "WORKDIR/predictions.jsonl",
     )
     options.add_processes(parser)
     args, overrides = options.parse(parser, argv)
@@ -51,7 +58,7 @@ def main(argv: Sequence[str] | None = None, prog: str = "convit eval") -> None:
         with options.report(ValueError, OSError, RuntimeError):
             processes.check_devices()
             processes.log_from_main()
-        from convit_jax.data.chunks import CorruptImageError
+        from convit_jax.data.corrupt import ImageError
         from convit_jax.train import eval_run, eval_setup, setup
         from convit_jax.workdir.folder import Workdir
 
@@ -65,6 +72,6 @@ def main(argv: Sequence[str] | None = None, prog: str = "convit eval") -> None:
                 args.checkpoint, args.ema, args.eval_size, args.predictions
             )
             run = eval_setup.prepare(config, workdir, choices)
-        with options.report(OSError, CorruptImageError):
+        with options.report(OSError, ImageError):
             setup.use_compilation_cache(run.config, run.workdir)
             eval_run.run(run)

@@ -3,6 +3,7 @@
 convit predict --weights convit_tiny.safetensors photo.jpg
 convit predict --weights runs/mine --json photos/ 'more/*.png'"""
 
+import argparse
 from collections.abc import Iterator, Sequence
 import contextlib
 import dataclasses
@@ -36,7 +37,12 @@ def main(argv: Sequence[str] | None = None, prog: str = "convit predict") -> int
         "huggingface.co such as convit_base",
     )
     add("--variant", metavar="NAME", help="name of the model, if the weights do not determine it")
-    add("--ema", action="store_true", help="use the averaged weights of a checkpoint or run")
+    add(
+        "--ema",
+        action=argparse.BooleanOptionalAction,
+        help="use the averaged weights of a checkpoint or run; default: those of a run that has "
+        "any, and no others",
+    )
     add("--offline", action="store_true", help="look for names in the local cache only")
     add(
         "--size",

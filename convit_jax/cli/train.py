@@ -44,13 +44,13 @@ def main(argv: Sequence[str] | None = None, prog: str = "convit train") -> None:
         with options.report(ValueError, OSError, RuntimeError):
             processes.check_devices()
             processes.log_from_main()
-        from convit_jax.data.chunks import CorruptImageError
+        from convit_jax.data.corrupt import ImageError
         from convit_jax.train import loop, setup
 
         if (found := accelerators.unused()) and processes.is_main():
             log.warning("%s", found)
         with options.report(ValueError, OSError, RuntimeError):
             run = setup.prepare(config, workdir, args.profile)
-        with options.report(OSError, FloatingPointError, CorruptImageError, processes.RemoteError):
+        with options.report(OSError, FloatingPointError, ImageError, processes.RemoteError):
             setup.use_compilation_cache(config, workdir)
             loop.train(run)

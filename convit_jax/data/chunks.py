@@ -8,18 +8,24 @@ The stream is cut into chunks. One worker makes a chunk from its position alone,
 whole number of chunks. Every process reads its own contiguous share of each global batch.
 """
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable
 import dataclasses
 import functools
 import math
 
-import grain
 import numpy as np
+from numpy.typing import ArrayLike
 
-from convit_jax.data.source import Source
+from convit_jax.data.arrays import ArraySource
+from convit_jax.data.corrupt import MEND, CorruptImageError
+from convit_jax.data.gather import Transform, gather, naming, say_once, transformed
+from convit_jax.data.random_numbers import uniforms
+from convit_jax.data.shuffle import shuffled, shuffled_places
+from convit_jax.data.source import Source, Subset
+from convit_jax.data.transforms import TrainTransform
 
 Batch = dict[str, np.ndarray]
-Transform = Callable[..., np.ndarray]
+_Images = tuple[np.ndarray, ArrayLike, ArrayLike]  # pixels, labels, numbers of skipped images
 
 _CHUNK = 64  # largest number of images that a worker makes, and holds in memory, at a time
 _ENDLESS = 2**40  # number of chunks in the endless stream, since a sequence needs a length
@@ -38,10 +44,6 @@ def draws_per_epoch(num_images: int, repeats: int) -> int:
       repeats: draws of an image in a row; 1 is no repeated augmentation.
     """
     return num_images // 256 * 256 or num_images if repeats > 1 else num_images
-
-
-class CorruptImageError(ValueError):
-    """Raised for an image that cannot be decoded; the message names the image."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -116,40 +118,73 @@ class TrainChunks:
         "skipped" is the number of corrupt images that each image replaces.
 
         Raises:
-          CorruptImageError: if an image cannot be decoded and none may replace it.
+          CorruptImageError: if an image is corrupt and none may replace it.
+          ImageError: if an image does not fit the transform.
         """
-        draws = map(self._draw, self.share.positions(chunk))
-        images, (labels, skipped) = _gather(draws, self.share.chunk)
+        draws = self.share.positions(chunk)
+        if isinstance(self.transform, TrainTransform) and self.transform.numbers:
+            images, labels, skipped = self._at_once(draws, self.transform)
+        else:
+            images, labels, skipped = self._one_by_one(draws, self._with_generator)
         return {
             "image": images,
             "label": np.asarray(labels, np.int32),
             "skipped": np.asarray(skipped, np.int32),
         }
 
-    def _draw(self, draw: int) -> tuple[np.ndarray, int, int]:
-        """Returns an image, its label, and the number of corrupt images that it replaces."""
-        epoch, position = divmod(draw, draws_per_epoch(len(self.source), self.repeats))
-        for skipped in range(min(_TRIES, len(self.source)) if self.skip_corrupt else 1):
-            place = (position // self.repeats + skipped) % len(self.source)
-            example = self.source[self._shuffled(epoch, place)]
-            rng = np.random.default_rng((self.seed, draw))
-            try:
-                return self.transform(example["image"], rng), example["label"], skipped
-            except ValueError as error:
-                failure = f"{example['name']}: {error}"
-        raise CorruptImageError(
-            f"{failure}. Mend or remove the file, or set data.skip_corrupt=True to use others in "
-            "its place"
-        )
+    def _at_once(self, draws: range, transform: TrainTransform) -> _Images:
+        """Transforms all images of the draws at once."""
+        source, indices = self.source, self._indices(draws)
+        while isinstance(source, Subset):
+            indices, source = source.indices[indices], source.source
+        labels: ArrayLike
+        skipped: ArrayLike
+        if isinstance(source, ArraySource):
+            images, labels = source.images[indices], source.labels[indices]
+            with naming(source.names[indices[0]].decode()):
+                transform.pixels(images[0])  # raises if it does not fit, and all are alike
+            skipped = np.zeros(len(draws))
+        else:
+            images, labels, skipped = self._one_by_one(draws, lambda x, _: transform.pixels(x))
+        numbers = uniforms(self.seed, draws, transform.numbers)
+        return transform.of_chunk(images, numbers), labels, skipped
 
-    def _shuffled(self, epoch: int, place: int) -> int:
-        """Returns the index of the image at a place in the order of an epoch."""
-        if len(self.source) == 1:
-            return 0  # index_shuffle needs two images
-        seed = _epoch_seed(self.seed, epoch)
-        return grain.experimental.index_shuffle(
-            place, max_index=len(self.source) - 1, seed=seed, rounds=4
-        )
+    def _with_generator(self, image: bytes | np.ndarray, draw: int) -> np.ndarray:
+        return self.transform(image, np.random.default_rng((self.seed, draw)))
+
+    def _indices(self, draws: range) -> np.ndarray:
+        """Returns the indices of the images of draws, if none is corrupt."""
+        size = len(self.source)
+        epochs, positions = np.divmod(np.asarray(draws), draws_per_epoch(size, self.repeats))
+        places = positions // self.repeats % size
+        parts = [
+            shuffled_places(places[epochs == epoch], size, _epoch_seed(self.seed, epoch))
+            for epoch in range(epochs[0], epochs[-1] + 1)
+        ]
+        return np.concatenate(parts)
+
+    def _one_by_one(self, draws: range, make: Callable[..., np.ndarray]) -> _Images:
+        """Reads the images of the draws one by one; `make` takes (image, draw)."""
+        images, (labels, skipped) = gather((self._draw(d, make) for d in draws), len(draws))
+        return images, labels, skipped
+
+    def _draw(self, draw: int, make: Callable[..., np.ndarray]) -> tuple[np.ndarray, int, int]:
+        """Returns an image, its label, and the number of corrupt images that it replaces."""
+        size = len(self.source)
+        epoch, position = divmod(draw, draws_per_epoch(size, self.repeats))
+        tries = min(_TRIES, size) if self.skip_corrupt else 1
+        for skipped in range(tries):
+            place = (position // self.repeats + skipped) % size
+            try:
+                index = shuffled(place, size, _epoch_seed(self.seed, epoch))
+                return *transformed(self.source, index, make, draw), skipped
+            except CorruptImageError as error:
+                failure = str(error)
+                if self.skip_corrupt:
+                    say_once(failure)
+        if not self.skip_corrupt:
+            raise CorruptImageError(f"{failure}. {MEND}")
+        raise CorruptImageError(f"{tries} images in a row are corrupt, the last of them {failure}")
 
 
 @functools.lru_cache(maxsize=8)
@@ -167,48 +202,56 @@ class EvalChunks:
       source: the images.
       transform: image -> uint8 (height, width, channels).
       share: the part of every global batch that this process reads.
+      skip_corrupt: whether corrupt images are left out.
     """
 
     source: Source
     transform: Transform
     share: Share
+    skip_corrupt: bool = False
 
     def __len__(self) -> int:
         return math.ceil(len(self.source) / self.share.batch_size) * self.share.chunks
 
     def __getitem__(self, chunk: int) -> Batch:
-        """Returns "image" and "label" as in training, and "mask" (chunk,) float32, 0 for padding.
+        """Returns "image" and "label" as in training, and "mask" (chunk,) float32.
+
+        The mask is 1 for an image, 0 for padding and -1 for a corrupt image, whose pixels are black
+        and whose label is -1.
 
         Raises:
-          CorruptImageError: if an image cannot be decoded.
+          CorruptImageError: if an image is corrupt and may not be left out, or if the first images
+            all are corrupt.
         """
         positions = self.share.positions(chunk)
         mask = np.asarray([position < len(self.source) for position in positions], np.float32)
-        examples = (self._example(p if p < len(self.source) else 0) for p in positions)
-        images, (labels,) = _gather(examples, len(positions))
+        examples = [self._example(p) for p in positions if p < len(self.source)]
+        blank = next((image for image, _ in filter(None, examples)), None)
+        if blank is None:  # no image to take the shape from
+            blank, _ = self._first()
+        blank = np.zeros_like(blank)
+        for number, example in enumerate(examples):
+            if example is None:
+                mask[number] = -1
+        padded = [*examples, *[(blank, 0)] * (len(positions) - len(examples))]
+        images, (labels,) = gather((e or (blank, -1) for e in padded), len(positions))
         return {"image": images, "label": np.asarray(labels, np.int32), "mask": mask}
 
-    def _example(self, index: int) -> tuple[np.ndarray, int]:
-        example = self.source[index]
+    def _example(self, index: int) -> tuple[np.ndarray, int] | None:
+        """Returns an image and its label; None for a corrupt image that may be left out."""
         try:
-            return self.transform(example["image"]), example["label"]
-        except ValueError as error:
-            raise CorruptImageError(f"{example['name']}: {error}") from None
+            return transformed(self.source, index, self.transform)
+        except CorruptImageError as error:
+            if not self.skip_corrupt:
+                raise CorruptImageError(f"{error}. {MEND}") from None
+            say_once(str(error))
+            return None
 
-
-def _gather(examples: Iterable[tuple], count: int) -> tuple[np.ndarray, list[tuple]]:
-    """Collects `count` tuples (image, value, ...) into one array of images and a tuple per value.
-
-    Each image is copied as soon as it is made: it is still in the processor's cache then, and its
-    own memory is freed at once.
-    """
-    rest = []
-    for number, (image, *values) in enumerate(examples):
-        if not number:
-            images = np.empty((count, *image.shape), image.dtype)
-        elif image.shape != images.shape[1:]:
-            shape = images.shape[1:]
-            raise ValueError(f"images of a batch: expected all {shape}, got {image.shape}")
-        images[number] = image
-        rest.append(values)
-    return images, list(zip(*rest, strict=True))
+    def _first(self) -> tuple[np.ndarray, int]:
+        """Returns the first image that is not corrupt."""
+        tries = min(_TRIES, len(self.source))
+        for index in range(tries):
+            if (example := self._example(index)) is not None:
+                return example
+        where = self.source.description
+        raise CorruptImageError(f"the first {tries} images are all corrupt: {where}")

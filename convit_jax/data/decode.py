@@ -1,4 +1,7 @@
-"""Decodes images: JPEG by simplejpeg where it can, all else by Pillow, with the same pixels."""
+"""Decodes images: JPEG by simplejpeg, PNG by OpenCV, all else by Pillow.
+
+The pixels are Pillow's in any case. What the faster decoders cannot read goes to Pillow.
+"""
 
 from collections.abc import Callable
 import io
@@ -6,7 +9,11 @@ import struct
 
 import numpy as np
 
+from convit_jax.data.corrupt import CorruptImageError
+from convit_jax.data.opencv import opencv
+
 _SEGMENT = struct.Struct(">BBH")  # start of a JPEG segment: 0xFF, marker, length from here on
+_PNG = b"\x89PNG\r\n\x1a\n"
 _FRAME = struct.Struct(">HHB")  # from byte 5 of a frame segment: height, width, components
 Read = Callable[[int], np.ndarray]  # takes n, returns the top n rows or more
 
@@ -15,7 +22,7 @@ def decode(data: bytes) -> np.ndarray:
     """Decodes an image to (height, width, 3) uint8, the pixels of Pillow's convert("RGB").
 
     Raises:
-      ValueError: if the bytes are not an image, or the image is damaged.
+      CorruptImageError: if the bytes are not an image, or the image is damaged.
     """
     import simplejpeg
 
@@ -25,13 +32,41 @@ def decode(data: bytes) -> np.ndarray:
                 return simplejpeg.decode_jpeg(data)
         except (ValueError, RuntimeError):
             pass  # damaged, but perhaps Pillow can read it
+    elif is_plain_png(data) and (pixels := _decode_png(data)) is not None:
+        return pixels
     from PIL import Image
 
     try:
         return np.asarray(Image.open(io.BytesIO(data)).convert("RGB"))
+    except MemoryError:
+        raise  # the machine's fault, not the image's
     except Exception as error:  # Pillow's decoders raise a dozen kinds of errors
         what = f"{len(data)} bytes that start with {bytes(data[:4])!r}"
-        raise ValueError(f"not a readable image ({what}): {error}") from error
+        raise CorruptImageError(f"not a readable image ({what}): {error}") from error
+
+
+def is_plain_png(data: bytes) -> bool:
+    """Returns whether the bytes are a PNG of 8-bit grey or RGB pixels, and nothing else.
+
+    No chunk may stand between the header and the pixels: palettes, transparency and colour
+    profiles would.
+    """
+    return data[:8] == _PNG and data[24:26] in (b"\x08\x00", b"\x08\x02") and data[37:41] == b"IDAT"
+
+
+def _decode_png(data: bytes) -> np.ndarray | None:
+    """Decodes a plain PNG in a quarter of Pillow's time; None if it is damaged.
+
+    OpenCV checks more than Pillow: what it refuses, Pillow may still read.
+    """
+    cv2 = opencv()
+    try:
+        pixels = cv2.imdecode(
+            np.frombuffer(data, np.uint8), cv2.IMREAD_COLOR | cv2.IMREAD_IGNORE_ORIENTATION
+        )
+    except cv2.error:  # too large, for instance
+        return None
+    return None if pixels is None else cv2.cvtColor(pixels, cv2.COLOR_BGR2RGB)
 
 
 def open_image(image: bytes | np.ndarray) -> tuple[int, int, Read]:
@@ -44,8 +79,8 @@ def open_image(image: bytes | np.ndarray) -> tuple[int, int, Read]:
       image: an encoded image, or pixels (height, width, 1 or 3) uint8.
 
     Raises:
-      ValueError: if `image` is neither, or is seen to be damaged. The returned function raises it
-        too.
+      CorruptImageError: if a file is seen to be damaged. The returned function raises it too.
+      ValueError: if `image` is neither.
     """
     if isinstance(image, np.ndarray):
         if image.dtype != np.uint8 or image.ndim != 3 or image.shape[2] not in (1, 3):

@@ -2,7 +2,7 @@
 
 import ml_collections
 
-from convit_jax.data.source import Source
+from convit_jax.data.source import Source, first_example
 from convit_jax.model.network import ConViT
 
 
@@ -12,6 +12,7 @@ def check_fit(
     source: Source,
     *,
     any_size: bool = False,
+    any_classes: bool = False,
 ) -> None:
     """Checks classes, channels, size and normalisation of a data set against a model.
 
@@ -21,16 +22,17 @@ def check_fit(
       model: the model.
       source: the images.
       any_size: whether images in memory may have another size than the model's.
+      any_classes: whether the data may have other classes than the model.
 
     Raises:
       ValueError: if something does not fit; the message names the configuration key.
     """
     name, num_classes = config.data.source, config.model.num_classes
-    if num_classes is not None and num_classes != source.num_classes:
+    if not any_classes and num_classes not in (None, source.num_classes):
         raise ValueError(
             f"model.num_classes: expected {source.num_classes} as in {name}, got {num_classes}"
         )
-    image = source[0]["image"]
+    image = first_example(source, config.data.skip_corrupt)["image"]
     channels = 3 if isinstance(image, bytes) else image.shape[-1]
     if model.in_channels != channels:
         raise ValueError(

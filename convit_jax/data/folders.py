@@ -5,11 +5,18 @@ import dataclasses
 import functools
 import logging
 import os
-import pathlib
 
 import numpy as np
 
-from convit_jax.data import class_names, class_order, held_out, label_lists, layouts, threads
+from convit_jax.data import (
+    class_names,
+    class_order,
+    corrupt,
+    held_out,
+    label_lists,
+    layouts,
+    threads,
+)
 from convit_jax.data.listing import EXTENSIONS, LeftOut, Tree, left_out_text, walk
 from convit_jax.data.source import Example, check_index, hashes
 
@@ -46,7 +53,7 @@ class FolderSource:
     def __getitem__(self, index: int) -> Example:
         index = check_index(index, len(self))
         path = os.path.join(self.root, os.fsdecode(self.names[index]))
-        image = pathlib.Path(path).read_bytes()
+        image = corrupt.read_file(path, self.root)
         return {"image": image, "label": int(self.labels[index]), "name": path}
 
     def names_and_labels(self, cache_dir: str | None = None) -> tuple[np.ndarray, np.ndarray]:
@@ -63,7 +70,8 @@ class Options:
     """How a folder is read; the keys of the configuration with these names say more.
 
     Attributes:
-      val_fraction: share held out for "test" if the folder is not divided.
+      val_fraction: share held out for "test" if the folder is not divided. With 1 there is no
+        training split, and "test" has all images.
       held_out: rule that chooses the images held out, "hash" or "spread".
       class_order: order of the classes: "sorted", "natural" or a file.
       train_split: name of the folder to train on; empty finds it.
@@ -223,7 +231,7 @@ def _divide(
 ) -> FolderSource:
     """Returns one split of class folders that are not divided."""
     fraction, rule = options.val_fraction, options.held_out
-    held_out.check_fraction(fraction)
+    held_out.check_fraction(fraction, split)
     chosen = {}
     for name, files in images.items():
         if rule == "hash":
@@ -240,6 +248,7 @@ def _divide(
             )
     how = {"hash": "by the hash of the file name", "spread": "spread over the file names"}[rule]
     share = f", {fraction:.0%} of each class held out {how}, {split} part"
+    share = ", all images" if fraction == 1 else share
     if not any(chosen.values()):
         raise ValueError(
             f"{root}: too few images for a {split} split{share}; "

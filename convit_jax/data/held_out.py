@@ -18,12 +18,13 @@ def by_hash(names: Iterable[bytes], fraction: float) -> np.ndarray:
 
     Args:
       names: a name of each image that does not change.
-      fraction: share of the images to hold out, below 1.
+      fraction: share of the images to hold out, at most 1.
 
     Returns:
       (n,) bool, whether each image is held out.
     """
-    return hashes(names) < np.uint64(math.ceil(fraction * 2**64))
+    # With - 1, a fraction of 1 fits 64 bits too.
+    return hashes(names) <= np.uint64(math.ceil(fraction * 2**64) - 1)
 
 
 def by_spread(count: int, fraction: float) -> np.ndarray:
@@ -40,7 +41,10 @@ def by_spread(count: int, fraction: float) -> np.ndarray:
     return np.diff(steps) > 0
 
 
-def check_fraction(fraction: float) -> None:
-    """Raises ValueError unless the share to hold out is between 0 and 1."""
-    if not 0 < fraction < 1:
+def check_fraction(fraction: float, split: str) -> None:
+    """Raises ValueError unless the share to hold out is between 0 and 1.
+
+    For the test split it may be 1: an evaluation without training reads all images.
+    """
+    if not 0 < fraction < 1 and not (fraction == 1 and split == "test"):
         raise ValueError(f"data.val_fraction: expected 0 < fraction < 1, got {fraction}")

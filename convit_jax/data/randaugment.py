@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from convit_jax.data.opencv import opencv
+from convit_jax.data.random_numbers import Given
 
 if TYPE_CHECKING:
     from PIL import Image
@@ -30,6 +31,7 @@ NAMES = (
 )  # fmt: skip
 MAX_MAGNITUDE = 10.0
 FILL = (124, 116, 104)  # ImageNet's mean colour, for pixels that come from outside the image
+NUMBERS = 5  # uniform numbers that an operation takes from `Given`, at most
 _PROBABILITY = 0.5  # probability that a chosen operation is applied
 _RANGE = {  # argument at the largest magnitude; its sign is drawn
     "Rotate": 30.0,  # degrees, counterclockwise
@@ -47,7 +49,7 @@ _GREY = (19595 / 65536, 38470 / 65536, 7471 / 65536)  # ITU-R 601-2, Pillow's nu
 _BLENDS = ("Color", "Contrast", "Brightness", "Sharpness")
 
 
-def draw(rng: np.random.Generator, count: int, magnitude: float, std: float) -> list[Op]:
+def draw(rng: np.random.Generator | Given, count: int, magnitude: float, std: float) -> list[Op]:
     """Draws the operations to apply, in order.
 
     Args:

@@ -19,12 +19,15 @@ import zipfile
 import numpy as np
 
 from convit_jax import storage
+from convit_jax.data import corrupt
 from convit_jax.data.threads import in_threads
 
 log = logging.getLogger(__name__)
 
 HEADER = 12  # bytes before the payload of a TFRecord
 FOOTER = 4  # bytes after the payload of a TFRecord
+# In array_record's errors about one record. Others are about the shard or the machine.
+_DAMAGE = ("Corrupted Riegeli", "Truncated Riegeli", "Input/output error")
 MAX_OPEN_FILES = 65536  # limit to ask the system for, since all ArrayRecord shards are held open
 
 Arrays = dict[str, np.ndarray]
@@ -74,7 +77,10 @@ class TFRecords:
             with open(self.paths[bisect.bisect_right(self.ends, index)], "rb", buffering=0) as file:
                 record = os.pread(file.fileno(), HEADER + length, offset - HEADER)
         except OSError as error:
-            raise OSError(f"{self.where(index)}: {error.strerror or error}") from error
+            text = f"{self.where(index)}: {error.strerror or error}"
+            if corrupt.is_damage(error):
+                raise corrupt.CorruptImageError(text) from error
+            raise type(error)(text) from error
         if len(record) < HEADER + length or int.from_bytes(record[:8], "little") != length:
             raise ValueError(
                 f"{self.where(index)}: expected {length:,} bytes, which are missing: the shard was "
@@ -105,7 +111,9 @@ class ArrayRecords:
         try:
             return self._reader[index]
         except (IndexError, RuntimeError, ValueError, OSError) as error:
-            raise ValueError(f"{self.where(index)}: {error}") from error
+            damaged = any(sign in str(error) for sign in _DAMAGE)
+            kind = corrupt.CorruptImageError if damaged else ValueError
+            raise kind(f"{self.where(index)}: {error}") from error
 
     def where(self, index: int) -> str:
         return _where(self, index)

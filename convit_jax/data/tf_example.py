@@ -4,6 +4,8 @@ from collections.abc import Collection, Iterator
 import itertools
 from typing import Any
 
+from convit_jax.data.corrupt import CorruptImageError
+
 _EMPTY = memoryview(b"")
 
 
@@ -19,7 +21,7 @@ def parse_example(record: bytes, names: Collection[str]) -> dict[str, bytes | in
       names: names of the features to read.
 
     Raises:
-      ValueError: if `record` is not a serialised Example.
+      CorruptImageError: if `record` is not a serialised Example.
     """
     found: dict[str, bytes | int] = {}
     try:
@@ -30,7 +32,7 @@ def parse_example(record: bytes, names: Collection[str]) -> dict[str, bytes | in
                     for value in _values(next(_fields(entry, 2), _EMPTY)):
                         found[name] = value
     except (AttributeError, IndexError, TypeError, UnicodeDecodeError) as error:
-        raise ValueError(f"not a tf.train.Example: {error}") from error
+        raise CorruptImageError(f"not a tf.train.Example: {error}") from error
     return found
 
 

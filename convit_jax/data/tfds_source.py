@@ -13,6 +13,7 @@ from typing import Any
 import numpy as np
 
 from convit_jax.data import held_out, records, tfds_folders, threads
+from convit_jax.data.corrupt import CorruptImageError
 from convit_jax.data.source import Source, Subset, check_index, hashes
 from convit_jax.data.tf_example import parse_example
 
@@ -57,11 +58,11 @@ class RecordSource:
         record = self.shards[index]
         try:
             example = parse_example(record, keys)
-        except ValueError as error:
-            raise ValueError(f"{self.shards.where(index)}: {error}") from error
+        except CorruptImageError as error:
+            raise CorruptImageError(f"{self.shards.where(index)}: {error}") from error
         image, label, found = (example.get(key) for key in keys)
         if not isinstance(image, bytes) or not isinstance(label, int):
-            raise ValueError(
+            raise CorruptImageError(
                 f"{self.shards.where(index)}: expected bytes {self.image_key!r} and an integer "
                 f"{self.label_key!r}, got {sorted(example)}"
             )
@@ -222,7 +223,7 @@ def _divide(source: RecordSource, name: str, split: str, splits: Splits) -> Subs
       split: "train" or "test".
       splits: share and rule of what is held out.
     """
-    held_out.check_fraction(splits.val_fraction)
+    held_out.check_fraction(splits.val_fraction, split)
     if splits.held_out != "hash":
         raise ValueError(
             f"data.held_out: expected 'hash' for a tfds data set, got {splits.held_out!r}"
@@ -230,6 +231,7 @@ def _divide(source: RecordSource, name: str, split: str, splits: Splits) -> Subs
     names = (f"{name}/{index}".encode() for index in range(len(source)))
     chosen = held_out.by_hash(names, splits.val_fraction) == (split == "test")
     share = f", {splits.val_fraction:.0%} held out by the hash of the index, {split} part"
+    share = ", all images" if splits.val_fraction == 1 else share
     if not chosen.any():
         raise ValueError(f"{source.description}: too few images for a {split} split{share}")
     return Subset(source, np.flatnonzero(chosen), source.description + share)

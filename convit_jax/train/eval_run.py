@@ -1,10 +1,9 @@
-"""Runs an evaluation and writes its results at each image size, as a table and into files."""
+"""Runs an evaluation at each image size and writes its results."""
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 import contextlib
 import json
 import logging
-import math
 import pathlib
 import sys
 import time
@@ -13,6 +12,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 from jax.sharding import Mesh
+import numpy as np
 import tqdm
 
 from convit_jax.data import transforms
@@ -20,14 +20,13 @@ from convit_jax.data.chunks import Batch, EvalChunks
 from convit_jax.data.source import describe
 from convit_jax.data.workers import iterate
 from convit_jax.model.network import ConViT
-from convit_jax.model.variants import variant_of
 from convit_jax.parallel import processes, sharding
 from convit_jax.parallel.signals import Interruption
 from convit_jax.storage import write_text
-from convit_jax.train import evaluation
+from convit_jax.train import eval_report, evaluation
 from convit_jax.train.eval_setup import EvalRun
 from convit_jax.weights import adapt
-from convit_jax.workdir import identity
+from convit_jax.workdir.folder import Workdir
 
 log = logging.getLogger(__name__)
 
@@ -35,7 +34,7 @@ _SECONDS_A_LINE = 10.0
 
 
 def run(prepared: EvalRun) -> dict[str, Any] | None:
-    """Evaluates at every size, prints a table, and writes the results into the working directory.
+    """Evaluates at every size, prints tables, and writes the results into the working directory.
 
     Args:
       prepared: the evaluation, from `eval_setup.prepare`.
@@ -45,54 +44,29 @@ def run(prepared: EvalRun) -> dict[str, Any] | None:
 
     Raises:
       OSError: if the results cannot be written.
-      convit_jax.data.chunks.CorruptImageError: if an image cannot be decoded.
+      convit_jax.data.corrupt.ImageError: if an image is corrupt or does not fit the configuration.
     """
     log.info("data: %s", describe(prepared.source))
-    results, lines = [], []
+    classes, results, rows = prepared.classes, [], []
     with Interruption() as interruption:
         for model in prepared.models:
             result = _evaluate(prepared, model, interruption)
             if result is None:
                 log.info("stopped: no results were written")
                 return None
-            labels, best = result.pop("label", None), result.pop("predictions", None)
-            results.append(result)
-            if best is not None:
-                size = result["image_size"]
-                lines += [
-                    {"image_size": size, "index": i, "label": int(label), "top5": row.tolist()}
-                    for i, (label, row) in enumerate(zip(labels, best, strict=True))
-                ]
-    report = _report(prepared, results)
+            arrays = {k: result.pop(k) for k in list(result) if isinstance(result[k], np.ndarray)}
+            per_image = eval_report.of_evaluated(arrays)
+            result["by_class"] = eval_report.by_class(per_image, classes)
+            results.append(result | eval_report.confusion(per_image, classes))
+            rows.append(per_image)
+    report = eval_report.contents(prepared, results)
     if processes.is_main():
-        print(table(results), flush=True)
+        print(eval_report.tables(results, classes), flush=True)
         if prepared.workdir is not None:
-            _write(prepared.workdir.evaluation, json.dumps(report, indent=2) + "\n")
+            _write(prepared.workdir.evaluation, eval_report.to_json(report))
             if prepared.choices.predictions:
-                text = "".join(json.dumps(line) + "\n" for line in lines)
-                _write(prepared.workdir.predictions, text)
+                _write_predictions(prepared, prepared.workdir, rows)
     return report
-
-
-def table(results: list[dict[str, Any]]) -> str:
-    """Returns the results as a text table with one line for each size."""
-    rows = [
-        (
-            "{} x {}".format(*result["image_size"]),
-            f"{result['top1']:.3%}",
-            f"{result['top5']:.3%}",
-            f"{result['loss']:.4f}",
-            f"{result['images']:,}",
-            f"{result['images_per_second']:.1f}",
-        )
-        for result in results
-    ]
-    rows.insert(0, ("image", "top-1", "top-5", "loss", "images", "images/s"))
-    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
-    return "\n".join(
-        "  ".join(cell.rjust(width) for cell, width in zip(row, widths, strict=True))
-        for row in rows
-    )
 
 
 def _evaluate(
@@ -109,15 +83,16 @@ def _evaluate(
         grid=prepared.loaded.model.grid,
     )
     params = jax.device_put(params, sharding.replicated(mesh))
+    classes = None if prepared.classes.is_identity else prepared.classes.logits
     step = evaluation.make_eval_step(
-        model, config.data.mean, config.data.std, mesh, prepared.choices.predictions
+        model, config.data.mean, config.data.std, mesh, predictions=True, classes=classes
     )
     start = time.perf_counter()
     batch = _abstract_batch(prepared.share.batch_size, model, mesh)
     compiled = step.lower(params, batch).compile()
     log.info("%d x %d: compiled in %.1f s", *size, time.perf_counter() - start)
     transform = transforms.EvalTransform(size, config.augment.eval_crop)
-    chunks = EvalChunks(prepared.source, transform, prepared.share)
+    chunks = EvalChunks(prepared.source, transform, prepared.share, config.data.skip_corrupt)
     start = time.perf_counter()
     with contextlib.closing(iterate(chunks, workers=prepared.workers)) as batches:
         watched = _watch(batches, len(prepared.source), prepared.share.batch_size)
@@ -160,27 +135,19 @@ def _watch(batches: Iterable[Batch], total: int, size: int) -> Iterator[Batch]:
                 said = now
 
 
-def _report(prepared: EvalRun, results: list[dict[str, Any]]) -> dict[str, Any]:
-    """Returns the contents of `eval.json`; numbers that are not finite become None, JSON's null."""
-    config, loaded = prepared.config, prepared.loaded
-    return {
-        "weights": loaded.source,
-        "step": loaded.step,
-        "ema": prepared.choices.ema,
-        "model": variant_of(loaded.model) or "none of the paper's",
-        "data": describe(prepared.source),
-        "crop_pct": config.augment.eval_crop,
-        "results": [
-            {k: v if k == "image_size" or math.isfinite(v) else None for k, v in result.items()}
-            for result in results
-        ],
-        "dtype": jnp.dtype(prepared.models[0].dtype).name,
-        "batch_size": prepared.share.batch_size,
-        "devices": f"{jax.device_count()} x {jax.devices()[0].device_kind}",
-        "processes": jax.process_count(),
-        "time": time.strftime("%Y-%m-%d %H:%M:%S %z"),
-        "versions": dict(identity.versions()),
-    }
+def _write_predictions(
+    prepared: EvalRun, workdir: Workdir, rows: Sequence[eval_report.PerImage]
+) -> None:
+    indices = sorted({int(i) for per_image in rows for i in per_image["index"]})
+    names = eval_report.image_names(prepared.source, indices, str(workdir.index))
+    lines = (
+        line
+        for model, per_image in zip(prepared.models, rows, strict=True)
+        for line in eval_report.predictions(
+            model.image_shape[:2], per_image, names, prepared.classes
+        )
+    )
+    _write(workdir.predictions, "".join(json.dumps(line) + "\n" for line in lines))
 
 
 def _write(path: pathlib.Path, text: str) -> None:

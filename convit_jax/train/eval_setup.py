@@ -6,6 +6,7 @@ Everything is checked before anything is compiled.
 import dataclasses
 import logging
 import math
+import re
 from typing import Any
 
 import jax
@@ -13,16 +14,18 @@ from jax.sharding import Mesh
 import ml_collections
 
 from convit_jax import recipe
-from convit_jax.data import class_names
+from convit_jax.data import class_mapping
 from convit_jax.data.chunks import Share
+from convit_jax.data.class_mapping import ClassMapping
 from convit_jax.data.fit import check_fit
+from convit_jax.data.identity import Identity
 from convit_jax.data.source import Source
 from convit_jax.data.workers import num_workers
 from convit_jax.model import image_size
 from convit_jax.model.network import ConViT
 from convit_jax.model.variants import options_of_kind, variant_of
 from convit_jax.parallel import processes, sharding
-from convit_jax.train import setup
+from convit_jax.train import same_run, setup
 from convit_jax.weights.load import read_weights
 from convit_jax.weights.loaded import Loaded
 from convit_jax.workdir import identity
@@ -30,6 +33,9 @@ from convit_jax.workdir.folder import Workdir
 
 log = logging.getLogger(__name__)
 
+# tfds declares ImageNet's 1,000 classes for these, of which only 200 have images. Their authors
+# evaluate over these 200 (arXiv:1907.07174, arXiv:2006.16241).
+_PARTIAL = ("imagenet_a", "imagenet_r")
 _BATCH_A_DEVICE = 128  # most images a device; more are no faster and need memory
 
 
@@ -39,13 +45,14 @@ class Choices:
 
     Attributes:
       checkpoint: which checkpoint of a run to evaluate: "best" by top-1, "newest", or a step.
-      ema: whether to evaluate the averaged weights.
+      ema: whether to evaluate the averaged weights; None means those of a run that has any, and of
+        a file the weights that are not averaged.
       sizes: (height, width) in pixels of every evaluation; () is the model's own size.
       predictions: whether to write the predictions for every image.
     """
 
     checkpoint: str = "best"
-    ema: bool = False
+    ema: bool | None = None
     sizes: tuple[tuple[int, int], ...] = ()
     predictions: bool = False
 
@@ -62,6 +69,7 @@ class EvalRun:
       loaded: the weights.
       models: one model for each image size; they are the same otherwise.
       source: the images.
+      classes: the logit of each class of the images.
       share: the part of every global batch that this process reads.
       workers: number of processes that make batches.
     """
@@ -73,6 +81,7 @@ class EvalRun:
     loaded: Loaded
     models: tuple[ConViT, ...]
     source: Source
+    classes: ClassMapping
     share: Share
     workers: int
 
@@ -83,7 +92,8 @@ def prepare(
     """Reads the weights and opens the data; compiles nothing.
 
     If the working directory holds a run, that run is evaluated. Otherwise the weights
-    `config.init_from` are evaluated.
+    `config.init_from` are evaluated, on all images of class folders that nothing divides into
+    splits: no run has held out some of them.
 
     Args:
       config: the configuration, see `convit_jax.recipe`; None is the configuration of the run.
@@ -93,22 +103,26 @@ def prepare(
     Raises:
       ValueError: if there is nothing to evaluate, or weights, configuration and data do not fit.
       OSError: if weights or data are missing, or the working directory cannot be written.
+      RuntimeError: if another process failed, or has another configuration or other data.
     """
     if choices.predictions and workdir is None:
         raise ValueError("--predictions: expected --workdir, the folder to write them into")
     mesh = sharding.make_mesh()
-    config, loaded = _weights(config, workdir, choices)
-    source = setup.open_split(config, "test", workdir)
+    config, loaded, of_run = processes.on_all(lambda: _weights(config, workdir, choices))
+    source = processes.on_all(lambda: setup.open_split(config, "test", workdir, whole=not of_run))
+    same_run.check_processes(config, {"test": Identity.of(source)})
     model = setup.make_model(config, loaded.model.num_classes)
     _check_model(model, loaded, any_size=bool(choices.sizes))
     model.check_classifies(loaded.source)
-    _check_classes(config, model, loaded, source)
-    check_fit(config, model, source, any_size=True)
+    classes = _match_classes(config, loaded, source, workdir)
+    check_fit(config, model, source, any_size=True, any_classes=True)
     _warn_of_other_preprocessing(config, loaded)
-    models = tuple(model.clone(image_size=size) for size in choices.sizes) or (model,)
+    # What is "auto" in the configuration is chosen for each size: it depends on the patches.
+    count = loaded.model.num_classes
+    models = tuple(setup.make_model(config, count, size=size) for size in choices.sizes) or (model,)
     if workdir is not None:
         processes.check_shared_folder(workdir.path)
-    batch_size = _batch_size(config.train.batch_size, len(source), mesh.size)
+    batch_size = _batch_size(config.train.batch_size or len(source), len(source), mesh.size)
     share = Share(batch_size, jax.process_index(), jax.process_count())
     chunk_bytes = share.chunk * max(math.prod(model.image_shape) for model in models)
     workers = processes.on_all(lambda: num_workers(config.data.workers, source, chunk_bytes))
@@ -120,6 +134,7 @@ def prepare(
         loaded=loaded,
         models=models,
         source=source,
+        classes=classes,
         share=share,
         workers=workers,
     )
@@ -133,8 +148,8 @@ def config_of_run(workdir: Workdir) -> ml_collections.ConfigDict | None:
 
 def _weights(
     config: ml_collections.ConfigDict | None, workdir: Workdir | None, choices: Choices
-) -> tuple[ml_collections.ConfigDict, Loaded]:
-    """Returns the configuration, and the weights of the run or of `init_from`."""
+) -> tuple[ml_collections.ConfigDict, Loaded, bool]:
+    """Returns the configuration, the weights, and whether they are of the run in the workdir."""
     saved = config_of_run(workdir) if workdir else None
     if workdir is not None and saved is not None:
         if config is not None and config.init_from and config.init_from != saved.init_from:
@@ -145,7 +160,7 @@ def _weights(
         for text in recipe.keep_division(saved, config) if config is not None else ():
             log.info("%s", text)
         loaded = read_weights(workdir.path, ema=choices.ema, checkpoint=choices.checkpoint)
-        return config or saved, loaded
+        return config or saved, loaded, True
     if config is None or not config.init_from:
         there = (
             f"{workdir} holds no run (config.json)" if workdir else "no --workdir of a run is given"
@@ -156,8 +171,8 @@ def _weights(
     # The tensor shapes of a DeiT do not tell its number of heads, so the configuration does.
     model = setup.make_model(config)
     heads: dict[str, Any] = {} if model.local_up_to_layer else {"num_heads": model.num_heads}
-    ema = choices.ema or config.init_ema
-    return config, read_weights(config.init_from, ema=ema, **heads)
+    ema = choices.ema if choices.ema is not None else (config.init_ema or None)
+    return config, read_weights(config.init_from, ema=ema, **heads), False
 
 
 def _check_model(model: ConViT, loaded: Loaded, any_size: bool) -> None:
@@ -184,28 +199,28 @@ def _check_model(model: ConViT, loaded: Loaded, any_size: bool) -> None:
         )
 
 
-def _check_classes(
-    config: ml_collections.ConfigDict, model: ConViT, loaded: Loaded, source: Source
-) -> None:
-    """Raises ValueError unless data and weights have the same classes in the same order."""
-    name = config.data.source
-    if source.num_classes != model.num_classes:
-        raise ValueError(
-            f"data.source: {name} has {source.num_classes:,} classes, {loaded.source} "
-            f"{model.num_classes:,}"
-        )
-    if loaded.class_names is None:
-        return
-    there, known = (
-        class_names.readable(names, model.num_classes)
-        for names in (source.class_names, loaded.class_names)
+def _match_classes(
+    config: ml_collections.ConfigDict, loaded: Loaded, source: Source, workdir: Workdir | None
+) -> ClassMapping:
+    """Returns the logit of each class of the data; raises ValueError for classes without one."""
+    name, count = config.data.source, loaded.model.num_classes
+    mapping = class_mapping.match(
+        source.class_names,
+        loaded.class_names,
+        count,
+        source=name,
+        loaded=loaded.source,
+        ordered=config.data.class_order != "sorted",
     )
-    for number, pair in enumerate(zip(there, known, strict=True)):
-        if pair[0] != pair[1]:
-            raise ValueError(
-                f"data.source: class {number} of {name} is {pair[0]!r}, that of "
-                f"{loaded.source} {pair[1]!r}: the same classes in the same order are needed"
-            )
+    data_set = re.match(r"tfds:(\w+)", name)
+    if data_set and data_set[1] in _PARTIAL:
+        cache_dir = str(workdir.index) if workdir else None
+        mapping = mapping.restrict(source.names_and_labels(cache_dir)[1])
+    if data_set and data_set[1] == "imagenet2012_real":
+        log.warning("%s: the labels are ImageNet's own; ReaL's labels are not read", name)
+    if mapping.how != "by name" or not mapping.is_identity:
+        log.info("classes: found %s", mapping.how)
+    return mapping
 
 
 def _warn_of_other_preprocessing(config: ml_collections.ConfigDict, loaded: Loaded) -> None:

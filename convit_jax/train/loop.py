@@ -61,6 +61,7 @@ def train(run: Run) -> dict[str, float] | None:
         if lock := processes.on_all(lambda: Lock(run.workdir) if processes.is_main() else None):
             stack.enter_context(lock)
         folder, options = run.workdir.checkpoints, config.checkpoint.to_dict()
+        options["best_by"] = ("ema_top1", "top1") if config.optim.ema_decay else ("top1",)
         checkpoints = stack.enter_context(Checkpoints(folder, also=eval_steps, **options))
         state, window, result = _begin(run, checkpoints)
         step, stopped = int(state.step), False

@@ -73,6 +73,7 @@ def make_model(
     config: ml_collections.ConfigDict,
     num_classes: int | None = None,
     backend: str | None = None,
+    size: tuple[int, int] | None = None,
 ) -> ConViT:
     """Makes the model of `config.model`, in the precision of `config.train`.
 
@@ -82,6 +83,7 @@ def make_model(
       config: the configuration, see `convit_jax.recipe`.
       num_classes: number of classes of the data, used if the configuration does not say.
       backend: "cpu", "gpu" or "tpu", where the model will run; None is JAX's default.
+      size: (height, width) in pixels, in place of the configuration's.
     """
     backend = backend or jax.default_backend()
     dtype = config.train.dtype
@@ -89,7 +91,7 @@ def make_model(
         dtype = "float32" if backend == "cpu" else "bfloat16"
     options: dict[str, Any] = {} if num_classes is None else {"num_classes": num_classes}
     options |= {name: value for name, value in config.model.items() if value is not None}
-    options["image_size"] = image_size.parse(config.model.image_size, "model.image_size")
+    options["image_size"] = size or image_size.parse(config.model.image_size, "model.image_size")
     model = create_model(
         options.pop("name"), **options, dtype=jnp.dtype(dtype), remat=config.train.remat
     )
@@ -151,7 +153,7 @@ def prepare(config: ml_collections.ConfigDict, workdir: Workdir, profile: bool =
             repeats=config.data.repeats,
             skip_corrupt=config.data.skip_corrupt,
         ),
-        test_chunks=EvalChunks(test_source, eval_transform, share),
+        test_chunks=EvalChunks(test_source, eval_transform, share, config.data.skip_corrupt),
         workers=workers,
         total_steps=total_steps,
         steps_per_epoch=steps_per_epoch,
@@ -242,13 +244,18 @@ def make_transforms(
     return train_transform, transforms.EvalTransform(size, crop_pct=crop_pct)
 
 
-def open_split(config: ml_collections.ConfigDict, split: str, workdir: Workdir | None) -> Source:
-    """Opens the images of a split, "train" or "test"; stores indices in the working directory."""
+def open_split(
+    config: ml_collections.ConfigDict, split: str, workdir: Workdir | None, whole: bool = False
+) -> Source:
+    """Opens the images of a split, "train" or "test"; stores indices in the working directory.
+
+    If nothing divides the data into splits, a share of them is the test split; with `whole`, all.
+    """
     return open_source(
         config.data.source,
         split,
         data_dir=config.data.dir,
-        val_fraction=config.data.val_fraction,
+        val_fraction=1.0 if whole else config.data.val_fraction,
         held_out=config.data.held_out,
         class_order=config.data.class_order,
         train_split=config.data.train_split,

@@ -28,19 +28,23 @@ class Found:
     Attributes:
       path: folder of a checkpoint, or the file of the final weights.
       step: step of the checkpoint; None for the file.
+      ema: whether the weights are the averaged ones.
+      chosen: what was chosen, such as "the best checkpoint by top-1".
     """
 
     path: pathlib.Path
     step: int | None
+    ema: bool
+    chosen: str
 
 
-def find(workdir: Workdir, *, ema: bool, wanted: str = "best") -> Found:
+def find(workdir: Workdir, *, ema: bool | None, wanted: str = "best") -> Found:
     """Finds the weights of a run: a checkpoint, or the final weights if it has no checkpoint.
 
     Args:
       workdir: the workdir of the run.
       ema: whether to take the averaged weights. The best checkpoint is then the best by their
-        accuracy.
+        accuracy. None takes what the run hands out at its end: the averaged weights if it has any.
       wanted: "best", the checkpoint with the highest top-1 accuracy on the test images, or the
         newest if none has been evaluated; "newest", evaluated or not; or the step of a checkpoint.
 
@@ -59,22 +63,23 @@ def find(workdir: Workdir, *, ema: bool, wanted: str = "best") -> Found:
     averages = _config(workdir).optim.ema_decay > 0
     if ema and not averages:
         raise ValueError(f"{workdir}: the run has no averaged weights (optim.ema_decay=0)")
-    folder = workdir.checkpoints
-    step, which = _choose(folder, "ema_top1" if ema else "top1", wanted)
+    folder, ema = workdir.checkpoints, averages if ema is None else ema
+    step, chosen = _choose(folder, ema, wanted)
     if step is not None:
-        averaged = ", averaged" if ema else ""
-        log.info("%s: weights of step %d, %s%s", workdir, step, which, averaged)
-        if averages and not ema:
-            log.info("%s: the run has averaged weights too; not used, because ema is off", workdir)
-        return Found(folder / str(step), step)
+        kind = "averaged weights" if ema else "weights"
+        log.info("%s: %s of step %d, %s", workdir, kind, step, chosen)
+        if averages:
+            other = "the weights without averaging" if ema else "averaged weights"
+            log.info("%s: the run has %s too; not used", workdir, other)
+        return Found(folder / str(step), step, ema, chosen)
     final = workdir.weights
     if not final.is_file():
         raise FileNotFoundError(f"{workdir}: holds no checkpoint and no {final.name} yet")
     log.info("%s: no checkpoint, using %s%s", workdir, final.name, ", averaged" if averages else "")
-    return Found(final, None)
+    return Found(final, None, averages, f"{final.name} of the end of the run")
 
 
-def _choose(folder: pathlib.Path, metric: str, wanted: str) -> tuple[int | None, str]:
+def _choose(folder: pathlib.Path, ema: bool, wanted: str) -> tuple[int | None, str]:
     """Returns the step of the wanted checkpoint, None if there is no checkpoint, and its label."""
     if wanted.isdigit():
         if not (folder / wanted).is_dir():
@@ -83,23 +88,24 @@ def _choose(folder: pathlib.Path, metric: str, wanted: str) -> tuple[int | None,
                 f"{folder}: no checkpoint of step {wanted}; there are {steps or 'none'}"
             )
         return int(wanted), "the checkpoint asked for"
-    best = best_step(folder, metric) if wanted == "best" else None
-    if best is None:
+    if wanted == "newest":
         return newest_step(folder), "the newest checkpoint"
-    return best, "the best checkpoint by top-1"
+    best = best_step(folder, "ema_top1" if ema else "top1")
+    if best is None:
+        return newest_step(folder), "the newest checkpoint, since none has been evaluated"
+    return best, f"the best checkpoint by top-1{' of the averaged weights' if ema else ''}"
 
 
-def restore(found: Found, *, ema: bool) -> dict[str, Any]:
+def restore(found: Found) -> dict[str, Any]:
     """Reads the parameters of a checkpoint, and nothing else of its state, as numpy arrays.
 
     Args:
       found: a checkpoint.
-      ema: whether to read the averaged weights.
 
     Raises:
       OSError: if the checkpoint cannot be read.
     """
-    part, item = "ema" if ema else "params", (found.path / "state").resolve()
+    part, item = "ema" if found.ema else "params", (found.path / "state").resolve()
     try:
         checkpointer = ocp.PyTreeCheckpointer()
         tree = {part: checkpointer.metadata(item).item_metadata.tree[part]}

@@ -76,7 +76,7 @@ def read_weights(
     source: str | os.PathLike,
     variant: str | None = None,
     *,
-    ema: bool = False,
+    ema: bool | None = False,
     offline: bool = False,
     checkpoint: str = "best",
     **overrides: Any,
@@ -86,6 +86,8 @@ def read_weights(
     Takes the arguments of `load` and one more. Raises the errors of `load`.
 
     Args:
+      ema: as for `load`; or None, which takes what a run hands out: its averaged weights if it has
+        any. Of a file, None takes the weights that are not averaged.
       checkpoint: the checkpoint of a run to read: "best", "newest" or a step, see
         `from_workdir.find`.
     """
@@ -109,10 +111,12 @@ def read_weights(
     return _matched(loaded, same_head=wanted.num_classes == model.num_classes)
 
 
-def _contents(source: str | os.PathLike, *, ema: bool, offline: bool, checkpoint: str) -> Contents:
+def _contents(
+    source: str | os.PathLike, *, ema: bool | None, offline: bool, checkpoint: str
+) -> Contents:
     path = pathlib.Path(source)
     if path.is_file():
-        return _read_file(path, ema=ema)
+        return _read_file(path, ema=bool(ema))
     if path.is_dir():
         return _read_folder(path, ema=ema, checkpoint=checkpoint)
     name, repository = str(source), None
@@ -127,7 +131,7 @@ def _contents(source: str | os.PathLike, *, ema: bool, offline: bool, checkpoint
     return _read_repository(fetched)
 
 
-def _read_folder(path: pathlib.Path, *, ema: bool, checkpoint: str) -> Contents:
+def _read_folder(path: pathlib.Path, *, ema: bool | None, checkpoint: str) -> Contents:
     cloned = hub.cloned(path)
     if cloned is not None and not ema:
         return _read_repository(cloned)
@@ -138,10 +142,12 @@ def _read_folder(path: pathlib.Path, *, ema: bool, checkpoint: str) -> Contents:
 
     workdir = Workdir(path)
     found = from_workdir.find(workdir, ema=ema, wanted=checkpoint)
+    which = {"step": found.step, "ema": found.ema, "chosen": found.chosen}
     if found.step is None:
-        return _read_file(found.path, ema=False)
+        contents = _read_file(found.path, ema=False)
+        return dataclasses.replace(contents, extras={**contents.extras, **which})
     stated, others = from_workdir.describe(workdir)
-    return Contents(from_workdir.restore(found, ema=ema), stated, {**others, "step": found.step})
+    return Contents(from_workdir.restore(found), stated, {**others, **which})
 
 
 def _read_repository(repository: hub.Repository) -> Contents:
@@ -159,7 +165,7 @@ def _read_file(path: pathlib.Path, *, ema: bool) -> Contents:
         stated = Claim("its metadata", ours.pop("options")) if ours else None
         return Contents(_convert(path, state_dict), stated, ours)
     if path.suffix in torch_pickle.SUFFIXES:
-        return Contents(_convert(path, torch_pickle.read(path, ema=ema)))
+        return Contents(_convert(path, torch_pickle.read(path, ema=ema)), extras={"ema": ema})
     suffixes = ", ".join((".safetensors", *torch_pickle.SUFFIXES))
     raise ValueError(f"weights: expected a file of {suffixes}, a workdir or a name, got {path}")
 

@@ -23,6 +23,8 @@ class Loaded:
       crop_pct: share of the resized image's side that evaluation keeps; 0.875 if the source does
         not state it.
       step: step of the checkpoint; None if the weights are not from a checkpoint of a run.
+      ema: whether the weights are averaged ones, of a run or of a training checkpoint.
+      chosen: what the weights of a run are, such as "the best checkpoint by top-1"; else empty.
     """
 
     model: ConViT
@@ -33,6 +35,8 @@ class Loaded:
     std: tuple[float, ...] = IMAGENET_STD
     crop_pct: float = 0.875
     step: int | None = None
+    ema: bool = False
+    chosen: str = ""
 
 
 @dataclasses.dataclass(frozen=True)

@@ -6,10 +6,12 @@ read is renamed, and the one before it is used. A checkpoint can be restored on 
 devices and processes, and on any mesh.
 """
 
-from collections.abc import Callable, Container, Iterator
+from collections.abc import Callable, Container, Iterator, Sequence
 import contextlib
+import functools
 import json
 import logging
+import math
 import os
 import pathlib
 import re
@@ -61,12 +63,18 @@ def best_step(folder: pathlib.Path, metric: str) -> int | None:
     """
     if newest_step(folder) is None:
         return None
-    options = ocp.CheckpointManagerOptions(
-        best_fn=lambda metrics: metrics[metric], read_only=True, save_interval_steps=0
-    )
+    value = functools.partial(_value, metric)
+    options = ocp.CheckpointManagerOptions(best_fn=value, read_only=True, save_interval_steps=0)
     with _Manager(folder.resolve(), options=options) as manager:
-        evaluated = [step for step in manager.all_steps() if manager.metrics(step)]
-        return max(evaluated, key=lambda step: (manager.metrics(step)[metric], step), default=None)
+        evaluated = {step: manager.metrics(step) for step in manager.all_steps()}
+    values = {step: value(metrics) for step, metrics in evaluated.items() if metrics}
+    return max(values, key=lambda step: (values[step], step), default=None)
+
+
+def _value(metric: str, metrics: dict[str, float]) -> float:
+    """Returns a metric; -inf where it is missing or NaN, so that it is never the best."""
+    value = metrics.get(metric, -math.inf)
+    return -math.inf if math.isnan(value) else value
 
 
 class _Manager(ocp.CheckpointManager):
@@ -108,22 +116,31 @@ def _tree_handler() -> ocp.PyTreeCheckpointHandler:
 class Checkpoints:
     """The checkpoints of a workdir. The end of a `with` block closes them."""
 
-    def __init__(self, folder: pathlib.Path, *, every: int, also: Container[int], keep: int):
+    def __init__(
+        self,
+        folder: pathlib.Path,
+        *,
+        every: int,
+        also: Container[int],
+        keep: int,
+        best_by: Sequence[str] = ("top1",),
+    ):
         """Opens a folder of checkpoints.
 
         Args:
           folder: folder of the checkpoints, with one folder for each step; made if missing.
           every: steps between two checkpoints.
           also: further steps at which to save.
-          keep: number of newest checkpoints to keep, besides the best by the metric "top1".
+          keep: number of newest checkpoints to keep, besides the best.
+          best_by: metrics; the checkpoint with the highest value of each is kept.
         """
-
-        def top1(metrics: dict[str, float]) -> float:
-            return metrics["top1"]
-
-        best = checkpoint_managers.BestN(
-            get_metric_fn=top1, n=1, keep_checkpoints_without_metrics=False
-        )
+        values = [functools.partial(_value, metric) for metric in best_by]
+        best = [
+            checkpoint_managers.BestN(
+                get_metric_fn=value, n=1, keep_checkpoints_without_metrics=False
+            )
+            for value in values
+        ]
         policies = [
             checkpoint_managers.FixedIntervalPolicy(every),
             checkpoint_managers.SpecificStepsPolicy(also),
@@ -136,9 +153,9 @@ class Checkpoints:
             options=ocp.CheckpointManagerOptions(
                 save_decision_policy=checkpoint_managers.AnySavePolicy(policies),
                 preservation_policy=checkpoint_managers.AnyPreservationPolicy(
-                    [checkpoint_managers.LatestN(keep), best]
+                    [checkpoint_managers.LatestN(keep), *best]
                 ),
-                best_fn=top1,
+                best_fn=values[0],
                 cleanup_tmp_directories=True,
             ),
             item_handlers={

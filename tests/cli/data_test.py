@@ -17,7 +17,7 @@ from runs import ROOT
 
 from configs import convit_ti, finetune
 from convit_jax.cli import data as command
-from convit_jax.data.chunks import CorruptImageError
+from convit_jax.data.corrupt import CorruptImageError
 from convit_jax.train import loop, setup
 from convit_jax.workdir.folder import Workdir
 
@@ -184,6 +184,24 @@ def test_the_check_names_all_classes_of_a_small_set_and_draws_it(tmp_path, capsy
         assert picture.width > 8 * 112
     with pytest.raises(SystemExit, match="error: --pictures: no such folder"):
         command.main(["check", "--config=digits", f"--pictures={tmp_path / 'no' / 'a.png'}"])
+
+
+def test_the_check_command_names_corrupt_images(tmp_path, capsys):
+    for split in ("train", "val"):
+        for name in "ab":
+            folder = tmp_path / split / name
+            folder.mkdir(parents=True)
+            for number in range(2):
+                Image.new("RGB", (64, 64)).save(folder / f"{number}.png")
+    (tmp_path / "train/a/gone.png").symlink_to("nowhere.png")
+    flags = ["check", "--config=configs/finetune.py", f"--config.data.source=folder:{tmp_path}"]
+    flags += ["--config.data.workers=0", "--config.model.image_size=32"]
+    with pytest.raises(SystemExit, match=r"a/gone\.png: cannot be read.*data\.skip_corrupt=True"):
+        command.main(flags)
+    command.main([*flags, "--config.data.skip_corrupt=True"])
+    output = capsys.readouterr().out
+    assert "1 of them are corrupt and would be skipped:" in output
+    assert "a/gone.png: cannot be read" in output
 
 
 def test_the_check_command(imagenet, tmp_path):

@@ -1,19 +1,16 @@
 """The order of the batches: it depends on the seed, not on workers, processes or restarts."""
 
 import contextlib
+import dataclasses
 import itertools
 
 import numpy as np
 import pytest
 
 from convit_jax.data.arrays import ArraySource
-from convit_jax.data.chunks import (
-    CorruptImageError,
-    EvalChunks,
-    Share,
-    TrainChunks,
-    draws_per_epoch,
-)
+from convit_jax.data.chunks import EvalChunks, Share, TrainChunks, draws_per_epoch
+from convit_jax.data.corrupt import CorruptImageError, ImageError
+from convit_jax.data.transforms import TrainTransform
 from convit_jax.data.workers import iterate
 
 NUM = 600
@@ -145,9 +142,9 @@ class Fragile:
     def __init__(self, bad):
         self.bad = bad
 
-    def __call__(self, image, rng):
+    def __call__(self, image, rng=None):
         if int(image[0, 0, 0]) + 256 * int(image[0, 1, 0]) in self.bad:
-            raise ValueError("not a JPEG")
+            raise CorruptImageError("not a JPEG")
         return image
 
 
@@ -185,5 +182,51 @@ def test_too_many_corrupt_images_are_an_error():
     everything = TrainChunks(
         numbered(300), Fragile(range(300)), Share(10), seed=0, skip_corrupt=True
     )
-    with pytest.raises(CorruptImageError, match="not a JPEG"):
+    with pytest.raises(CorruptImageError, match=r"100 images in a row are corrupt.*not a JPEG$"):
         everything[0]
+    nothing = EvalChunks(numbered(300), Fragile(range(300)), Share(10), skip_corrupt=True)
+    with pytest.raises(CorruptImageError, match=r"the first 100 images are all corrupt: arrays in"):
+        nothing[0]
+
+
+def test_skipped_images_are_logged_by_name_once(caplog):
+    skipping = TrainChunks(numbered(), Fragile({450}), Share(60), seed=0, skip_corrupt=True)
+    for chunk in range(3 * NUM // 60):
+        skipping[chunk]
+    assert [record.message for record in caplog.records] == [
+        "corrupt, so it is skipped: image 450: not a JPEG"
+    ]
+
+
+@pytest.mark.parametrize("count", [1, 2])
+def test_evaluation_leaves_corrupt_images_out(count):
+    bad = {0, 5, *range(64, 128), NUM - 1}  # among them a whole chunk
+    for index in range(count):
+        strict = EvalChunks(numbered(), Fragile(bad), Share(128, index, count))
+        lenient = dataclasses.replace(strict, skip_corrupt=True)
+        whole = dataclasses.replace(strict, transform=Fragile(()))
+        for chunk in range(len(strict)):
+            expected, batch = whole[chunk], lenient[chunk]
+            corrupt = np.isin(numbers([expected]), list(bad)) & (expected["mask"] == 1)
+            if corrupt.any():
+                with pytest.raises(CorruptImageError, match=r"image \d+: not a JPEG.*skip_corrupt"):
+                    strict[chunk]
+            np.testing.assert_array_equal(batch["mask"], np.where(corrupt, -1, expected["mask"]))
+            kept = batch["mask"] == 1
+            np.testing.assert_array_equal(batch["label"][kept], expected["label"][kept])
+            np.testing.assert_array_equal(batch["image"][kept], expected["image"][kept])
+            assert np.all(batch["label"][corrupt] == -1)
+            assert not batch["image"][corrupt].any()
+
+
+def test_a_mistake_in_the_configuration_is_never_skipped():
+    """Images of another size, and one channel with RandAugment."""
+    for size, options, message in (
+        (4, {"color_jitter": 0.0, "randaugment_ops": 0}, "crop 'pad': expected images of"),
+        (2, {}, "expected 3 channels"),
+    ):
+        transform = TrainTransform(size, crop="pad", pad_crop=1, **options)
+        mistaken = TrainChunks(numbered(), transform, Share(30), seed=0, skip_corrupt=True)
+        with pytest.raises(ImageError, match=rf"image \d+: .*{message}") as caught:
+            mistaken[0]
+        assert not isinstance(caught.value, CorruptImageError)

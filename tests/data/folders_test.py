@@ -80,6 +80,13 @@ def test_one_file_less_moves_no_other_file(tmp_path, fraction):
     assert after == [part - {"a/003.jpg"} for part in before]
 
 
+def test_a_fraction_of_one_leaves_all_images_for_the_test_split(tmp_path):
+    make_files(tmp_path, "a/1.jpg", "a/2.jpg", "b/1.jpg")
+    source = opened(tmp_path, "test", val_fraction=1.0)
+    assert source.labels.tolist() == [0, 0, 1]
+    assert source.description.endswith(", all images")
+
+
 @pytest.mark.parametrize("fraction", [0.1, 0.25, 0.5, 0.8])
 def test_the_rule_of_earlier_versions_spreads_what_is_held_out(tmp_path, fraction):
     counts = {"a": 5, "b": 10, "c": 33}
@@ -123,7 +130,7 @@ def test_what_is_wrong_with_a_folder_is_said(tmp_path):
     make_files(tmp_path, "b/1.jpg")
     refused(ValueError, "too few images for a test split.*change data.val_fraction", "test")
     with pytest.raises(ValueError, match=r"data\.val_fraction: expected 0 < fraction < 1, got 1"):
-        opened(tmp_path, "test", val_fraction=1)
+        opened(tmp_path, "train", val_fraction=1)
     refused(ValueError, "leaves none for training", val_fraction=0.99)
     divided = tmp_path / "divided"
     make_files(divided, "train/a/1.jpg", "train/b/1.jpg")

@@ -17,7 +17,7 @@ from runs import ROOT
 
 from configs import convit_ti, digits
 import convit_jax
-from convit_jax.data import transforms
+from convit_jax.data import class_names, transforms
 from convit_jax.data.open import open_source
 from convit_jax.train import eval_run, eval_setup, loop, setup
 from convit_jax.weights import safetensors
@@ -83,6 +83,13 @@ def assert_is_timms(folder, result, logits, labels):
     assert [line["index"] for line in lines] == list(range(IMAGES))
     assert [line["label"] for line in lines] == labels.tolist()
     assert [line["top5"] for line in lines] == order.tolist()
+    shares = np.take_along_axis(np.asarray(jax.nn.softmax(logits)), order, axis=-1)
+    np.testing.assert_allclose([line["probabilities"] for line in lines], shares, atol=2e-6)
+    names = class_names.readable(None, 1000)
+    assert [line["label_name"] for line in lines] == [names[label] for label in labels]
+    assert [line["top5_names"][4] for line in lines] == [names[row[4]] for row in order]
+    files = [f"ILSVRC2012_val_{number:08}.JPEG" for number in range(1, IMAGES + 1)]
+    assert sorted(line["file"] for line in lines) == files
     right = order == labels[:, None]
     losses = -np.asarray(jax.nn.log_softmax(logits))[np.arange(IMAGES), labels]
     assert result["images"] == IMAGES
@@ -130,6 +137,10 @@ def test_other_sizes_are_timms_too_on_eight_devices(imagenet, small, tmp_path, c
     assert_is_timms(tmp_path, results[0], *timm_logits(state_dict, 96, imagenet))
     rows = capsys.readouterr().out.splitlines()
     assert [row.split("  ")[0].strip() for row in rows[1:]] == ["96 x 96", "64 x 96"]
+    first = json.loads((tmp_path / "predictions.jsonl").read_text().partition("\n")[0])
+    assert first["file"] == prepared.source[0]["name"]
+    assert len(results[0]["by_class"]) == 1000
+    assert sum(mistake["images"] for mistake in results[0]["confusions"]) <= IMAGES
 
     model, variables = convit_jax.load(path, image_size=(64, 96))
     pixels = np.stack(
@@ -182,11 +193,14 @@ def test_a_run_is_evaluated_as_it_evaluated_itself(run_of_digits):
     kept = runs.steps_saved(run_of_digits)
     best = max(kept, key=lambda step: (evaluated[step]["top1"], step))
     best_ema = max(kept, key=lambda step: (evaluated[step]["ema_top1"], step))
+    for name, step in (("top1", best), ("ema_top1", best_ema)):  # neither was deleted
+        assert evaluated[step][name] == max(line[name] for line in evaluated.values())
     for options, step, prefix in (
-        ({}, best, ""),
-        ({"checkpoint": "newest"}, kept[-1], ""),
-        ({"checkpoint": str(kept[0])}, kept[0], ""),
+        ({"ema": False}, best, ""),
+        ({"ema": False, "checkpoint": "newest"}, kept[-1], ""),
+        ({"ema": False, "checkpoint": str(kept[0])}, kept[0], ""),
         ({"ema": True}, best_ema, "ema_"),
+        ({}, best_ema, "ema_"),  # what the run hands out
     ):
         report, result = evaluate_run(run_of_digits, **options)
         assert report["step"] == step
@@ -194,6 +208,11 @@ def test_a_run_is_evaluated_as_it_evaluated_itself(run_of_digits):
         for name in ("top1", "top5", "images"):
             assert result[name] == evaluated[step][prefix + name]
         assert result["loss"] == pytest.approx(evaluated[step][prefix + "loss"], rel=1e-5)
+        assert [c["class"] for c in result["by_class"]] == [str(digit) for digit in range(10)]
+        right = sum(c["images"] * c["top1"] for c in result["by_class"])
+        assert right == pytest.approx(np.trace(result["confusion"]))
+        assert right == pytest.approx(result["images"] * result["top1"])
+    assert report["chosen"] == "the best checkpoint by top-1 of the averaged weights"
     written = json.loads((run_of_digits / "eval.json").read_text())
     assert written["results"] == [result]
     assert not list(run_of_digits.glob("*.part"))
@@ -205,9 +224,9 @@ def test_a_run_on_other_devices_and_weights_without_a_workdir(run_of_digits):
     newest = runs.steps_saved(run_of_digits)[-1]
     expected = evaluations(run_of_digits)[newest]
     given = ("--mode=eval", "--checkpoint=newest")
-    runs.finish(runs.start(run_of_digits, *given, devices=1), run_of_digits)
+    runs.finish(runs.start(run_of_digits, *given, "--no-ema", devices=1), run_of_digits)
     one = json.loads((run_of_digits / "eval.json").read_text())
-    for process in runs.start_pair(run_of_digits, *given, "--ema", devices=2):
+    for process in runs.start_pair(run_of_digits, *given, devices=2):
         runs.finish(process, run_of_digits)
     two = json.loads((run_of_digits / "eval.json").read_text())
     for report, prefix, devices in ((one, "", "1 x"), (two, "ema_", "4 x")):
@@ -227,7 +246,8 @@ def test_a_run_on_other_devices_and_weights_without_a_workdir(run_of_digits):
         cwd=ROOT, capture_output=True, text=True, timeout=1200,
     )  # fmt: skip
     assert done.returncode == 0, done.stderr
-    header, row = done.stdout.splitlines()
+    header, row, _, *by_class = done.stdout.splitlines()
+    assert [line.split()[-1] for line in by_class] == ["class", *map(str, range(10))]
     assert header.split() == ["image", "top-1", "top-5", "loss", "images", "images/s"]
     # The weights that a run writes at its end are the averaged ones.
     assert row.split()[3:6] == [
@@ -250,28 +270,47 @@ def test_a_contradiction_names_the_key(imagenet, small):
     ]
 
 
-def test_other_classes_are_refused(imagenet, small, tmp_path):
+def test_classes_are_found_by_name_and_unknown_ones_are_refused(imagenet, small, tmp_path):
     _, path = small
     runs.write_images(tmp_path / "images", per_class=4)
     config = small_config(imagenet, path)
     config.data.source = f"folder:{tmp_path / 'images'}"
-    with pytest.raises(ValueError, match=r"data\.source: folder:.* has 3 classes, .* 1,000"):
+    with pytest.raises(ValueError, match=r"folder:.* has 3 of 3 classes that .*small\.pth lacks: "):
         eval_setup.prepare(config, None, eval_setup.Choices())
 
     loaded = read_weights(path, num_classes=3)
-    names = ("class0", "class2", "class1")
     config.init_from = str(tmp_path / "three.safetensors")
-    three = Loaded(loaded.model, loaded.params, class_names=names)
-    safetensors.save_weights(config.init_from, three)
-    message = "class 1 of folder:.* is 'class1', that of .*three.safetensors 'class2'"
-    with pytest.raises(ValueError, match=message):
-        eval_setup.prepare(config, None, eval_setup.Choices())
-    safetensors.save_weights(
-        config.init_from,
-        Loaded(loaded.model, loaded.params, class_names=tuple(sorted(names))),
-    )
+    for names, message in (
+        (("class0", "class2", "class1"), None),
+        (("class0", "class2", "class3"), r"1 of 3 classes that .*three\.\w+ lacks: 'class1'"),
+    ):
+        three = Loaded(loaded.model, loaded.params, class_names=names)
+        safetensors.save_weights(config.init_from, three)
+        if message:
+            with pytest.raises(ValueError, match=message):
+                eval_setup.prepare(config, None, eval_setup.Choices())
+        else:
+            prepared = eval_setup.prepare(config, None, eval_setup.Choices())
+            assert prepared.classes.logits == (0, 2, 1)
+            assert prepared.share.batch_size == 8  # 3 images, 8 devices
+
+
+def test_classes_without_images_are_left_out_of_imagenet_a_and_said_of_real(
+    imagenet, small, tmp_path, caplog
+):
+    _, path = small
+    config = small_config(imagenet, path)
+    for name in ("imagenet_a", "imagenet2012_real"):
+        (tmp_path / name).symlink_to(imagenet / "imagenet2012")
+    config.data.update(dir=str(tmp_path), source="tfds:imagenet_a:5.1.0")
     prepared = eval_setup.prepare(config, None, eval_setup.Choices())
-    assert prepared.share.batch_size == 8  # 3 images, 8 devices
+    labels = {prepared.source[i]["label"] for i in range(IMAGES)}
+    assert 1 < len(labels) <= IMAGES
+    assert prepared.classes.kept == tuple(sorted(labels))
+    config.data.source = "tfds:imagenet2012_real"
+    prepared = eval_setup.prepare(config, None, eval_setup.Choices())
+    assert prepared.classes.is_identity
+    assert "imagenet2012_real: the labels are ImageNet's own" in caplog.text
 
 
 def test_mistakes_are_named(imagenet, small, tmp_path):

@@ -212,7 +212,7 @@ def test_a_workdir(tmp_path, log):
     made = create_model("convit_tiny", **options)
     run = tmp_path / "run"
     run.mkdir()
-    identity.record_start(Workdir(run), recipe.to_json(config), 0, list("0123456789"))
+    identity.record_start(Workdir(run), recipe.to_json(config), 0, list("0123456789"), {}, {})
     with pytest.raises(FileNotFoundError, match=r"holds no checkpoint and no weights\.safetensors"):
         convit_jax.load(run)
     saved = Loaded(made, random_params(made, seed=9), "", mean=(0.1,), std=(0.2,))
@@ -235,7 +235,18 @@ def test_a_workdir(tmp_path, log):
     assert loaded.class_names == tuple("0123456789")
     assert (loaded.mean, loaded.std, loaded.crop_pct) == (config.data.mean, config.data.std, 1.0)
     assert loaded.model == made.clone(drop_path=config.model.drop_path)
-    equal(read_weights(run, ema=True).params, random_params(made, seed=12))
+    assert "the run has averaged weights too; not used" in log.text
+    assert (loaded.step, loaded.ema, loaded.chosen) == (1, False, "the best checkpoint by top-1")
+    for ema in (True, None):  # None is what the run hands out
+        log.clear()
+        averaged = read_weights(run, ema=ema)
+        equal(averaged.params, random_params(made, seed=12))
+        assert (averaged.step, averaged.ema) == (2, True)
+        assert (
+            "averaged weights of step 2, the best checkpoint by top-1 of the averaged weights\n"
+            in log.text
+        )
+    assert read_weights(run, checkpoint="newest").chosen == "the newest checkpoint"
 
     for file in (run / "checkpoints" / "1" / "state").rglob("*"):
         if file.is_file():
@@ -243,9 +254,10 @@ def test_a_workdir(tmp_path, log):
     with pytest.raises(OSError, match="1: cannot read this checkpoint"):
         convit_jax.load(run)
     config.optim.ema_decay = 0.0
-    identity.record_start(Workdir(run), recipe.to_json(config), 0, list("0123456789"))
+    identity.record_start(Workdir(run), recipe.to_json(config), 0, list("0123456789"), {}, {})
     with pytest.raises(ValueError, match=r"has no averaged weights \(optim.ema_decay=0\)"):
         convit_jax.load(run, ema=True)
+    assert read_weights(run, ema=None, checkpoint="2").ema is False
     with pytest.raises(FileNotFoundError, match=r"expected a workdir of main\.py"):
         convit_jax.load(tmp_path)
 

@@ -115,6 +115,19 @@ def test_metrics_that_cannot_be_read_are_measured_anew(tmp_path):
         assert checkpoints.restore(like(sharding.make_mesh())).metrics == {"top1": 0.5}
 
 
+def test_the_best_by_either_metric_stays(tmp_path):
+    """Of a run with averaged weights, both the best plain and the best averaged weights stay."""
+    evaluated = {1: (0.5, 0.2), 2: (0.4, 0.9), 3: (0.3, float("nan")), 4: (0.3, 0.1), 5: (0.3, 0.1)}
+    best_by = ("ema_top1", "top1")
+    with Checkpoints(tmp_path, every=1, also=(), keep=1, best_by=best_by) as checkpoints:
+        for step, (top1, ema_top1) in evaluated.items():
+            metrics = {"top1": top1, "ema_top1": ema_top1}
+            checkpoints.save(step, make_state(step), dict, metrics)
+    assert steps(tmp_path) == [1, 2, 5]
+    assert best_step(tmp_path, "top1") == 1
+    assert best_step(tmp_path, "ema_top1") == 2
+
+
 def test_any_mesh_reads_what_any_mesh_wrote(tmp_path):
     assert read(tmp_path / "none") is None
     assert newest_step(tmp_path / "nowhere") is None
