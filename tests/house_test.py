@@ -22,7 +22,8 @@ SIDEWAYS = {("workdir", "storage")}
 # Names of files and folders in the working directory, which only one module may spell.
 PATHS = {
     "config.json", "classes.json", "starts.jsonl", "metrics.jsonl", "checkpoints", "eval.json",
-    "predictions.jsonl", "weights.safetensors", "compilation_cache",
+    "predictions.jsonl", "weights.safetensors", "compilation_cache", "data.json", "lock.json",
+    "fingerprints.npz",
 }  # fmt: skip
 
 

@@ -312,7 +312,7 @@ def test_weights_that_are_not_finite_are_not_saved(tmp_path, monkeypatch):
             {"train.batch_size": 64, "train.accum_steps": 16},
             "the 8 devices times train.accum_steps=16, such as 128, got 64",
         ),
-        ({"train.batch_size": 1600}, "at most the 1437 images of digits, got 1600"),
+        ({"train.batch_size": 1600}, "at most the 1,437 images of digits, got 1600"),
         ({"mesh.fsdp": 3}, "mesh.fsdp: expected a divisor of the 8 devices, got 3"),
         ({"checkpoint.every": 0}, "checkpoint.every: expected more than 0, got 0"),
         ({"train.epochs": 0.0}, "train.epochs: expected more than 0, got 0.0"),
