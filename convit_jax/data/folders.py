@@ -145,7 +145,8 @@ def _number_classes(part: layouts.Part, order: str) -> tuple[str, ...]:
         classes = part.top.folders
     in_order = class_order.in_order(classes, order, path)
     if len(in_order) < 2:
-        beside = f" and {len(part.top.images):,} images in no class" if part.top.images else ""
+        count = len(part.top.images)
+        beside = f" and {count:,} image{'s' * (count > 1)} in no class" if count else ""
         raise ValueError(
             f"{path}: expected at least two class folders, got {list(in_order)}{beside}; "
             f"data.source is 'folder:PATH' with the folder that holds train/ and val/, or the "

@@ -31,12 +31,12 @@ def imagenet_labels(images: Sequence[str], where: str) -> dict[str, str]:
 
     Raises:
       ValueError: if a number is not one of ImageNet's, or a name says another class than the list.
-      ImportError: if tensorflow-datasets is not installed.
+      ModuleNotFoundError: if tensorflow-datasets is not installed.
     """
     try:
         listed = imagenet_tars.validation_wnids()
     except ImportError as error:
-        raise ImportError(
+        raise ModuleNotFoundError(
             f"{where}: the classes of ImageNet's validation images are in a list of "
             f"tensorflow-datasets: pip install tensorflow-datasets ({error})"
         ) from error

@@ -145,7 +145,7 @@ def open_tfds(
       FileNotFoundError: if the data set or one of its shards is missing.
       ValueError: if the data set has another format, has no such split, is damaged, or is not for
         image classification.
-      ImportError: if tensorflow-datasets is not installed.
+      ModuleNotFoundError: if tensorflow-datasets is not installed.
     """
     root = tfds_folders.find_root(data_dir)
     folder = tfds_folders.find_version(spec, root)
@@ -242,7 +242,7 @@ def _tfds_info(folder: pathlib.Path) -> Any:
     try:
         import tensorflow_datasets as tfds
     except ImportError as error:
-        raise ImportError(
+        raise ModuleNotFoundError(
             f"data.source: tfds:... needs pip install tensorflow-datasets ({error})"
         ) from error
     try:

@@ -9,12 +9,14 @@ import pathlib
 import pickle
 import shutil
 import struct
+import sys
 
+from image_files import make_files
 import make_imagenet
 import numpy as np
 import pytest
 
-from convit_jax.data import records, tf_example, tfds_folders, tfds_source
+from convit_jax.data import imagenet_tars, records, tf_example, tfds_folders, tfds_source
 from convit_jax.data.open import SPLITS, open_source
 from convit_jax.data.source import check_images, describe
 
@@ -480,6 +482,19 @@ def test_a_data_set_that_is_not_there_comes_with_the_command_that_prepares_it(
     assert str(tmp_path / "environment") in refused(NAME, "")
     with pytest.raises(ValueError, match=r"data\.dir: expected a local folder, got 'gs://b"):
         open_source(NAME, "train", data_dir="gs://bucket/tfds")
+
+
+def test_a_missing_tensorflow_datasets_is_named(disk, tmp_path, monkeypatch):
+    make_files(tmp_path, "train/n01/1.jpg", "train/n02/1.jpg", "val/ILSVRC2012_val_00000001.JPEG")
+    monkeypatch.setitem(sys.modules, "tensorflow_datasets", None)
+    imagenet_tars._tfds_lines.cache_clear()
+    # The command line shows a ModuleNotFoundError in one line, without a traceback.
+    with pytest.raises(ModuleNotFoundError, match="needs pip install tensorflow-datasets"):
+        open_any(disk, "tfrecord", "train")
+    with pytest.raises(ModuleNotFoundError, match=r"list of tensorflow-datasets: pip install"):
+        open_source(f"folder:{tmp_path}", "test")
+    with pytest.raises(FileNotFoundError, match="To prepare it: tfds build mnist"):
+        open_source("tfds:mnist", "train", data_dir=str(tmp_path))
 
 
 def test_versions_and_configurations(disk, tmp_path, monkeypatch):
