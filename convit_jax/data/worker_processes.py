@@ -6,7 +6,7 @@ anonymous memory and not a file in /dev/shm, which a container may limit to 64 M
 """
 
 import atexit
-from collections.abc import Generator
+from collections.abc import Generator, Iterator
 import contextlib
 import math
 import mmap
@@ -57,14 +57,20 @@ def make(chunks: Chunks, numbers: range, workers: int) -> Generator[Batch, None,
     count = min(workers, len(numbers))
     team: list[_Worker] = []
     try:
-        with _File() as file, signals.shielded_children():
-            # All workers read this file. As an argument, each would keep a copy of its own, and
-            # the chunks may hold the names of a million images.
-            with open(file.descriptor, "wb", closefd=False) as out:
-                pickle.dump(chunks, out)
-            for i in range(count):
-                team.append(_Worker(file, numbers[i::count], slots))
-                team[-1].start()
+        try:
+            with _File() as file, signals.shielded_children():
+                # All workers read this file. As an argument, each would keep a copy of its own, and
+                # the chunks may hold the names of a million images.
+                with open(file.descriptor, "wb", closefd=False) as out:
+                    pickle.dump(chunks, out)
+                for i in range(count):
+                    team.append(_Worker(file, numbers[i::count], slots))
+                    team[-1].start()
+        except OSError as error:  # of the limits of processes, open files and memory
+            raise WorkerError(
+                f"the {count} worker processes that make batches cannot be started: {error}. Use "
+                f"fewer (data.workers), or raise the limit; `ulimit -a` lists the limits"
+            ) from error
         for i in range(len(numbers)):
             yield from team[i % count].next()
     finally:
@@ -87,13 +93,7 @@ class _Worker:
     def start(self) -> None:
         # Workers ignore SIGTERM, by which multiprocessing would end them when Python exits.
         atexit.register(self.end)
-        try:
-            self._process.start()
-        except OSError as error:  # of the limits of processes, open files and memory
-            raise WorkerError(
-                f"a worker process that makes batches cannot be started: {error}. Use fewer "
-                f"workers (data.workers), or raise the limit; `ulimit -a` lists the limits"
-            ) from error
+        self._process.start()
         for connection in self._theirs:
             connection.close()  # so that the end of the worker closes its pipes
 
@@ -203,25 +203,34 @@ class _Memory:
 def _work(file: _File, numbers: range, made: Connection, free: Connection, memory: _Memory) -> None:
     """Runs a worker process: makes chunks until all are made, one fails, or the parent ends."""
     signals.end_with_parent()
-    unused, size = list(range(memory.slots)), None
+    unused = list(range(memory.slots))
     with contextlib.suppress(EOFError, BrokenPipeError):  # the parent has ended
-        try:
-            # Mapped, because all workers share the file's position.
-            with file, mmap.mmap(file.descriptor, 0, access=mmap.ACCESS_READ) as pickled:
-                chunks = pickle.loads(pickled)
-            for number in numbers:
-                chunk = chunks[number]
-                image = chunk.pop("image")
-                if size is not None and image.nbytes != size:
-                    raise ValueError(f"images of a chunk: expected {size} bytes, got {image.shape}")
-                size = image.nbytes
+        for result in _results(file, numbers):
+            if isinstance(result, Exception):
+                made.send(result)
+            else:
+                image = result.pop("image")
                 slot = unused.pop() if unused else free.recv()
                 memory.slot(slot, image.shape, image.dtype.str)[...] = image
-                made.send((slot, image.shape, image.dtype.str, chunk))
-        except (EOFError, BrokenPipeError):
-            raise
-        except Exception as error:
-            made.send(_portable(error))
+                made.send((slot, image.shape, image.dtype.str, result))
+
+
+def _results(file: _File, numbers: range) -> Iterator[Batch | Exception]:
+    """Yields the chunks of these numbers; if one fails, yields its error and ends."""
+    try:
+        # Mapped, because all workers share the file's position.
+        with file, mmap.mmap(file.descriptor, 0, access=mmap.ACCESS_READ) as pickled:
+            chunks = pickle.loads(pickled)
+        size = None
+        for number in numbers:
+            chunk = chunks[number]
+            image = chunk["image"]
+            if size is not None and image.nbytes != size:
+                raise ValueError(f"images of a chunk: expected {size} bytes, got {image.shape}")
+            size = image.nbytes
+            yield chunk
+    except Exception as error:
+        yield _portable(error)
 
 
 def _portable(error: Exception) -> Exception:

@@ -56,9 +56,20 @@ def test_a_killed_worker_is_one_error_that_says_the_way_out():
     assert multiprocessing.active_children() == []
 
 
-def test_an_error_that_cannot_be_sent_is_sent_as_text():
-    batches = iterate(chunks(fail), workers=1)
-    with pytest.raises(RuntimeError, match=r"in a worker process:(.|\n)*Unsendable: odd"):
+def end_early(image, rng):
+    raise EOFError("the file ends early")  # as the end of a pipe is reported
+
+
+@pytest.mark.parametrize(
+    ("transform", "kind", "text"),
+    [
+        (fail, RuntimeError, r"in a worker process:(.|\n)*Unsendable: odd"),
+        (end_early, EOFError, "the file ends early"),
+    ],
+)
+def test_an_error_in_a_worker_reaches_the_caller(transform, kind, text):
+    batches = iterate(chunks(transform), workers=1)
+    with pytest.raises(kind, match=text):
         next(batches)
     assert multiprocessing.active_children() == []
 
@@ -69,7 +80,9 @@ def test_a_worker_that_cannot_start_is_an_error(monkeypatch):
 
     monkeypatch.setattr(multiprocessing.util, "spawnv_passfds", refuse)
     monkeypatch.setattr(multiprocessing.resource_tracker, "ensure_running", print)
-    with pytest.raises(worker_processes.WorkerError, match=r"cannot be started: .*temporarily"):
+    with pytest.raises(
+        worker_processes.WorkerError, match=r"the 1 worker processes .*: .*temporarily"
+    ):
         next(iterate(chunks(keep), workers=1))
     assert multiprocessing.active_children() == []
 
