@@ -15,19 +15,20 @@ import ml_collections
 
 from convit_jax import recipe
 from convit_jax.data import class_mapping
-from convit_jax.data.chunks import Share
+from convit_jax.data.batches.chunks import Share
+from convit_jax.data.batches.workers import num_workers
 from convit_jax.data.class_mapping import ClassMapping
 from convit_jax.data.fit import check_fit
+from convit_jax.data.identity import Identity
 from convit_jax.data.source import Source
-from convit_jax.data.workers import num_workers
 from convit_jax.model import image_size
 from convit_jax.model.network import ConViT
 from convit_jax.model.variants import options_of_kind, variant_of
 from convit_jax.parallel import processes, sharding
-from convit_jax.train import setup
+from convit_jax.train import same_run, setup
 from convit_jax.weights.load import read_weights
 from convit_jax.weights.loaded import Loaded
-from convit_jax.workdir import identity
+from convit_jax.workdir import record
 from convit_jax.workdir.folder import Workdir
 
 log = logging.getLogger(__name__)
@@ -102,12 +103,14 @@ def prepare(
     Raises:
       ValueError: if there is nothing to evaluate, or weights, configuration and data do not fit.
       OSError: if weights or data are missing, or the working directory cannot be written.
+      RuntimeError: if another process failed, or has another configuration or other data.
     """
     if choices.predictions and workdir is None:
         raise ValueError("--predictions: expected --workdir, the folder to write them into")
     mesh = sharding.make_mesh()
-    config, loaded, of_run = _weights(config, workdir, choices)
-    source = setup.open_split(config, "test", workdir, whole=not of_run)
+    config, loaded, of_run = processes.on_all(lambda: _weights(config, workdir, choices))
+    source = processes.on_all(lambda: setup.open_split(config, "test", workdir, whole=not of_run))
+    same_run.check_processes(config, {"test": Identity.of(source)})
     model = setup.make_model(config, loaded.model.num_classes)
     _check_model(model, loaded, any_size=bool(choices.sizes))
     model.check_classifies(loaded.source)
@@ -119,7 +122,7 @@ def prepare(
     models = tuple(setup.make_model(config, count, size=size) for size in choices.sizes) or (model,)
     if workdir is not None:
         processes.check_shared_folder(workdir.path)
-    batch_size = _batch_size(config.train.batch_size, len(source), mesh.size)
+    batch_size = _batch_size(config.train.batch_size or len(source), len(source), mesh.size)
     share = Share(batch_size, jax.process_index(), jax.process_count())
     chunk_bytes = share.chunk * max(math.prod(model.image_shape) for model in models)
     workers = processes.on_all(lambda: num_workers(config.data.workers, source, chunk_bytes))
@@ -139,7 +142,7 @@ def prepare(
 
 def config_of_run(workdir: Workdir) -> ml_collections.ConfigDict | None:
     """Returns the configuration of the run in a working directory; None if there is no run."""
-    saved = identity.read_config(workdir)
+    saved = record.read_config(workdir)
     return None if saved is None else recipe.from_json(saved, str(workdir.config))
 
 

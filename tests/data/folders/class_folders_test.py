@@ -13,7 +13,7 @@ import reference
 
 from convit_jax import recipe
 from convit_jax.data import held_out
-from convit_jax.data.decode import decode
+from convit_jax.data.images.decode import decode
 from convit_jax.data.open import SPLITS, open_source
 from convit_jax.data.source import check_images, describe
 
@@ -139,7 +139,7 @@ def test_what_is_wrong_with_a_folder_is_said(tmp_path):
     make_files(divided, "val/a/1.jpg", "val/c/1.jpg")
     refused(ValueError, r"val: classes that train/ lacks: \['c'\]", "test", path=divided)
     make_files(tmp_path / "single", "train/a/1.jpg", "train/2.jpg")
-    message = r"two class folders, got \['a'\] and 1 images in no class"
+    message = r"two class folders, got \['a'\] and 1 image in no class"
     refused(ValueError, message, path=tmp_path / "single")
 
 

@@ -8,16 +8,9 @@ import os
 
 import numpy as np
 
-from convit_jax.data import (
-    class_names,
-    class_order,
-    corrupt,
-    held_out,
-    label_lists,
-    layouts,
-    threads,
-)
-from convit_jax.data.listing import EXTENSIONS, LeftOut, Tree, left_out_text, walk
+from convit_jax.data import class_names, corrupt, held_out, threads
+from convit_jax.data.folders import class_order, label_lists, layouts
+from convit_jax.data.folders.listing import EXTENSIONS, LeftOut, Tree, left_out_text, walk
 from convit_jax.data.source import Example, check_index, hashes
 
 log = logging.getLogger(__name__)
@@ -145,7 +138,8 @@ def _number_classes(part: layouts.Part, order: str) -> tuple[str, ...]:
         classes = part.top.folders
     in_order = class_order.in_order(classes, order, path)
     if len(in_order) < 2:
-        beside = f" and {len(part.top.images):,} images in no class" if part.top.images else ""
+        count = len(part.top.images)
+        beside = f" and {count:,} image{'s' * (count > 1)} in no class" if count else ""
         raise ValueError(
             f"{path}: expected at least two class folders, got {list(in_order)}{beside}; "
             f"data.source is 'folder:PATH' with the folder that holds train/ and val/, or the "
