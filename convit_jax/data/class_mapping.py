@@ -94,6 +94,14 @@ def match(
     return ClassMapping(tuple(logits), names, num_logits, how)
 
 
+def are_same(data: Sequence[str], weights: Sequence[str] | None, num_logits: int) -> bool:
+    """Returns whether class i of the data is logit i of the weights, as `match` finds them."""
+    try:
+        return match(data, weights, num_logits, source="", loaded="").is_identity
+    except ValueError:
+        return False
+
+
 def _by_name(
     data: Sequence[str], known: Sequence[str], source: str, loaded: str
 ) -> tuple[list[int], str]:

@@ -11,7 +11,7 @@ from jax.sharding import Mesh
 import ml_collections
 
 from convit_jax import recipe
-from convit_jax.data import fit
+from convit_jax.data import class_mapping, fit
 from convit_jax.data.batches.chunks import EvalChunks, Share, TrainChunks, draws_per_epoch
 from convit_jax.data.batches.workers import num_workers, warn_of_small_chunks
 from convit_jax.data.identity import Identity
@@ -134,7 +134,8 @@ def prepare(config: ml_collections.ConfigDict, workdir: Workdir, profile: bool =
     program.augmentation  # noqa: B018  # made now, so that it raises its errors now
     init_params = None
     if config.init_from and newest_step(workdir.checkpoints) is None:
-        init_params = processes.on_all(lambda: _init_params(config, model))
+        names = train_source.class_names
+        init_params = processes.on_all(lambda: _init_params(config, model, names))
     share = Share(config.train.batch_size, jax.process_index(), jax.process_count())
     chunk_bytes = share.chunk * math.prod(model.image_shape)
     workers = processes.on_all(lambda: num_workers(config.data.workers, train_source, chunk_bytes))
@@ -204,7 +205,9 @@ def _total_steps(
     return total
 
 
-def _init_params(config: ml_collections.ConfigDict, model: ConViT) -> dict[str, Any]:
+def _init_params(
+    config: ml_collections.ConfigDict, model: ConViT, class_names: tuple[str, ...]
+) -> dict[str, Any]:
     """Reads the weights of `config.init_from` and adapts them as the configuration allows."""
     # The tensor shapes of a DeiT do not tell its number of heads, so the model to train does.
     loaded = read_weights(config.init_from, ema=config.init_ema, num_heads=model.num_heads)
@@ -214,6 +217,14 @@ def _init_params(config: ml_collections.ConfigDict, model: ConViT) -> dict[str, 
                 "data.%s=%s, but %s were probably trained with %s",
                 key, config.data[key], config.init_from, getattr(loaded, key),
             )  # fmt: skip
+    if not config.init_new_head and not class_mapping.are_same(
+        class_names, loaded.class_names, loaded.model.num_classes
+    ):
+        log.warning(
+            "the head of %s is kept, but its classes are not those of %s in the same order: "
+            "init_new_head=True makes a new head",
+            config.init_from, config.data.source,
+        )  # fmt: skip
     return adapt.fit_params(
         loaded.params,
         model,

@@ -3,7 +3,7 @@
 import numpy as np
 import pytest
 
-from convit_jax.data import class_names
+from convit_jax.data import class_mapping, class_names
 from convit_jax.data.class_mapping import match
 
 WHERE = {"source": "folder:photos", "loaded": "pets.safetensors"}
@@ -95,3 +95,11 @@ def test_classes_without_images_can_be_left_out():
     found = match(IDS, None, 1000, **WHERE).restrict(np.array([7, 5, 7]))
     assert found.kept == (5, 7)
     assert found.logits[:8] == (-1,) * 5 + (5, -1, 7)
+
+
+def test_the_same_classes_are_in_the_same_order():
+    assert class_mapping.are_same(["cat", "dog"], ["cat", "dog"], 2)
+    assert class_mapping.are_same(["cat", "dog"], None, 2)  # nothing says otherwise
+    assert not class_mapping.are_same(["dog", "cat"], ["cat", "dog"], 2)
+    assert not class_mapping.are_same(["cat", "cow"], ["cat", "dog"], 2)
+    assert not class_mapping.are_same(["cat"], ["cat", "dog"], 2)

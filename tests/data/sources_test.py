@@ -201,6 +201,7 @@ def test_splits_of_a_tfds_set_are_read_by_name(disk, tmp_path, caplog):
 
     assert (count("train", train_split="extra"), count("test", train_split="extra")) == (4, 2)
     assert (count("train", test_split="extra"), count("test", test_split="extra")) == (8, 4)
+    assert count("test", val_fraction=1.0) == 2  # an evaluation of weights, without a run
     assert caplog.text.count("optimistic") == 1  # test, which was not named
     with pytest.raises(ValueError, match=r"data\.test_split: expected another split .* 'extra'"):
         count("train", train_split="extra", test_split="extra")

@@ -8,12 +8,16 @@ from PIL import Image
 import pytest
 import reference
 import runs
+from small_models import random_params
 
 from configs import finetune
+from convit_jax import ConViT
 from convit_jax.data.open import open_source
 from convit_jax.parallel import signals
 from convit_jax.train import loop, setup
+from convit_jax.weights import safetensors
 from convit_jax.weights.load import read_weights
+from convit_jax.weights.loaded import Loaded
 from convit_jax.workdir.folder import Workdir
 
 EPOCHS = 6.0
@@ -100,3 +104,24 @@ def test_the_loss_falls_and_a_stopped_run_goes_on(
         read_weights(tmp_path / name / "weights.safetensors").params for name in ("cut", "whole")
     ]
     jax.tree.map(np.testing.assert_array_equal, *ends)
+
+
+def test_a_head_that_is_kept_for_other_classes_is_warned_of(tmp_path, caplog):
+    runs.write_images(tmp_path / "images", per_class=8)
+    small = {"image_size": 32, "patch_size": 16, "embed_dim": 16, "depth": 2, "num_heads": 2,
+             "local_up_to_layer": 1}  # fmt: skip
+    model = ConViT(num_classes=3, **small)
+    config = finetune.get_config()
+    config.init_from = str(tmp_path / "three.safetensors")
+    config.data.update(source=f"folder:{tmp_path / 'images'}", workers=0)
+    config.model.update(small)
+    config.train.batch_size = 8
+    for order, new_head, warned in (("012", False, 0), ("021", True, 0), ("021", False, 1)):
+        names = tuple(f"class{digit}" for digit in order)
+        loaded = Loaded(model, random_params(model), class_names=names)
+        safetensors.save_weights(config.init_from, loaded)
+        config.init_new_head = new_head
+        caplog.clear()
+        setup.prepare(config, Workdir(tmp_path / "run"))
+        said = "is kept, but its classes are not those of folder:"
+        assert caplog.text.count(said) == warned, (order, new_head)

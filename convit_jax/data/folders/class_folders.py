@@ -110,7 +110,9 @@ def open_folder(path: str, split: str, options: Options) -> FolderSource:
     part = layout.train if split == "train" else layout.test
     if part is None:
         raise FileNotFoundError(layouts.missing_split(layout, split))
-    for note in (*layout.notes, *(layout.test_notes if split == "test" else ())):
+    in_training = options.val_fraction < 1  # 1 is an evaluation of weights, without a run
+    notes = layout.test_notes if split == "test" and in_training else ()
+    for note in (*layout.notes, *notes):
         _say(note)
     # The training classes define the labels, even if val/ lacks some of them.
     classes = _number_classes(layout.train or part, options.class_order)

@@ -208,7 +208,8 @@ def _choose_split(info: Any, split: str, splits: Splits, folder: pathlib.Path) -
             f"{folder}: expected a {expected or 'validation or test'} split with images, got "
             f"{counts}" + (f"; choose with --config.data.{key}={choice[0]}" if choice else "")
         )
-    if wanted == "test" and not splits.test_split:
+    in_training = splits.val_fraction < 1  # 1 is an evaluation of weights, without a run
+    if wanted == "test" and not splits.test_split and in_training:
         log.info(
             "%s: its test split chooses the best checkpoint of a run, as there is no validation "
             "split: the accuracy on it is optimistic", folder,

@@ -40,6 +40,8 @@ def refusal(path, split="train", **options):
 def test_splits_are_known_by_their_names(tmp_path, caplog, train, test):
     caplog.set_level("INFO", "convit_jax")
     make_files(tmp_path, *classes(train), *classes(test, "dog"))
+    folders_read(tmp_path, val_fraction=1.0)  # an evaluation of weights, without a run
+    assert "chooses the best checkpoint" not in caplog.text
     assert folders_read(tmp_path) == (train, test)
     assert read(tmp_path, "test")[1] == {f"dog/{i:03}.jpg": "dog" for i in range(3)}
     said = f"{tmp_path / test} chooses the best checkpoint of a run, as there is no val/"
