@@ -416,13 +416,19 @@ def changes_since(saved: Mapping[str, Any], config: ml_collections.ConfigDict) -
       saved: saved configuration, as `from_json` takes it.
       config: configuration of the present start.
     """
+    version, changes = saved.get("format_version", 1), []
     mixes = config.mixup.prob > 0 and max(config.mixup.mixup, config.mixup.cutmix) > 0
-    if saved.get("format_version", 1) < 2 and mixes:
-        return [
+    if version < 2 and mixes:
+        changes.append(
             "mixup.group_size: the run was saved with groups of consecutive images; now "
             "consecutive images are in different groups"
-        ]
-    return []
+        )
+    if version < 3 and config.augment.crop == "pad":
+        changes.append(
+            "augment.crop=pad: the run was saved with other random numbers for crops, flips and "
+            "colours; their distribution and the order of the images are the same"
+        )
+    return changes
 
 
 def _leaves(tree: Mapping[str, Any], path: str = "") -> Iterator[tuple[str, Any]]:
