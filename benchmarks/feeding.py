@@ -21,8 +21,8 @@ import numpy as np
 
 from benchmarks import input_pipeline
 from configs import convit_ti
-from convit_jax.data.chunks import draws_per_epoch
-from convit_jax.data.workers import iterate
+from convit_jax.data.batches.chunks import draws_per_epoch
+from convit_jax.data.batches.workers import iterate
 from convit_jax.train import loop, setup
 from convit_jax.workdir.folder import Workdir
 

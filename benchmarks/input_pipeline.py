@@ -24,7 +24,7 @@ from PIL import Image
 import PIL.features
 
 from benchmarks import peer
-from convit_jax.data.transforms import EvalTransform, TrainTransform
+from convit_jax.data.images.transforms import EvalTransform, TrainTransform
 
 Run = Callable[[bytes], object]
 

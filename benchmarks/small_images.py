@@ -25,10 +25,10 @@ from PIL import Image
 
 from configs import cifar10, digits
 from convit_jax.data.arrays import ArraySource
-from convit_jax.data.chunks import Share, TrainChunks
+from convit_jax.data.batches.chunks import Share, TrainChunks
+from convit_jax.data.images.transforms import TrainTransform
 from convit_jax.data.open import open_source
 from convit_jax.data.source import Example, Source
-from convit_jax.data.transforms import TrainTransform
 
 _IMAGES = 5_000  # number of photo cuts
 _CHUNKS = 24  # chunks of 64 images in a measurement

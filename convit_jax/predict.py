@@ -15,9 +15,9 @@ import jax.numpy as jnp
 import numpy as np
 
 from convit_jax.data import class_names
-from convit_jax.data.decode import decode
-from convit_jax.data.listing import EXTENSIONS, walk
-from convit_jax.data.transforms import EvalTransform
+from convit_jax.data.folders.listing import EXTENSIONS, walk
+from convit_jax.data.images.decode import decode
+from convit_jax.data.images.transforms import EvalTransform
 from convit_jax.model.normalise import normalise
 from convit_jax.weights.loaded import Loaded
 

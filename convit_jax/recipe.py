@@ -171,7 +171,7 @@ KEYS: dict[str, Key] = {
     ),
     "data.mean": Key(IMAGENET_MEAN, "mean of each channel, of values in [0, 1]"),
     "data.std": Key(IMAGENET_STD, "standard deviation of each channel, of values in [0, 1]"),
-    # Augmentation on the host: convit_jax/data/transforms.py.
+    # Augmentation on the host: convit_jax/data/images/transforms.py.
     "augment.crop": Key("random_resized", "kind of crop: random_resized, pad or none"),
     "augment.scale": Key((0.08, 1.0), "range of a crop's share of the image's area"),
     "augment.ratio": Key((3 / 4, 4 / 3), "range of a crop's width over its height"),
@@ -425,8 +425,8 @@ def changes_since(saved: Mapping[str, Any], config: ml_collections.ConfigDict) -
         )
     if version < 3 and config.augment.crop == "pad":
         changes.append(
-            "augment.crop=pad: the run was saved with other random numbers for crops, flips and "
-            "colours; their distribution and the order of the images are the same"
+            "augment.crop=pad: the random numbers of crops, flips and colours are others now; "
+            "their distribution is the same"
         )
     return changes
 

@@ -17,7 +17,8 @@ from sklearn import datasets
 import convit_jax
 from convit_jax import predict
 from convit_jax.cli import predict as command
-from convit_jax.data import class_names, transforms
+from convit_jax.data import class_names
+from convit_jax.data.images import transforms
 from convit_jax.weights import safetensors
 from convit_jax.weights.load import read_weights
 from convit_jax.weights.loaded import Loaded

@@ -15,12 +15,12 @@ import ml_collections
 import numpy as np
 
 from convit_jax.cli import options
-from convit_jax.data.chunks import Batch, EvalChunks, Share, TrainChunks, Transform
+from convit_jax.data.batches.chunks import Batch, EvalChunks, Share, TrainChunks, Transform
+from convit_jax.data.batches.workers import iterate, num_workers
 from convit_jax.data.corrupt import MEND, CorruptImageError
 from convit_jax.data.open import SPLITS
 from convit_jax.data.pictures import contact_sheet
 from convit_jax.data.source import Source, Subset, check_images, describe
-from convit_jax.data.workers import iterate, num_workers
 from convit_jax.storage import whole_file
 from convit_jax.train import setup
 
@@ -78,9 +78,9 @@ def main(argv: Sequence[str] | None = None, prog: str = "convit data") -> None:
 
 
 def _prepare(tars: str, data_dir: str) -> None:
-    from convit_jax.data import imagenet
+    from convit_jax.data.imagenet import prepare
 
-    path = imagenet.prepare_imagenet(tars, data_dir)
+    path = prepare.prepare_imagenet(tars, data_dir)
     print(f"ready: {path}\nTrain with --config.data.dir={data_dir}")
 
 

@@ -14,7 +14,7 @@ import logging
 from convit_jax import recipe
 from convit_jax.cli import options
 from convit_jax.parallel import accelerators, processes
-from convit_jax.workdir import identity
+from convit_jax.workdir import record
 from convit_jax.workdir.folder import Workdir
 
 log = logging.getLogger(__name__)
@@ -34,7 +34,7 @@ def main(argv: Sequence[str] | None = None, prog: str = "convit train") -> None:
         workdir = Workdir(args.workdir)
         base = args.config
         if base is None:
-            saved = identity.read_config(workdir)
+            saved = record.read_config(workdir)
             if saved is None:
                 parser.error(f"--config: expected one, since {workdir} holds no run to continue")
             base = recipe.from_json(saved, str(workdir.config))

@@ -1,11 +1,10 @@
 """Opens a data set by its name: a tfds data set, class folders or scikit-learn's digits."""
 
-from convit_jax.data import tfds_source
 from convit_jax.data.arrays import digits
-from convit_jax.data.folders import Options, open_folder
+from convit_jax.data.folders.class_folders import Options, open_folder
 from convit_jax.data.held_out import RULES
 from convit_jax.data.source import Source, subset
-from convit_jax.data.tfds_source import Splits
+from convit_jax.data.tfds.dataset import Splits, open_tfds
 
 SPLITS = ("train", "test")
 
@@ -72,7 +71,7 @@ def open_source(
         opened = open_folder(rest, split, options)
     elif kind == "tfds" and rest:
         splits = Splits(train_split, test_split, val_fraction, held_out)
-        opened = tfds_source.open_tfds(rest, split, data_dir, cache_dir, splits)
+        opened = open_tfds(rest, split, data_dir, cache_dir, splits)
     else:
         raise ValueError(
             f"data.source: expected 'digits', 'folder:PATH' or 'tfds:NAME', got {source!r}"

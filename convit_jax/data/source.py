@@ -15,7 +15,7 @@ from typing import Any, Protocol
 import numpy as np
 
 from convit_jax.data.corrupt import CorruptImageError
-from convit_jax.data.decode import decode
+from convit_jax.data.images.decode import decode
 
 Example = dict[str, Any]
 

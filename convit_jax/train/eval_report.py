@@ -16,7 +16,7 @@ from convit_jax.data.class_mapping import ClassMapping
 from convit_jax.data.source import Source, describe
 from convit_jax.model.variants import variant_of
 from convit_jax.train.eval_setup import EvalRun
-from convit_jax.workdir import identity
+from convit_jax.workdir import record
 
 PerImage = dict[str, np.ndarray]  # arrays (images, ...), see `of_evaluated`
 
@@ -204,7 +204,7 @@ def contents(prepared: EvalRun, results: list[dict[str, Any]]) -> dict[str, Any]
         "devices": f"{jax.device_count()} x {jax.devices()[0].device_kind}",
         "processes": jax.process_count(),
         "time": time.strftime("%Y-%m-%d %H:%M:%S %z"),
-        "versions": dict(identity.versions()),
+        "versions": dict(record.versions()),
     }
 
 

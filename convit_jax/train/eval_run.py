@@ -5,7 +5,6 @@ import contextlib
 import json
 import logging
 import pathlib
-import sys
 import time
 from typing import Any
 
@@ -15,16 +14,17 @@ from jax.sharding import Mesh
 import numpy as np
 import tqdm
 
-from convit_jax.data import transforms
-from convit_jax.data.chunks import Batch, EvalChunks
+from convit_jax.data.batches.chunks import Batch, EvalChunks
+from convit_jax.data.batches.workers import iterate
+from convit_jax.data.images import transforms
 from convit_jax.data.source import describe
-from convit_jax.data.workers import iterate
 from convit_jax.model.network import ConViT
 from convit_jax.parallel import processes, sharding
 from convit_jax.parallel.signals import Interruption
 from convit_jax.storage import write_text
 from convit_jax.train import eval_report, evaluation
 from convit_jax.train.eval_setup import EvalRun
+from convit_jax.train.metrics import shows_bars
 from convit_jax.weights import adapt
 from convit_jax.workdir.folder import Workdir
 
@@ -122,7 +122,7 @@ def _watch(batches: Iterable[Batch], total: int, size: int) -> Iterator[Batch]:
         total=total,
         unit="image",
         leave=False,
-        disable=not (processes.is_main() and sys.stderr.isatty()),
+        disable=not (processes.is_main() and shows_bars()),
     )
     with bar:
         for number, batch in enumerate(batches):

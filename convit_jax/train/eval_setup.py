@@ -15,12 +15,12 @@ import ml_collections
 
 from convit_jax import recipe
 from convit_jax.data import class_mapping
-from convit_jax.data.chunks import Share
+from convit_jax.data.batches.chunks import Share
+from convit_jax.data.batches.workers import num_workers
 from convit_jax.data.class_mapping import ClassMapping
 from convit_jax.data.fit import check_fit
 from convit_jax.data.identity import Identity
 from convit_jax.data.source import Source
-from convit_jax.data.workers import num_workers
 from convit_jax.model import image_size
 from convit_jax.model.network import ConViT
 from convit_jax.model.variants import options_of_kind, variant_of
@@ -28,7 +28,7 @@ from convit_jax.parallel import processes, sharding
 from convit_jax.train import same_run, setup
 from convit_jax.weights.load import read_weights
 from convit_jax.weights.loaded import Loaded
-from convit_jax.workdir import identity
+from convit_jax.workdir import record
 from convit_jax.workdir.folder import Workdir
 
 log = logging.getLogger(__name__)
@@ -142,7 +142,7 @@ def prepare(
 
 def config_of_run(workdir: Workdir) -> ml_collections.ConfigDict | None:
     """Returns the configuration of the run in a working directory; None if there is no run."""
-    saved = identity.read_config(workdir)
+    saved = record.read_config(workdir)
     return None if saved is None else recipe.from_json(saved, str(workdir.config))
 
 

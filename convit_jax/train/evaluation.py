@@ -96,7 +96,7 @@ def evaluate(
     Args:
       eval_step: the step, from `make_eval_step`.
       weights: {prefix: parameters of the model}; the prefix is put before the names of the results.
-      batches: this process's share of the padded batches of `convit_jax.data.chunks.EvalChunks`.
+      batches: this process's share of the padded batches of `EvalChunks`.
       mesh: mesh of all devices.
       num_images: number of images of the split.
       interrupted: called before every batch; the evaluation stops if it returns True.

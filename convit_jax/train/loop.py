@@ -9,8 +9,8 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
+from convit_jax.data.batches.workers import iterate
 from convit_jax.data.source import describe
-from convit_jax.data.workers import iterate
 from convit_jax.model import flops
 from convit_jax.parallel import processes, sharding
 from convit_jax.parallel.signals import Interruption

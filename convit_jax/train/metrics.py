@@ -70,7 +70,7 @@ class Metrics:
                 initial=start_step,
                 unit="step",
                 miniters=1,
-                disable=not (main and _has_width()),
+                disable=not (main and shows_bars()),
                 # Without tqdm's estimate of the time left, which counts evaluations as training.
                 bar_format="{l_bar}{bar}| {n_fmt}/{total_fmt} [{elapsed}{postfix}]",
             )
@@ -189,8 +189,8 @@ class Metrics:
             writer.write(kind, step, now, metrics)
 
 
-def _has_width() -> bool:
-    """Whether standard error is a terminal of known width, on which a bar can be drawn."""
+def shows_bars() -> bool:
+    """Returns whether standard error is a terminal of known width, which can show a bar."""
     if not sys.stderr.isatty():
         return False
     if os.environ.get("COLUMNS", "").isdecimal():

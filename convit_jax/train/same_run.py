@@ -20,7 +20,7 @@ from convit_jax.data.identity import (
     process_differences,
 )
 from convit_jax.parallel import processes
-from convit_jax.workdir import identity
+from convit_jax.workdir import record
 from convit_jax.workdir.folder import Workdir
 
 log = logging.getLogger(__name__)
@@ -28,13 +28,13 @@ log = logging.getLogger(__name__)
 
 def batch_size(workdir: Workdir) -> int | None:
     """Returns the batch size of the run in the workdir; None if there is no run."""
-    saved = identity.read_config(workdir)
+    saved = record.read_config(workdir)
     return None if saved is None else recipe.from_json(saved, str(workdir.config)).train.batch_size
 
 
 def keep_division(workdir: Workdir, config: ml_collections.ConfigDict) -> None:
     """Gives a configuration the rule by which the run in the workdir holds out images, if any."""
-    saved = identity.read_config(workdir)
+    saved = record.read_config(workdir)
     if saved is not None:
         found = recipe.from_json(saved, str(workdir.config))
         for text in recipe.keep_division(found, config):
@@ -47,7 +47,7 @@ def check_config(workdir: Workdir, config: ml_collections.ConfigDict) -> list[st
     Raises:
       ValueError: if the run there has another model or recipe; names the keys that differ.
     """
-    saved = identity.read_config(workdir)
+    saved = record.read_config(workdir)
     if saved is None:
         return []
     found = recipe.from_json(saved, str(workdir.config))
@@ -71,7 +71,7 @@ def check_data(workdir: Workdir, data: Mapping[str, Identity]) -> list[str]:
     Raises:
       ValueError: if the classes differ.
     """
-    class_names = identity.read_class_names(workdir)
+    class_names = record.read_class_names(workdir)
     if class_names is None:
         return []
     if difference := class_difference(class_names, data["train"].class_names):
@@ -81,7 +81,7 @@ def check_data(workdir: Workdir, data: Mapping[str, Identity]) -> list[str]:
             f"renamed, in the same order, rename them in {workdir.classes} too"
         )
     changes = []
-    saved, fingerprints = identity.read_data(workdir), identity.read_fingerprints(workdir)
+    saved, fingerprints = record.read_data(workdir), record.read_fingerprints(workdir)
     for split, found in data.items():
         now, last = found.summary(), saved.get(split)
         if last is None or (last["images"], last["hash"]) == (now["images"], now["hash"]):
@@ -132,7 +132,7 @@ def record_start(
     Raises:
       OSError: if a file cannot be written.
     """
-    identity.record_start(
+    record.record_start(
         workdir,
         recipe.to_json(config),
         step,

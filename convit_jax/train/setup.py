@@ -11,12 +11,13 @@ from jax.sharding import Mesh
 import ml_collections
 
 from convit_jax import recipe
-from convit_jax.data import fit, transforms
-from convit_jax.data.chunks import EvalChunks, Share, TrainChunks, draws_per_epoch
+from convit_jax.data import fit
+from convit_jax.data.batches.chunks import EvalChunks, Share, TrainChunks, draws_per_epoch
+from convit_jax.data.batches.workers import num_workers, warn_of_small_chunks
 from convit_jax.data.identity import Identity
+from convit_jax.data.images import transforms
 from convit_jax.data.open import SPLITS, open_source
 from convit_jax.data.source import Source
-from convit_jax.data.workers import num_workers, warn_of_small_chunks
 from convit_jax.model import image_size
 from convit_jax.model.attention import choose_forms
 from convit_jax.model.network import ConViT

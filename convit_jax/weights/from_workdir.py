@@ -14,7 +14,7 @@ from convit_jax import recipe
 from convit_jax.model import image_size
 from convit_jax.model.variants import options_of_kind, structure_of
 from convit_jax.weights.infer import Claim
-from convit_jax.workdir import identity
+from convit_jax.workdir import record
 from convit_jax.workdir.checkpoints import best_step, newest_step
 from convit_jax.workdir.folder import Workdir
 
@@ -128,13 +128,13 @@ def describe(workdir: Workdir) -> tuple[Claim, dict[str, Any]]:
         "mean": config.data.mean,
         "std": config.data.std,
         "crop_pct": config.augment.eval_crop,
-        "class_names": identity.read_class_names(workdir),
+        "class_names": record.read_class_names(workdir),
     }
     return Claim(f"config.json of {workdir}", options), extras
 
 
 def _config(workdir: Workdir) -> ml_collections.ConfigDict:
-    saved = identity.read_config(workdir)
+    saved = record.read_config(workdir)
     if saved is None:
         raise ValueError(f"{workdir.config}: not the configuration of a run")
     return recipe.from_json(saved, str(workdir.config))

@@ -8,12 +8,13 @@ import numpy as np
 from PIL import Image
 import pytest
 
-from convit_jax.data import records, tfds_source
-from convit_jax.data.chunks import EvalChunks, Share, TrainChunks
+from convit_jax.data.batches.chunks import EvalChunks, Share, TrainChunks
 from convit_jax.data.corrupt import CorruptImageError
-from convit_jax.data.decode import decode
+from convit_jax.data.images.decode import decode
 from convit_jax.data.open import open_source
 from convit_jax.data.source import check_images, first_example
+from convit_jax.data.tfds import records
+from convit_jax.data.tfds.dataset import RecordSource
 
 
 @pytest.fixture
@@ -85,7 +86,7 @@ def test_a_broken_record_is_a_corrupt_image_and_a_wrong_shard_is_not(tmp_path):
     payload = b"\xff" * 20
     path.write_bytes(len(payload).to_bytes(8, "little") + bytes(4) + payload + bytes(4))
     shards = records.TFRecords((str(path),), (1,), np.array([[12, len(payload)]]))
-    source = tfds_source.RecordSource(shards, "image", "label", None, ("a",), "", "")
+    source = RecordSource(shards, "image", "label", None, ("a",), "", "")
     with pytest.raises(CorruptImageError, match=r"shard, record 0: not a tf\.train\.Example"):
         source[0]
     path.write_bytes(path.read_bytes()[:20])

@@ -8,15 +8,15 @@ import numpy as np
 from PIL import Image
 import pytest
 
-from convit_jax.data import gather
 from convit_jax.data.arrays import ArraySource, digits
-from convit_jax.data.chunks import Share, TrainChunks
+from convit_jax.data.batches import gather
+from convit_jax.data.batches.chunks import Share, TrainChunks
+from convit_jax.data.batches.workers import iterate
 from convit_jax.data.corrupt import CorruptImageError, ImageError
-from convit_jax.data.pad_crop import pad_crop_flip
-from convit_jax.data.random_numbers import Given, uniforms
+from convit_jax.data.images.pad_crop import pad_crop_flip
+from convit_jax.data.images.random_numbers import Given, uniforms
+from convit_jax.data.images.transforms import TrainTransform
 from convit_jax.data.source import Subset
-from convit_jax.data.transforms import TrainTransform
-from convit_jax.data.workers import iterate
 
 PLAIN = {"crop": "pad", "pad_crop": 2, "randaugment_ops": 0, "color_jitter": 0.0}
 AUGMENTED = {

@@ -16,9 +16,12 @@ import make_imagenet
 import numpy as np
 import pytest
 
-from convit_jax.data import imagenet_tars, records, tf_example, tfds_folders, tfds_source
+from convit_jax.data.imagenet import tar_files
 from convit_jax.data.open import SPLITS, open_source
 from convit_jax.data.source import check_images, describe
+from convit_jax.data.tfds import dataset, records, tf_example
+from convit_jax.data.tfds.dataset import RecordSource
+from convit_jax.data.tfds.prepared import find_version
 
 FORMATS = ("array_record", "tfrecord")
 NAME = "tfds:imagenet2012"
@@ -394,7 +397,7 @@ def test_a_shard_that_changes_under_a_run_is_named(broken):
     body = struct.pack("<QI", 3, 0) + b"abc" + bytes(4)
     path.write_bytes(body)
     shards = records.TFRecords((str(path),), (1,), np.array([[12, 3]]))
-    other = tfds_source.RecordSource(shards, "image", "label", None, ("a",), "", "")
+    other = RecordSource(shards, "image", "label", None, ("a",), "", "")
     with pytest.raises(ValueError, match=rf"{path}, record 0: not a tf\.train\.Example"):
         other[0]
 
@@ -402,9 +405,9 @@ def test_a_shard_that_changes_under_a_run_is_named(broken):
 def test_a_label_without_a_class_and_a_missing_image_are_named(disk):
     source = open_any(disk, "tfrecord", "train")
     with pytest.raises(ValueError, match=r"record 0, n\d+_\d\.JPEG: expected a label below 1, got"):
-        tfds_source.RecordSource(source.shards, "image", "label", "file_name", ("a",), "", "")[0]
+        RecordSource(source.shards, "image", "label", "file_name", ("a",), "", "")[0]
     with pytest.raises(ValueError, match="record 0: expected bytes 'picture' and an integer"):
-        tfds_source.RecordSource(source.shards, "picture", "label", None, ("a",), "", "")[0]
+        RecordSource(source.shards, "picture", "label", None, ("a",), "", "")[0]
 
 
 @either_format
@@ -487,7 +490,7 @@ def test_a_data_set_that_is_not_there_comes_with_the_command_that_prepares_it(
 def test_a_missing_tensorflow_datasets_is_named(disk, tmp_path, monkeypatch):
     make_files(tmp_path, "train/n01/1.jpg", "train/n02/1.jpg", "val/ILSVRC2012_val_00000001.JPEG")
     monkeypatch.setitem(sys.modules, "tensorflow_datasets", None)
-    imagenet_tars._tfds_lines.cache_clear()
+    tar_files._tfds_lines.cache_clear()
     # The command line shows a ModuleNotFoundError in one line, without a traceback.
     with pytest.raises(ModuleNotFoundError, match="needs pip install tensorflow-datasets"):
         open_any(disk, "tfrecord", "train")
@@ -510,7 +513,7 @@ def test_versions_and_configurations(disk, tmp_path, monkeypatch):
         return open_source(source, "test").shards.paths[0]
 
     def folder(source):
-        path = tfds_folders.find_version(source.removeprefix("tfds:"), tmp_path)
+        path = find_version(source.removeprefix("tfds:"), tmp_path)
         return os.path.relpath(path, tmp_path)
 
     assert len(open_source("tfds:plain", "test")) == 8
@@ -544,7 +547,7 @@ def test_a_subset_is_the_first_file_names_of_each_class(disk, examples, ratio, t
 def test_names_and_labels_are_read_once(disk, layout, tmp_path, monkeypatch):
     options = {"sampling_ratio": 0.5, "cache_dir": str(tmp_path)}
     first = contents(open_any(disk, layout, "train", **options))
-    monkeypatch.setattr(tfds_source, "parse_example", None)
+    monkeypatch.setattr(dataset, "parse_example", None)
     again = open_any(disk, layout, "train", **options)
     monkeypatch.undo()
     assert contents(again) == first

@@ -128,8 +128,8 @@ FEED = """
 import signal
 
 from convit_jax.data.open import open_source
-from convit_jax.data.chunks import Share, TrainChunks
-from convit_jax.data.workers import iterate
+from convit_jax.data.batches.chunks import Share, TrainChunks
+from convit_jax.data.batches.workers import iterate
 from convit_jax.parallel.signals import Interruption
 
 

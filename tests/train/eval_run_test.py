@@ -17,7 +17,8 @@ from runs import ROOT
 
 from configs import convit_ti, digits
 import convit_jax
-from convit_jax.data import class_names, transforms
+from convit_jax.data import class_names
+from convit_jax.data.images import transforms
 from convit_jax.data.open import open_source
 from convit_jax.train import eval_run, eval_setup, loop, setup
 from convit_jax.weights import safetensors

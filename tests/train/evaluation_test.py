@@ -6,11 +6,11 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from convit_jax.data.chunks import EvalChunks, Share
+from convit_jax.data.batches.chunks import EvalChunks, Share
+from convit_jax.data.batches.workers import iterate
 from convit_jax.data.corrupt import CorruptImageError
 from convit_jax.data.open import open_source
 from convit_jax.data.source import Subset
-from convit_jax.data.workers import iterate
 from convit_jax.parallel import sharding
 from convit_jax.train import evaluation
 

@@ -11,9 +11,9 @@ import pytest
 
 from configs import digits
 from convit_jax import recipe
-from convit_jax.data.chunks import Share, TrainChunks
+from convit_jax.data.batches.chunks import Share, TrainChunks
+from convit_jax.data.batches.workers import iterate
 from convit_jax.data.open import open_source
-from convit_jax.data.workers import iterate
 from convit_jax.parallel import sharding
 from convit_jax.train import loop, optim, setup
 from convit_jax.train.step import Program
@@ -355,6 +355,7 @@ def test_a_run_of_an_older_configuration_continues(tmp_path, caplog):
     result = loop.train(setup.prepare(config, workdir))
     assert result["images"] == 360
     assert "last start: mixup.group_size: the run was saved with groups of" in caplog.text
+    assert "last start: augment.crop=pad: the random numbers of crops" in caplog.text
     assert json.loads(workdir.config.read_text())["format_version"] == recipe.FORMAT_VERSION
     read_weights(tmp_path)
     config.optim.b1 = 0.5

@@ -15,7 +15,7 @@ import numpy as np
 import pytest
 from tensorboardX.proto import event_pb2
 
-from convit_jax.data import records
+from convit_jax.data.tfds import records
 from convit_jax.train.metrics import Metrics
 from convit_jax.workdir.folder import Workdir
 

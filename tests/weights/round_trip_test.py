@@ -10,7 +10,7 @@ import reference
 
 from benchmarks import input_pipeline, peer
 from convit_jax.cli import convert
-from convit_jax.data.transforms import EvalTransform
+from convit_jax.data.images.transforms import EvalTransform
 from convit_jax.weights.load import read_weights
 from convit_jax.weights.loaded import Loaded
 

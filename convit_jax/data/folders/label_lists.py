@@ -10,7 +10,7 @@ import os
 import pathlib
 import re
 
-from convit_jax.data import imagenet_tars
+from convit_jax.data.imagenet import tar_files
 
 ANNOTATIONS = "val_annotations.txt"
 # ILSVRC2012_val_00000001.JPEG, in copies ILSVRC2012_val_00000001_n01751748.JPEG.
@@ -34,7 +34,7 @@ def imagenet_labels(images: Sequence[str], where: str) -> dict[str, str]:
       ModuleNotFoundError: if tensorflow-datasets is not installed.
     """
     try:
-        listed = imagenet_tars.validation_wnids()
+        listed = tar_files.validation_wnids()
     except ImportError as error:
         raise ModuleNotFoundError(
             f"{where}: the classes of ImageNet's validation images are in a list of "

@@ -12,10 +12,12 @@ from typing import Any
 
 import numpy as np
 
-from convit_jax.data import held_out, records, tfds_folders, threads
+from convit_jax.data import held_out, threads
 from convit_jax.data.corrupt import CorruptImageError
 from convit_jax.data.source import Source, Subset, check_index, hashes
-from convit_jax.data.tf_example import parse_example
+from convit_jax.data.tfds import records
+from convit_jax.data.tfds.prepared import find_root, find_version, how_to_prepare
+from convit_jax.data.tfds.tf_example import parse_example
 
 log = logging.getLogger(__name__)
 
@@ -147,8 +149,8 @@ def open_tfds(
         image classification.
       ModuleNotFoundError: if tensorflow-datasets is not installed.
     """
-    root = tfds_folders.find_root(data_dir)
-    folder = tfds_folders.find_version(spec, root)
+    root = find_root(data_dir)
+    folder = find_version(spec, root)
     info = _tfds_info(folder)
     format_name = info.file_format.value
     if format_name not in FORMATS:
@@ -258,7 +260,7 @@ def _tfds_info(folder: pathlib.Path) -> Any:
 def _prepare_again(info: Any, folder: pathlib.Path, root: pathlib.Path) -> str:
     """Returns what mends a prepared folder. No command replaces one that is there."""
     spec = f"{info.name}/{info.config_name}" if info.config_name else info.name
-    return f"move {folder} away and prepare it again. {tfds_folders.how_to_prepare(spec, root)}"
+    return f"move {folder} away and prepare it again. {how_to_prepare(spec, root)}"
 
 
 def _tfds_keys(info: Any) -> tuple[str, str, str | None, tuple[str, ...]]:

@@ -10,7 +10,7 @@ import struct
 import numpy as np
 
 from convit_jax.data.corrupt import CorruptImageError
-from convit_jax.data.opencv import opencv
+from convit_jax.data.images.opencv import opencv
 
 _SEGMENT = struct.Struct(">BBH")  # start of a JPEG segment: 0xFF, marker, length from here on
 _PNG = b"\x89PNG\r\n\x1a\n"

@@ -8,10 +8,10 @@ import numpy as np
 import pytest
 
 from convit_jax.data.arrays import ArraySource
-from convit_jax.data.chunks import EvalChunks, Share, TrainChunks, draws_per_epoch
+from convit_jax.data.batches.chunks import EvalChunks, Share, TrainChunks, draws_per_epoch
+from convit_jax.data.batches.workers import iterate
 from convit_jax.data.corrupt import CorruptImageError, ImageError
-from convit_jax.data.transforms import TrainTransform
-from convit_jax.data.workers import iterate
+from convit_jax.data.images.transforms import TrainTransform
 
 NUM = 600
 

@@ -6,7 +6,7 @@ from image_files import classes, make_files
 import numpy as np
 import pytest
 
-from convit_jax.data import imagenet_tars
+from convit_jax.data.imagenet import tar_files
 from convit_jax.data.open import open_source
 
 
@@ -84,7 +84,7 @@ def test_a_folder_too_many_in_each_split(tmp_path):
 def validation(monkeypatch):
     """A list of the classes of ten validation images."""
     listed = ["n03", "n01", "n02", "n01", "n02", "n03", "n01", "n02", "n03", "n03"]
-    monkeypatch.setattr(imagenet_tars, "validation_wnids", lambda: listed)
+    monkeypatch.setattr(tar_files, "validation_wnids", lambda: listed)
     return {f"ILSVRC2012_val_{i + 1:08}.JPEG": wnid for i, wnid in enumerate(listed)}
 
 

@@ -4,7 +4,7 @@ import grain
 import numpy as np
 import pytest
 
-from convit_jax.data import shuffle
+from convit_jax.data.batches import shuffle
 
 
 @pytest.mark.parametrize("size", [1, 2, 10, 100, 1437, 50_000, 65_535, 65_536])

@@ -8,9 +8,9 @@ import time
 import numpy as np
 import pytest
 
-from convit_jax.data import worker_processes, workers
 from convit_jax.data.arrays import ArraySource
-from convit_jax.data.chunks import CorruptImageError, EvalChunks, Share, TrainChunks
+from convit_jax.data.batches import worker_processes, workers
+from convit_jax.data.batches.chunks import CorruptImageError, EvalChunks, Share, TrainChunks
 from convit_jax.parallel import cpus, processes
 
 

@@ -13,7 +13,7 @@ import reference
 
 from convit_jax import recipe
 from convit_jax.data import held_out
-from convit_jax.data.decode import decode
+from convit_jax.data.images.decode import decode
 from convit_jax.data.open import SPLITS, open_source
 from convit_jax.data.source import check_images, describe
 

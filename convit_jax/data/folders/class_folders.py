@@ -8,16 +8,9 @@ import os
 
 import numpy as np
 
-from convit_jax.data import (
-    class_names,
-    class_order,
-    corrupt,
-    held_out,
-    label_lists,
-    layouts,
-    threads,
-)
-from convit_jax.data.listing import EXTENSIONS, LeftOut, Tree, left_out_text, walk
+from convit_jax.data import class_names, corrupt, held_out, threads
+from convit_jax.data.folders import class_order, label_lists, layouts
+from convit_jax.data.folders.listing import EXTENSIONS, LeftOut, Tree, left_out_text, walk
 from convit_jax.data.source import Example, check_index, hashes
 
 log = logging.getLogger(__name__)

@@ -9,8 +9,8 @@ import itertools
 import os
 import re
 
-from convit_jax.data import label_lists, split_names
-from convit_jax.data.listing import LeftOut, Listing, Tree, scan
+from convit_jax.data.folders import label_lists, split_names
+from convit_jax.data.folders.listing import LeftOut, Listing, Tree, scan
 
 _NO_CLASS = frozenset({"image", "images", "img", "imgs"})  # folders of images without labels
 

@@ -17,12 +17,12 @@ import numpy as np
 from numpy.typing import ArrayLike
 
 from convit_jax.data.arrays import ArraySource
+from convit_jax.data.batches.gather import Transform, gather, naming, say_once, transformed
+from convit_jax.data.batches.shuffle import shuffled, shuffled_places
 from convit_jax.data.corrupt import MEND, CorruptImageError
-from convit_jax.data.gather import Transform, gather, naming, say_once, transformed
-from convit_jax.data.random_numbers import uniforms
-from convit_jax.data.shuffle import shuffled, shuffled_places
+from convit_jax.data.images.random_numbers import uniforms
+from convit_jax.data.images.transforms import TrainTransform
 from convit_jax.data.source import Source, Subset
-from convit_jax.data.transforms import TrainTransform
 
 Batch = dict[str, np.ndarray]
 _Images = tuple[np.ndarray, ArrayLike, ArrayLike]  # pixels, labels, numbers of skipped images

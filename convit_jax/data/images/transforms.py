@@ -11,12 +11,12 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from convit_jax.data import randaugment
-from convit_jax.data.decode import open_image
-from convit_jax.data.opencv import opencv
-from convit_jax.data.pad_crop import NUMBERS, pad_and_crop, pad_crop_flip
-from convit_jax.data.random_numbers import Given, Uniform
-from convit_jax.data.span import Span
+from convit_jax.data.images import randaugment
+from convit_jax.data.images.decode import open_image
+from convit_jax.data.images.opencv import opencv
+from convit_jax.data.images.pad_crop import NUMBERS, pad_and_crop, pad_crop_flip
+from convit_jax.data.images.random_numbers import Given, Uniform
+from convit_jax.data.images.span import Span
 from convit_jax.model.image_size import pair
 
 if TYPE_CHECKING:

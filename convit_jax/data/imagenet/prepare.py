@@ -21,13 +21,13 @@ import numpy as np
 import tqdm
 
 from convit_jax import storage
-from convit_jax.data import imagenet_tars
+from convit_jax.data.imagenet import tar_files
 
 log = logging.getLogger(__name__)
 
 _NAME = "imagenet2012"
 _STATE = "progress.json"  # lists the complete shards, beside them, until all are written
-_Plan = dict[str, tuple[str, imagenet_tars.Images]]  # shard's file name -> split, images in order
+_Plan = dict[str, tuple[str, tar_files.Images]]  # shard's file name -> split, images in order
 
 
 def prepare_imagenet(
@@ -80,14 +80,14 @@ def prepare_imagenet(
     for split, count in counts.items():
         if not 1 <= shards[split] <= count:
             raise ValueError(f"{split}: expected 1 to {count} shards, got {shards[split]}")
-    version = str(imagenet_tars.tfds_module().Builder.VERSION)
+    version = str(tar_files.tfds_module().Builder.VERSION)
     final = pathlib.Path(data_dir).expanduser() / _NAME / version
     if final.exists():
         _check_finished(final, counts)
         return final
-    train_tar, validation_tar = imagenet_tars.find_tars(tars)
-    validation = imagenet_tars.index_validation(validation_tar, validation_images)
-    train = imagenet_tars.index_train(train_tar, classes, train_images, progress)
+    train_tar, validation_tar = tar_files.find_tars(tars)
+    validation = tar_files.index_validation(validation_tar, validation_images)
+    train = tar_files.index_train(train_tar, classes, train_images, progress)
     plan = _plan("train", train, train_shards)
     plan |= _plan("validation", validation, validation_shards)
     _write(final, plan, progress)
@@ -143,7 +143,7 @@ def write_metadata(
     import tensorflow_datasets as tfds
 
     # Only the builder's features and description are used: its own folder is never made.
-    builder = imagenet_tars.tfds_module().Builder(data_dir=folder / "none", file_format=file_format)
+    builder = tar_files.tfds_module().Builder(data_dir=folder / "none", file_format=file_format)
     template = tfds.core.ShardedFileTemplate(
         data_dir=folder, dataset_name=_NAME, filetype_suffix=file_format
     )
@@ -157,7 +157,7 @@ def write_metadata(
     builder.info.write_to_directory(folder)
 
 
-def _plan(split: str, images: imagenet_tars.Images, shards: int) -> _Plan:
+def _plan(split: str, images: tar_files.Images, shards: int) -> _Plan:
     ordered = images[tfds_order(images.names, split)]
     bounds = [round(len(ordered) * i / shards) for i in range(shards + 1)]  # as tfds rounds
     return {
@@ -201,7 +201,7 @@ def _write_shards(folder: pathlib.Path, plan: _Plan, progress: bool) -> dict[str
     bar = tqdm.tqdm(
         desc=f"writing {_NAME}", total=total, initial=kept, unit=" images", disable=not progress
     )
-    with bar, imagenet_tars.readers() as pool:
+    with bar, tar_files.readers() as pool:
         for name, (split, images) in plan.items():
             if name in done:
                 continue
@@ -231,7 +231,7 @@ def _complete_shards(folder: pathlib.Path, plan: _Plan, source: str) -> dict[str
 
 
 def _write_shard(
-    path: pathlib.Path, images: imagenet_tars.Images, encode_anew: bool, pool: futures.Executor
+    path: pathlib.Path, images: tar_files.Images, encode_anew: bool, pool: futures.Executor
 ) -> dict:
     """Writes one shard; returns the bytes of its records and the names of re-encoded images."""
     from array_record.python import array_record_module
@@ -271,9 +271,9 @@ def _write_shard(
 
 def _as_rgb_jpeg(content: bytes, name: str) -> bytes:
     try:
-        return imagenet_tars.as_rgb_jpeg(content)
+        return tar_files.as_rgb_jpeg(content)
     except (ValueError, OSError) as error:
-        raise ValueError(f"{name}: damaged ({error}). {imagenet_tars.SOURCE}") from error
+        raise ValueError(f"{name}: damaged ({error}). {tar_files.SOURCE}") from error
 
 
 def _num_records(path: pathlib.Path) -> int:
@@ -307,7 +307,7 @@ def _check_finished(final: pathlib.Path, counts: dict[str, int]) -> None:
     (final / _STATE).unlink(missing_ok=True)  # left if a run was killed just before its end
 
 
-def _check_room(folder: pathlib.Path, missing: list[imagenet_tars.Images]) -> None:
+def _check_room(folder: pathlib.Path, missing: list[tar_files.Images]) -> None:
     """Raises OSError if the disk has too little free space for the missing shards."""
     # Headers, labels and names take some 200 bytes a record. Shards are padded to 64 KiB blocks.
     needed = sum(int(images.sizes.sum()) + 300 * len(images) + 2**17 for images in missing)
@@ -344,14 +344,14 @@ def _compare_encoded_anew(plan: _Plan, done: dict[str, dict]) -> None:
     """Warns if the images that were encoded again are not those that tfds lists."""
     listed = set()
     for _, images in plan.values():
-        listed.update(imagenet_tars.encoded_by_tfds().intersection(map(bytes.decode, images.names)))
+        listed.update(tar_files.encoded_by_tfds().intersection(map(bytes.decode, images.names)))
     found = {name for entry in done.values() for name in entry["encoded_anew"]}
     log.info("encoded again as RGB JPEG: %d images", len(found))
     if found != listed:
         log.warning(
             "CMYK or PNG, but not on tfds' list: %s; on the list, but not CMYK or PNG here: %s",
-            imagenet_tars.some(sorted(found - listed)) or "none",
-            imagenet_tars.some(sorted(listed - found)) or "none",
+            tar_files.some(sorted(found - listed)) or "none",
+            tar_files.some(sorted(listed - found)) or "none",
         )
 
 

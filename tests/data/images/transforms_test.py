@@ -14,10 +14,10 @@ import reference
 from scipy import stats
 from sklearn import datasets
 
-from convit_jax.data import randaugment, transforms
 from convit_jax.data.corrupt import CorruptImageError
-from convit_jax.data.decode import decode, is_plain_png, open_image
-from convit_jax.data.transforms import EvalTransform, TrainTransform
+from convit_jax.data.images import randaugment, transforms
+from convit_jax.data.images.decode import decode, is_plain_png, open_image
+from convit_jax.data.images.transforms import EvalTransform, TrainTransform
 
 PLAIN = {"randaugment_ops": 0, "color_jitter": 0.0}
 
@@ -408,7 +408,7 @@ def test_bad_options_are_refused(options, message):
 
 def test_image_libraries_are_imported_when_needed():
     code = (
-        "import sys, convit_jax.data.transforms; "
+        "import sys, convit_jax.data.images.transforms; "
         "print(sorted({'cv2', 'simplejpeg', 'PIL'} & set(sys.modules)))"
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)

@@ -126,7 +126,7 @@ def _git_revision() -> str | None:
         return done.stdout.strip()
 
     try:
-        if not git("ls-files", "identity.py"):
+        if not git("ls-files", "record.py"):
             return None
         return git("describe", "--always", "--dirty", "--abbrev=40", "--exclude=*") or None
     except (OSError, subprocess.TimeoutExpired):

@@ -9,7 +9,7 @@ import reference
 from scipy import stats
 from sklearn import datasets
 
-from convit_jax.data import randaugment
+from convit_jax.data.images import randaugment
 
 GEOMETRIC = ("Rotate", "ShearX", "ShearY", "TranslateXRel", "TranslateYRel")
 BLENDED = ("Color", "Sharpness")  # the others use tables and are exact

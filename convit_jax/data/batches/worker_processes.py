@@ -10,7 +10,7 @@ import sys
 from absl import flags
 import grain
 
-from convit_jax.data.chunks import Batch, EvalChunks, TrainChunks
+from convit_jax.data.batches.chunks import Batch, EvalChunks, TrainChunks
 from convit_jax.parallel import signals
 
 _SHARED = 2**16  # bytes; larger arrays are sent through shared memory, smaller ones by pipe

@@ -15,10 +15,10 @@ import numpy as np
 import pytest
 from runs import ROOT
 
-from convit_jax.data import worker_processes
 from convit_jax.data.arrays import ArraySource
-from convit_jax.data.chunks import Share, TrainChunks
-from convit_jax.data.workers import iterate
+from convit_jax.data.batches import worker_processes
+from convit_jax.data.batches.chunks import Share, TrainChunks
+from convit_jax.data.batches.workers import iterate
 
 
 def chunks(transform) -> TrainChunks:
@@ -64,10 +64,10 @@ def test_the_cause_of_death_is_named(status, texts):
 
 SCRIPT = """
 import contextlib, os
-from convit_jax.data import worker_processes
+from convit_jax.data.batches import worker_processes
 from convit_jax.data.arrays import ArraySource
-from convit_jax.data.chunks import Share, TrainChunks
-from convit_jax.data.workers import iterate, num_workers
+from convit_jax.data.batches.chunks import Share, TrainChunks
+from convit_jax.data.batches.workers import iterate, num_workers
 import numpy as np
 
 def large(image, rng):

@@ -9,9 +9,9 @@ import math
 
 import numpy as np
 
-from convit_jax.data import worker_processes
 from convit_jax.data.arrays import ArraySource
-from convit_jax.data.chunks import Batch, EvalChunks, Share, TrainChunks
+from convit_jax.data.batches import worker_processes
+from convit_jax.data.batches.chunks import Batch, EvalChunks, Share, TrainChunks
 from convit_jax.data.source import Source
 from convit_jax.parallel import cpus, processes
 

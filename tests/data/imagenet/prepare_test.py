@@ -20,7 +20,7 @@ from PIL import Image
 import pytest
 import tensorflow_datasets as tfds
 
-from convit_jax.data import imagenet, imagenet_tars
+from convit_jax.data.imagenet import prepare, tar_files
 
 # Images of each class. The named ones are on tfds' lists; their content is made to match.
 CLASSES = {"n02105855": 5, "n01739381": 4, "n13037406": 4}
@@ -87,15 +87,15 @@ def write_tars(folder: pathlib.Path, train=None, validation=None) -> pathlib.Pat
         out = io.BytesIO()
         write_tar(out, files)
         inner[f"{wnid}.tar"] = out.getvalue()
-    with open(folder / imagenet_tars.TRAIN_TAR, "wb") as file:
+    with open(folder / tar_files.TRAIN_TAR, "wb") as file:
         write_tar(file, inner)
-    with open(folder / imagenet_tars.VALIDATION_TAR, "wb") as file:
+    with open(folder / tar_files.VALIDATION_TAR, "wb") as file:
         write_tar(file, validation or validation_files())
     return folder
 
 
 def run(tars: pathlib.Path, data_dir: pathlib.Path, **changes) -> pathlib.Path:
-    return imagenet.prepare_imagenet(tars, data_dir, progress=False, **(COUNTS | changes))
+    return prepare.prepare_imagenet(tars, data_dir, progress=False, **(COUNTS | changes))
 
 
 def contents(folder: pathlib.Path) -> dict[str, bytes]:
@@ -167,11 +167,11 @@ def test_order_and_metadata_are_those_of_tfds(prepared):
 
 def test_default_shards_are_those_tfds_chooses():
     config = tfds.core.utils.shard_utils.ShardConfig
-    defaults = imagenet.prepare_imagenet.__kwdefaults__
+    defaults = prepare.prepare_imagenet.__kwdefaults__
     # The tars are 0.5% larger than their images, which does not change the number of shards.
     assert config.calculate_number_shards(147_897_477_120, 1_281_167) == defaults["train_shards"]
     assert config.calculate_number_shards(6_744_924_160, 50_000) == defaults["validation_shards"]
-    assert len(imagenet_tars.encoded_by_tfds()) == 23
+    assert len(tar_files.encoded_by_tfds()) == 23
 
 
 def test_special_images_decode_as_rgb(prepared):
@@ -200,18 +200,16 @@ def test_cmyk_gives_the_bytes_of_tensorflow(adobe, expected):
     if not adobe:
         start = data.index(b"\xff\xee\x00\x0eAdobe")
         data = data[:start] + data[start + 16 :]
-    assert hashlib.sha256(imagenet_tars.as_rgb_jpeg(data)).hexdigest() == expected
+    assert hashlib.sha256(tar_files.as_rgb_jpeg(data)).hexdigest() == expected
 
 
 def test_frame_header_is_found_behind_padding_and_other_segments():
     data = encode(3, "CMYK")
     comment = b"\xff\xff\xff\xfe\x00\x09\xff\xc0abcde"  # padded, and a frame header's marker in it
-    assert imagenet_tars.as_rgb_jpeg(data[:2] + comment + data[2:]) == imagenet_tars.as_rgb_jpeg(
-        data
-    )
+    assert tar_files.as_rgb_jpeg(data[:2] + comment + data[2:]) == tar_files.as_rgb_jpeg(data)
     for wrong in (b"", b"\xff\xd8", b"GIF89a" + bytes(50), data[:20]):
         with pytest.raises(ValueError, match="neither JPEG nor PNG"):
-            imagenet_tars.as_rgb_jpeg(wrong)
+            tar_files.as_rgb_jpeg(wrong)
 
 
 def cut(size: int):
@@ -250,7 +248,7 @@ def fewer_in_train(folder):
     write_tars(folder, train=files)
 
 
-TRAIN, VALIDATION = imagenet_tars.TRAIN_TAR, imagenet_tars.VALIDATION_TAR
+TRAIN, VALIDATION = tar_files.TRAIN_TAR, tar_files.VALIDATION_TAR
 
 
 @pytest.mark.parametrize(
@@ -292,7 +290,7 @@ def test_every_cut_of_a_tar_is_noticed(tmp_path):
     for size in range(0, len(whole) - 20_480, 512):
         (folder / TRAIN).write_bytes(whole[:size])
         with pytest.raises(ValueError, match=TRAIN):
-            imagenet_tars.index_train(folder / TRAIN, 3, 13)
+            tar_files.index_train(folder / TRAIN, 3, 13)
 
 
 def test_damaged_image_is_named_and_nothing_is_readable(tmp_path):
@@ -310,8 +308,8 @@ def test_damaged_image_is_named_and_nothing_is_readable(tmp_path):
 KILLED = """
 import os, pathlib, signal, sys
 import json
-from convit_jax.data import imagenet
-calls, record = [], imagenet.record
+from convit_jax.data.imagenet import prepare
+calls, record = [], prepare.record
 
 def record_or_die(*args):
     calls.append(args)
@@ -320,9 +318,9 @@ def record_or_die(*args):
     return record(*args)
 
 if sys.argv[2] == "kill":
-    imagenet.record = record_or_die
+    prepare.record = record_or_die
 tars, data_dir = map(pathlib.Path, sys.argv[1].split(os.pathsep))
-imagenet.prepare_imagenet(tars, data_dir, progress=False, **json.loads(sys.argv[3]))
+prepare.prepare_imagenet(tars, data_dir, progress=False, **json.loads(sys.argv[3]))
 print(len(calls), "tensorflow" in sys.modules)
 """
 
@@ -354,14 +352,14 @@ def test_killed_run_goes_on_to_the_same_bytes(tars, prepared, tmp_path):
 def half_done(tars, tmp_path, monkeypatch):
     """A run that fails before its last shard; returns the folder it leaves."""
     with monkeypatch.context() as patch:
-        write = imagenet._write_shard
+        write = prepare._write_shard
 
         def fail_at_last(path, *args):
             if "validation.array_record-00001" in path.name:
                 raise OSError("No space left on device")
             return write(path, *args)
 
-        patch.setattr(imagenet, "_write_shard", fail_at_last)
+        patch.setattr(prepare, "_write_shard", fail_at_last)
         with pytest.raises(OSError, match="No space left"):
             run(tars, tmp_path)
     return tmp_path / "imagenet2012" / "5.1.0.incomplete"
@@ -388,7 +386,7 @@ def test_other_tars_or_shards_do_not_go_on(tars, tmp_path, half_done):
 
 def test_second_run_at_once_is_refused(tars, tmp_path, half_done):
     with (
-        imagenet._locked(half_done),
+        prepare._locked(half_done),
         pytest.raises(BlockingIOError, match="another run is writing here"),
     ):
         run(tars, tmp_path)
@@ -427,7 +425,7 @@ def test_finished_data_set_is_left_alone(tars, prepared, tmp_path):
     folder.mkdir(parents=True)
     with pytest.raises(FileExistsError, match="found nothing that tfds reads"):
         run(tars, tmp_path)
-    imagenet.write_metadata(folder, {"train": ([13], 1), "validation": ([6], 1)}, "tfrecord")
+    prepare.write_metadata(folder, {"train": ([13], 1), "validation": ([6], 1)}, "tfrecord")
     with pytest.raises(FileExistsError, match=r"found .* as tfrecord"):
         run(tars, tmp_path)
 

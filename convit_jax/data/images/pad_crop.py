@@ -5,8 +5,8 @@ This is the CIFAR augmentation of He et al. 2016 (arXiv:1512.03385, section 4.2)
 
 import numpy as np
 
-from convit_jax.data.opencv import opencv
-from convit_jax.data.random_numbers import Uniform
+from convit_jax.data.images.opencv import opencv
+from convit_jax.data.images.random_numbers import Uniform
 
 NUMBERS = 3  # uniform numbers for each image: place (y, x) and flip
 

@@ -3,7 +3,7 @@
 import numpy as np
 import pytest
 
-from convit_jax.data.random_numbers import Given, uniforms
+from convit_jax.data.images.random_numbers import Given, uniforms
 
 
 @pytest.mark.parametrize("width", [1, 3, 4, 13])

@@ -15,8 +15,8 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from convit_jax.data.opencv import opencv
-from convit_jax.data.random_numbers import Given
+from convit_jax.data.images.opencv import opencv
+from convit_jax.data.images.random_numbers import Given
 
 if TYPE_CHECKING:
     from PIL import Image
