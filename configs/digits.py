@@ -2,8 +2,8 @@
 
     python main.py --config=configs/digits.py --workdir=runs/digits
 
-The images come with scikit-learn: nothing is downloaded. 150 epochs take about two minutes on two
-CPU cores and reach 98.6% of the 360 test images (355, seed 0).
+The images come with scikit-learn: nothing is downloaded. 150 epochs take at most two minutes on
+two CPU cores and reach 99.2% of the 360 test images (357, seed 0).
 """
 
 import ml_collections

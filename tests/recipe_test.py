@@ -132,6 +132,21 @@ def test_a_configuration_survives_json():
     assert recipe.differences(recipe.from_json(saved, "config.json"), config) == {}
 
 
+def test_a_run_of_an_earlier_version_is_told_what_is_computed_otherwise():
+    for name, version, keys in (
+        ("convit_ti", 1, ["mixup.group_size"]),
+        ("convit_ti", 2, []),
+        ("digits", 1, ["augment.crop=pad"]),
+        ("cifar10", 1, ["mixup.group_size", "augment.crop=pad"]),
+        ("cifar10", 2, ["augment.crop=pad"]),
+        ("cifar10", recipe.FORMAT_VERSION, []),
+    ):
+        config = load(name)
+        saved = recipe.to_json(config) | {"format_version": version}
+        texts = recipe.changes_since(saved, config)
+        assert [text.partition(":")[0] for text in texts] == keys
+
+
 def test_older_configurations_take_defaults_and_later_ones_are_refused():
     saved = json.loads(json.dumps(recipe.to_json(load("convit_ti"))))
     del saved["format_version"], saved["optim"]["ema_decay"], saved["mesh"]

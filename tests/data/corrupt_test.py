@@ -75,7 +75,7 @@ def test_memory_that_runs_out_is_not_a_corrupt_image(monkeypatch):
         raise MemoryError
 
     file = io.BytesIO()
-    Image.new("RGB", (8, 8)).save(file, "PNG")
+    Image.new("RGB", (8, 8)).save(file, "BMP")
     monkeypatch.setattr(Image, "open", too_large)
     with pytest.raises(MemoryError):
         decode(file.getvalue())
