@@ -44,12 +44,11 @@ def line_with(text: str, start: str) -> list[str]:
 
 
 def test_signal_to_one_process_stops_all_at_the_same_step():
-    pairs = {number: start_pair(LOOP) for number in (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1)}
-    for number, pair in pairs.items():
+    for number in (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1):
+        pair = start_pair(LOOP)
         for process in pair:
             wait_for(process, "step 3")
         pair[1].send_signal(number)
-    for number, pair in pairs.items():
         texts = finish(pair)
         assert [process.returncode for process in pair] == [0, 0], texts
         stops = [line_with(text, "stopped") for text in texts]

@@ -52,7 +52,7 @@ def test_an_evaluation_reads_the_images_that_it_held_out(old_run, monkeypatch):
     config, workdir = old_run
     monkeypatch.setattr(eval_setup, "read_weights", lambda *args, **options: None)
     for given in (None, config):
-        used, _ = eval_setup._weights(given, workdir, eval_setup.Choices())
+        used, *_ = eval_setup._weights(given, workdir, eval_setup.Choices())
         source = setup.open_split(used, "test", workdir)
         assert {*map(os.fsdecode, source.names)} == EVERY_TENTH
 

@@ -29,7 +29,7 @@ class Counted:
     def __call__(self, image: np.ndarray, rng: object = None) -> np.ndarray:
         self.count += 1
         if self.fails is not None and self.count > self.fails:
-            raise ValueError("not a JPEG")
+            raise CorruptImageError("not a JPEG")
         return image
 
 
