@@ -27,7 +27,7 @@ SMALL = (
 @pytest.mark.parametrize(
     ("size", "turned", "attention"),
     [
-        ("224x320", "320x224", "xla"),
+        pytest.param("224x320", "320x224", "xla", marks=pytest.mark.slow),
         pytest.param("384", "224x320", "xla", marks=pytest.mark.slow),
         pytest.param("1024", "384", "chunked", marks=pytest.mark.slow),
     ],

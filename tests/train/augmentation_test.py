@@ -166,12 +166,12 @@ def test_distribution_of_mixing():
 def test_the_copies_of_an_image_are_mixed_otherwise():
     """The three copies that repeated augmentation puts in a row get different draws, as in DeiT."""
     draws = []
+    mix = jit_mix(cutmix=0.0, group_size=128)
     for seed in range(64):
-        mix = jit_mix(cutmix=0.0, group_size=128)
         _, share = observe(mix, 1024, 2, 2, jax.random.key(seed))
         assert len(np.unique(share)) == 8  # 1,024 images in groups of 128
-        for copies in zip(share[:-2], share[1:-1], share[2:], strict=True):
-            assert len(set(copies)) == 3
+        assert (share[1:] != share[:-1]).all()
+        assert (share[2:] != share[:-2]).all()
         draws.append(share[:8])
     # Each image's lambda is Beta(0.8, 0.8), whatever its group.
     assert stats.kstest(np.concatenate(draws), stats.beta(0.8, 0.8).cdf).pvalue > P_VALUE
