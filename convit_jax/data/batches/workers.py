@@ -12,7 +12,7 @@ import numpy as np
 from convit_jax.data.arrays import ArraySource
 from convit_jax.data.batches import worker_processes
 from convit_jax.data.batches.chunks import Batch, EvalChunks, Share, TrainChunks
-from convit_jax.data.source import Source
+from convit_jax.data.source import Source, Subset
 from convit_jax.parallel import cpus, processes
 
 log = logging.getLogger(__name__)
@@ -76,6 +76,8 @@ def num_workers(wanted: int | None, source: Source, chunk_bytes: int) -> int:
       ValueError: if shared memory has no room for the chunks of `wanted` workers.
     """
     sharing = processes.on_this_host()
+    while isinstance(source, Subset):
+        source = source.source
     if wanted == 0 or (wanted is None and isinstance(source, ArraySource)):
         return 0
     number = max(1, cpus.available() // sharing) if wanted is None else wanted

@@ -78,7 +78,7 @@ def find_layout(
       ValueError: if the layout is not understood; says what was found and what is expected.
     """
     top, left_out = _top(path, (train_split, test_split))
-    notes = [f"{path}: reading {top.path}, the only folder in it"] if top.path != path else []
+    notes = [f"{path}: reading {top.path}"] if top.path != path else []
     _check_names(top, train_split, test_split)
     below = {
         name: scan(os.path.join(top.path, name))
@@ -169,7 +169,8 @@ def check_level(root: str, trees: Mapping[str, Tree]) -> None:
 def _top(path: str, named: Collection[str]) -> tuple[Listing, LeftOut]:
     """Goes down while a folder holds one folder alone; returns also what was left out on the way.
 
-    It stops at a split, and at a folder of `named`.
+    It stops at a split, and at a folder of `named`. It goes down to Data/CLS-LOC/ of Kaggle's
+    ImageNet, whose other folders hold no images.
     """
     listing = scan(path)
     left_out = LeftOut(listing.left_out)
@@ -183,6 +184,9 @@ def _top(path: str, named: Collection[str]) -> tuple[Listing, LeftOut]:
             break
         listing = below
         left_out.update(listing.left_out)
+    kaggle = os.path.join(listing.path, "Data", "CLS-LOC")
+    if {"Annotations", "Data"} <= set(listing.folders) and os.path.isdir(kaggle):
+        listing = scan(kaggle)
     return listing, left_out
 
 

@@ -11,6 +11,7 @@ import pytest
 from convit_jax.data.arrays import ArraySource
 from convit_jax.data.batches import worker_processes, workers
 from convit_jax.data.batches.chunks import CorruptImageError, EvalChunks, Share, TrainChunks
+from convit_jax.data.source import Subset
 from convit_jax.parallel import cpus, processes
 
 
@@ -85,6 +86,7 @@ def test_the_cpus_are_divided_among_the_processes_of_the_host(monkeypatch):
         monkeypatch.setattr(processes, "on_this_host", lambda sharing=sharing: sharing)
         assert workers.num_workers(None, files, 1) == expected
         assert workers.num_workers(None, source(), 1) == 0
+        assert workers.num_workers(None, Subset(source(), np.arange(3), "some"), 1) == 0
         assert workers.num_workers(7, source(), 1) == 7
 
 

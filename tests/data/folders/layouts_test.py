@@ -48,6 +48,19 @@ def test_splits_are_known_by_their_names(tmp_path, caplog, train, test):
     assert caplog.text.count(said) == (test.lower().startswith("test"))
 
 
+@pytest.mark.parametrize("above", ["", "ILSVRC/"])
+def test_imagenet_as_kaggle_packs_it_is_found_below_its_annotations(tmp_path, above):
+    images = f"{above}Data/CLS-LOC"
+    make_files(
+        tmp_path,
+        *classes(f"{images}/train"),
+        *classes(f"{images}/val"),
+        f"{above}Annotations/CLS-LOC/val/1.xml",
+        f"{above}ImageSets/CLS-LOC/val.txt",
+    )
+    assert folders_read(tmp_path) == (f"{images}/train", f"{images}/val")
+
+
 def test_val_is_taken_before_test_and_what_is_not_read_is_said_once(tmp_path, caplog):
     caplog.set_level("INFO", "convit_jax")
     make_files(tmp_path, *classes("train"), *classes("valid"), *classes("test"), "extra/1.jpg")
@@ -66,7 +79,7 @@ def test_a_folder_too_many_is_gone_down_with_a_line(tmp_path, caplog, above):
     caplog.set_level("INFO", "convit_jax")
     make_files(tmp_path, *classes(f"{above}/train"), *classes(f"{above}/val"), "__MACOSX/x/._1.jpg")
     assert folders_read(tmp_path) == (f"{above}/train", f"{above}/val")
-    assert caplog.text.count(f"{tmp_path}: reading {tmp_path / above}, the only folder in it") == 1
+    assert caplog.text.count(f"{tmp_path}: reading {tmp_path / above}") == 1
     assert caplog.text.count("left out: 1 of __MACOSX") == 2  # one line a split
 
 
@@ -74,7 +87,7 @@ def test_class_folders_in_one_folder_too_many(tmp_path, caplog):
     caplog.set_level("INFO", "convit_jax")
     make_files(tmp_path, *classes("flowers", "daisy rose", 40))
     assert folders_read(tmp_path) == ("flowers", "flowers")
-    assert caplog.messages == [f"{tmp_path}: reading {tmp_path}/flowers, the only folder in it"]
+    assert caplog.messages == [f"{tmp_path}: reading {tmp_path}/flowers"]
 
 
 def test_a_folder_too_many_in_each_split(tmp_path):
