@@ -110,7 +110,11 @@ def prepare(
     mesh = sharding.make_mesh()
     config, loaded, of_run = processes.on_all(lambda: _weights(config, workdir, choices))
     source = processes.on_all(lambda: setup.open_split(config, "test", workdir, whole=not of_run))
-    same_run.check_processes(config, {"test": Identity.of(source)})
+    data = {"test": Identity.of(source)}
+    same_run.check_processes(config, data)
+    if workdir is not None and of_run:
+        for text in same_run.image_changes(workdir, data):
+            log.info("changed since the run's last start: %s", text)
     model = setup.make_model(config, loaded.model.num_classes)
     _check_model(model, loaded, any_size=bool(choices.sizes))
     model.check_classifies(loaded.source)

@@ -80,6 +80,11 @@ def check_data(workdir: Workdir, data: Mapping[str, Identity]) -> list[str]:
             f"{difference}. Restore the classes, or choose another --workdir. If classes were only "
             f"renamed, in the same order, rename them in {workdir.classes} too"
         )
+    return image_changes(workdir, data)
+
+
+def image_changes(workdir: Workdir, data: Mapping[str, Identity]) -> list[str]:
+    """Returns how the images differ from those of the run's last start, if there is a run."""
     changes = []
     saved, fingerprints = record.read_data(workdir), record.read_fingerprints(workdir)
     for split, found in data.items():

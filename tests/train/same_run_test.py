@@ -10,7 +10,8 @@ from several import finish, start_pair
 
 from convit_jax import recipe
 from convit_jax.parallel import sharding
-from convit_jax.train import same_run, setup
+from convit_jax.train import eval_setup, same_run, setup
+from convit_jax.weights.loaded import Loaded
 from convit_jax.workdir.folder import Workdir
 
 
@@ -81,6 +82,19 @@ def test_other_images_are_counted(tmp_path):
     (data / "val" / "cat" / "0.png").unlink()
     workdir.fingerprints.unlink()  # the folder of indices is a cache
     assert begin(data, workdir) == ["test data: 11 images, saved 12"]
+
+
+def test_an_evaluation_says_that_the_images_of_the_run_changed(tmp_path, monkeypatch, caplog):
+    caplog.set_level("INFO")
+    workdir, data = Workdir(tmp_path / "run"), write(tmp_path / "data")
+    begin(data, workdir)
+    (data / "val" / "bee" / "2.png").unlink()
+    config = configuration(data)
+    loaded = Loaded(setup.make_model(config, 3), {}, str(workdir), ("ant", "bee", "cat"))
+    monkeypatch.setattr(eval_setup, "read_weights", lambda *args, **options: loaded)
+    eval_setup.prepare(None, workdir, eval_setup.Choices())
+    said = "changed since the run's last start: test data: 11 images, saved 12: 0 more and 1 fewer"
+    assert said in caplog.text
 
 
 def test_a_run_of_an_earlier_version_has_no_record_of_its_images(tmp_path):
