@@ -195,7 +195,7 @@ KEYS: dict[str, Key] = {
     "train.batch_size": Key(
         1024,
         "number of images per step, over all devices; None fits small data sets: up to 64, with at "
-        "least 8 steps in an epoch",
+        "least 8 steps in an epoch, and one image a device",
         int, may_be_none=True,
     ),
     "train.accum_steps": Key(

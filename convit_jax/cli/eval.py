@@ -59,13 +59,13 @@ def main(argv: Sequence[str] | None = None, prog: str = "convit eval") -> None:
             processes.check_devices()
             processes.log_from_main()
         from convit_jax.data.corrupt import ImageError
-        from convit_jax.train import eval_run, eval_setup, setup
+        from convit_jax.train import eval_run, eval_setup, same_run, setup
         from convit_jax.workdir.folder import Workdir
 
         with options.report(ValueError, OSError):
             workdir = None if args.workdir is None else Workdir(args.workdir)
             if config is None and workdir is not None:
-                config = eval_setup.config_of_run(workdir)
+                config = same_run.config_of_run(workdir)
                 if config is not None:
                     config = options.configuration(config, overrides)
             choices = eval_setup.Choices(

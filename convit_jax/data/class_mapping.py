@@ -55,11 +55,11 @@ def match(
 ) -> ClassMapping:
     """Finds the logit of each class of a data set.
 
-    Names are compared, also by ImageNet's WordNet ids and readable names. If some name differs,
-    case, spaces, hyphens and underscores do not count. Weights without names and with 1,000 logits
-    are ImageNet's: their classes may also be named by the numbers 0 to 999. For other weights
-    without names, classes named by numbers below `num_logits` mean these logits. Else class i of
-    the data is taken for logit i, and `how` says so.
+    Names are compared, also by ImageNet's WordNet ids and readable names. If they do not match all
+    classes, they are compared without case, spaces, hyphens and underscores. Weights without names
+    and with 1,000 logits are ImageNet's. Classes of ImageNet may also be the numbers 0 to 999. For
+    other weights without names, classes named by numbers below `num_logits` mean these logits. Else
+    class i of the data is taken for logit i, and `how` says so.
 
     Args:
       data: names of the classes of the data, in the order of the labels.
@@ -67,11 +67,12 @@ def match(
       num_logits: number of logits of the weights.
       source: what the data are, for messages.
       loaded: what the weights are, for messages.
-      ordered: whether the user chose the order of the data's classes. For weights without names it
-        comes before numbers then.
+      ordered: whether the user chose the order of the data's classes. If so, weights without names
+        are matched by place and not by number.
 
     Raises:
-      ValueError: if the data have a class that the weights lack, or two classes are one logit.
+      ValueError: if the data have a class that the weights lack, if two classes are one logit, or
+        if the weights have no names and another number of classes.
     """
     known = weights
     if known is None and num_logits == len(imagenet()):
@@ -128,8 +129,8 @@ def _by_name(
             "convit_jax/data/imagenet_classes.txt, or by numbers from 0: rename the folders"
         )
     raise ValueError(
-        f"data.source: {source} has {len(unknown):,} of {len(data):,} classes that {loaded} lacks: "
-        f"{_some(unknown)}; expected some of its {len(known):,}, {_some(known)}{hint}"
+        f"data.source: {len(unknown):,} of the {len(data):,} classes of {source} are not among the "
+        f"{len(known):,} of {loaded}: {_some(unknown)}; those are {_some(known)}{hint}"
     )
 
 
@@ -141,13 +142,13 @@ def _by_number_or_place(
         return [int(name) for name in data], "by number, counted from 0"
     if len(data) != num_logits:
         raise ValueError(
-            f"data.source: {source} has {len(data):,} classes, {loaded} {num_logits:,} without "
-            f"names: expected as many, or class folders named by numbers from 0 to "
-            f"{num_logits - 1:,}"
+            f"data.source: {source} has {len(data):,} classes, but {loaded} has {num_logits:,} "
+            f"logits without names: expected as many classes, or class folders named by numbers "
+            f"from 0 to {num_logits - 1:,} with data.class_order=sorted"
         )
     return list(range(num_logits)), (
-        f"by place, since the weights do not name theirs: {_some(data)} are taken for 0, 1, 2 ...; "
-        "class folders are sorted by name, and data.class_order chooses another order"
+        f"by place, since the weights do not name theirs: {_some(data)} are taken for 0, 1, 2 ..., "
+        + ("in the order of data.class_order" if ordered else "and data.class_order reorders them")
     )
 
 

@@ -9,15 +9,15 @@ import os
 
 
 class ImageError(ValueError):
-    """Raised for an image that does not fit the configuration; the message names the image."""
+    """Base of the errors about one image: corrupt, or unfit for the configuration."""
 
 
 class CorruptImageError(ImageError):
-    """Raised for an image that cannot be read or decoded; the message names the image."""
+    """Raised for an image that cannot be read or decoded."""
 
 
 MEND = (  # advice for the user, after the name of the image
-    "Mend or remove the file, or set data.skip_corrupt=True: training then takes other images in "
+    "Mend the data, or set data.skip_corrupt=True: training then takes other images in "
     "place of corrupt ones, and evaluation leaves them out"
 )
 _UNREADABLE = (  # errors of one file; all others are of the machine, the network or the storage

@@ -1,7 +1,8 @@
 """The identity of the data: which images a run is trained and evaluated on.
 
-It is stored at the first start of a run, and compared at every later start and among the processes
-of a run. Paths are not part of it: the same images in another folder are the same data.
+It is stored at every start of a run, and compared at the next start and among the processes of a
+run. Paths are not part of it: the same images in another folder are the same data. Neither is the
+content of files, which is not read.
 """
 
 from collections.abc import Iterator
@@ -39,7 +40,8 @@ class Identity:
     def summary(self) -> dict[str, Any]:
         """Returns JSON types: what the images are, their number, a hash of them, their classes.
 
-        Two splits with the same "images" and "hash" are the same images in the same order.
+        Two splits with the same "images" and "hash" have the same names and classes of images, in
+        the same order.
         """
         return {
             "description": self.description,
@@ -78,7 +80,7 @@ def image_difference(there: np.ndarray | None, here: np.ndarray) -> str:
       here: fingerprints of the images that were found.
     """
     if there is None:
-        return ""
+        return ": which of them differ is not known"
     more, fewer = (len(np.setdiff1d(*pair)) for pair in ((here, there), (there, here)))
     return f": {more:,} more and {fewer:,} fewer" if more or fewer else ": in another order"
 

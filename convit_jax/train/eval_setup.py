@@ -13,7 +13,6 @@ import jax
 from jax.sharding import Mesh
 import ml_collections
 
-from convit_jax import recipe
 from convit_jax.data import class_mapping
 from convit_jax.data.batches.chunks import Share
 from convit_jax.data.batches.workers import num_workers
@@ -28,7 +27,6 @@ from convit_jax.parallel import processes, sharding
 from convit_jax.train import same_run, setup
 from convit_jax.weights.load import read_weights
 from convit_jax.weights.loaded import Loaded
-from convit_jax.workdir import record
 from convit_jax.workdir.folder import Workdir
 
 log = logging.getLogger(__name__)
@@ -144,25 +142,19 @@ def prepare(
     )
 
 
-def config_of_run(workdir: Workdir) -> ml_collections.ConfigDict | None:
-    """Returns the configuration of the run in a working directory; None if there is no run."""
-    saved = record.read_config(workdir)
-    return None if saved is None else recipe.from_json(saved, str(workdir.config))
-
-
 def _weights(
     config: ml_collections.ConfigDict | None, workdir: Workdir | None, choices: Choices
 ) -> tuple[ml_collections.ConfigDict, Loaded, bool]:
     """Returns the configuration, the weights, and whether they are of the run in the workdir."""
-    saved = config_of_run(workdir) if workdir else None
+    saved = same_run.config_of_run(workdir) if workdir else None
     if workdir is not None and saved is not None:
         if config is not None and config.init_from and config.init_from != saved.init_from:
             raise ValueError(
                 f"init_from: {workdir} holds a run, which would be evaluated, not "
                 f"{config.init_from}: choose another --workdir for the result"
             )
-        for text in recipe.keep_division(saved, config) if config is not None else ():
-            log.info("%s", text)
+        if config is not None:
+            same_run.keep_division(saved, config)
         loaded = read_weights(workdir.path, ema=choices.ema, checkpoint=choices.checkpoint)
         return config or saved, loaded, True
     if config is None or not config.init_from:

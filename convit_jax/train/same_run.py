@@ -25,24 +25,38 @@ from convit_jax.workdir.folder import Workdir
 
 log = logging.getLogger(__name__)
 
+_OF_A_HOST = ("data.dir", "data.workers")  # keys that may differ between the processes of a run
 
-def batch_size(workdir: Workdir) -> int | None:
-    """Returns the batch size of the run in the workdir; None if there is no run."""
+
+def config_of_run(workdir: Workdir) -> ml_collections.ConfigDict | None:
+    """Returns the configuration of the run in a workdir; None if there is no run."""
     saved = record.read_config(workdir)
-    return None if saved is None else recipe.from_json(saved, str(workdir.config)).train.batch_size
+    return None if saved is None else recipe.from_json(saved, str(workdir.config))
 
 
-def keep_division(workdir: Workdir, config: ml_collections.ConfigDict) -> None:
-    """Gives a configuration the rule by which the run in the workdir holds out images, if any."""
-    saved = record.read_config(workdir)
-    if saved is not None:
-        found = recipe.from_json(saved, str(workdir.config))
-        for text in recipe.keep_division(found, config):
-            log.info("%s", text)
+def keep_division(
+    found: ml_collections.ConfigDict | None, config: ml_collections.ConfigDict
+) -> None:
+    """Gives a configuration the rule by which a run holds out images.
+
+    Args:
+      found: configuration of the run; None if there is no run.
+      config: configuration of the present start; changed.
+    """
+    for text in recipe.keep_division(found, config) if found is not None else ():
+        log.info("%s", text)
 
 
-def check_config(workdir: Workdir, config: ml_collections.ConfigDict) -> list[str]:
+def check_config(
+    workdir: Workdir, config: ml_collections.ConfigDict, data: Mapping[str, Identity]
+) -> list[str]:
     """Returns the permitted differences from the run in the workdir, if there is a run.
+
+    Args:
+      workdir: the workdir.
+      config: configuration of the present start.
+      data: the identity of each split. If its images are those of the run, their folder may be
+        another one.
 
     Raises:
       ValueError: if the run there has another model or recipe; names the keys that differ.
@@ -52,13 +66,26 @@ def check_config(workdir: Workdir, config: ml_collections.ConfigDict) -> list[st
         return []
     found = recipe.from_json(saved, str(workdir.config))
     differences = recipe.differences(found, config)
-    wrong = [text for name, text in differences.items() if name not in recipe.MAY_CHANGE]
+    may_change = set(recipe.MAY_CHANGE)
+    if _are_folders(found, config) and _are_the_same(workdir, data):
+        may_change.add("data.source")
+    wrong = [text for name, text in differences.items() if name not in may_change]
     if wrong:
         raise ValueError(
             f"{workdir} holds a run with another configuration: choose another --workdir, delete "
             "this one, or start with the run's own values:\n  " + "\n  ".join(wrong)
         )
     return [*differences.values(), *recipe.changes_since(saved, config)]
+
+
+def _are_folders(*configs: ml_collections.ConfigDict) -> bool:
+    return all(config.data.source.startswith("folder:") for config in configs)
+
+
+def _are_the_same(workdir: Workdir, data: Mapping[str, Identity]) -> bool:
+    """Returns whether the images are known to be those of the run's last start."""
+    known = record.read_data(workdir).keys() >= data.keys()
+    return known and not image_changes(workdir, data)
 
 
 def check_data(workdir: Workdir, data: Mapping[str, Identity]) -> list[str]:
@@ -113,7 +140,8 @@ def check_processes(config: ml_collections.ConfigDict, data: Mapping[str, Identi
     problems = [
         f"process {process} has another configuration than process 0: {text}"
         for process, other in enumerate(configs)
-        for text in recipe.differences(configs[0], other).values()
+        for name, text in recipe.differences(configs[0], other).items()
+        if name not in _OF_A_HOST and not (name == "data.source" and _are_folders(other))
     ]
     summaries = {split: found.summary() for split, found in data.items()}
     problems += process_differences(processes.gather_texts(json.dumps(summaries)))

@@ -138,12 +138,15 @@ def prepare(config: ml_collections.ConfigDict, workdir: Workdir, profile: bool =
         init_params = processes.on_all(lambda: _init_params(config, model, names))
     share = Share(config.train.batch_size, jax.process_index(), jax.process_count())
     chunk_bytes = share.chunk * math.prod(model.image_shape)
-    workers = processes.on_all(lambda: num_workers(config.data.workers, train_source, chunk_bytes))
+    workers = processes.on_all(
+        lambda: num_workers(config.data.workers, train_source, chunk_bytes, teams=2)
+    )
     _warn_of_odd_values(config)
     processes.check_shared_folder(workdir.path)
     for text in changed:
         log.info("changed since the last start: %s", text)
-    warn_of_small_chunks(share, mesh.size * config.train.accum_steps)
+    if same_run.config_of_run(workdir) is None:  # the batch size of a run may not change
+        warn_of_small_chunks(share, mesh.size * config.train.accum_steps)
     return Run(
         workdir=workdir,
         program=program,
@@ -176,14 +179,15 @@ def _open_data(
       What changed since the last start, the sources of both splits, and their identities.
     """
     workdir.check_writable()
-    same_run.keep_division(workdir, config)
+    found = same_run.config_of_run(workdir)
+    same_run.keep_division(found, config)
     sources = [open_split(config, split, workdir) for split in SPLITS]
     if config.train.batch_size is None:
-        config.train.batch_size = same_run.batch_size(workdir) or _fitting_batch(
-            config, len(sources[0]), mesh
+        config.train.batch_size = (
+            found.train.batch_size if found else _fitting_batch(config, len(sources[0]), mesh)
         )
-    changed = same_run.check_config(workdir, config)
     data = {split: Identity.of(source) for split, source in zip(SPLITS, sources, strict=True)}
+    changed = same_run.check_config(workdir, config, data)
     changed += same_run.check_data(workdir, data)
     fit.check_fit(config, model, sources[0])
     _check_batch(config, len(sources[0]), mesh)

@@ -276,14 +276,14 @@ def test_classes_are_found_by_name_and_unknown_ones_are_refused(imagenet, small,
     runs.write_images(tmp_path / "images", per_class=4)
     config = small_config(imagenet, path)
     config.data.source = f"folder:{tmp_path / 'images'}"
-    with pytest.raises(ValueError, match=r"folder:.* has 3 of 3 classes that .*small\.pth lacks: "):
+    with pytest.raises(ValueError, match=r"3 of the 3 classes of folder:.* of .*small\.pth: "):
         eval_setup.prepare(config, None, eval_setup.Choices())
 
     loaded = read_weights(path, num_classes=3)
     config.init_from = str(tmp_path / "three.safetensors")
     for names, message in (
         (("class0", "class2", "class1"), None),
-        (("class0", "class2", "class3"), r"1 of 3 classes that .*three\.\w+ lacks: 'class1'"),
+        (("class0", "class2", "class3"), r"1 of the 3 classes of .*three\.\w+: 'class1'"),
     ):
         three = Loaded(loaded.model, loaded.params, class_names=names)
         safetensors.save_weights(config.init_from, three)

@@ -1,6 +1,5 @@
 """What belongs to a run: its configuration, its classes and its images, for all its processes."""
 
-import json
 import re
 
 import jax
@@ -45,11 +44,13 @@ def begin(folder, workdir):
 
 def test_the_same_images_under_another_path_go_on(tmp_path):
     workdir = Workdir(tmp_path / "run")
-    begin(write(tmp_path / "here"), workdir)
-    saved = json.loads(workdir.config.read_text())
-    saved["data"]["source"] = f"folder:{write(tmp_path / 'there')}"
-    workdir.config.write_text(json.dumps(saved))
-    assert begin(tmp_path / "there", workdir) == []
+    here, there = (write(tmp_path / name) for name in ("here", "there"))
+    begin(here, workdir)
+    assert begin(there, workdir) == [f"data.source: saved 'folder:{here}', now 'folder:{there}'"]
+    assert begin(there, workdir) == []
+    (here / "train" / "bee" / "2.png").unlink()
+    with pytest.raises(ValueError, match=r"another configuration(.|\n)*data.source: saved"):
+        begin(here, workdir)
 
 
 def test_a_renamed_class_is_refused_by_name(tmp_path):
@@ -81,7 +82,9 @@ def test_other_images_are_counted(tmp_path):
     assert begin(data, workdir) == []
     (data / "val" / "cat" / "0.png").unlink()
     workdir.fingerprints.unlink()  # the folder of indices is a cache
-    assert begin(data, workdir) == ["test data: 11 images, saved 12"]
+    assert begin(data, workdir) == [
+        "test data: 11 images, saved 12: which of them differ is not known"
+    ]
 
 
 def test_an_evaluation_says_that_the_images_of_the_run_changed(tmp_path, monkeypatch, caplog):

@@ -1,4 +1,4 @@
-"""Worker processes that make chunks: grain's, with an end that says what happened."""
+"""Makes chunks in grain's worker processes, and says why a worker ended."""
 
 from collections.abc import Generator
 import gc
@@ -93,7 +93,7 @@ def cause_of_death(status: int) -> str:
     Args:
       status: exit status of the process; minus the number of a signal that ended it.
     """
-    mend = "the same command continues the run"
+    mend = "start the same command again"
     fewer = f"Use fewer workers (data.workers) or give the run more memory; {mend}"
     if status >= 0:
         return (
@@ -108,7 +108,10 @@ def cause_of_death(status: int) -> str:
     if name == "SIGKILL":
         return f"{what}, probably because the memory of the machine or job ran out. {fewer}"
     if name == "SIGBUS":
-        return f"{what}, probably because {SHM} was full. {fewer}, or Docker's --shm-size"
+        return (
+            f"{what}, probably because {SHM} was full. Use fewer workers (data.workers) or a "
+            f"larger --shm-size of Docker; {mend}"
+        )
     if name in ("SIGSEGV", "SIGABRT", "SIGILL", "SIGFPE"):
         return f"{what}: a library crashed, probably while it decoded an image; {mend}"
     return f"{what}, which another program sent; {mend}"

@@ -20,7 +20,7 @@ log = logging.getLogger(__name__)
 _AHEAD = 2  # batches that threads make ahead
 _FEW = 2048  # images; an evaluation of at most as many is done before processes would have started
 _THREADS = 8  # most threads for an evaluation of a few images
-_SMALL = 16  # images; smaller chunks are worth a word
+_SMALL = 16  # images; smaller chunks get a log line
 _UNIT = 64  # images; a share of a batch that is a multiple of this divides into large chunks
 
 
@@ -62,7 +62,7 @@ def iterate(
         parts.close()
 
 
-def num_workers(wanted: int | None, source: Source, chunk_bytes: int) -> int:
+def num_workers(wanted: int | None, source: Source, chunk_bytes: int, teams: int = 1) -> int:
     """Returns the number of worker processes; every process of a run must call it.
 
     Args:
@@ -71,6 +71,7 @@ def num_workers(wanted: int | None, source: Source, chunk_bytes: int) -> int:
         if shared memory has no room for their chunks.
       source: the images.
       chunk_bytes: size of the images of a chunk, in bytes.
+      teams: number of groups of workers at a time: 2 where training and evaluation have their own.
 
     Raises:
       ValueError: if shared memory has no room for the chunks of `wanted` workers.
@@ -81,20 +82,21 @@ def num_workers(wanted: int | None, source: Source, chunk_bytes: int) -> int:
     if wanted == 0 or (wanted is None and isinstance(source, ArraySource)):
         return 0
     number = max(1, cpus.available() // sharing) if wanted is None else wanted
-    # Training and evaluation have workers of their own.
-    each = 2 * worker_processes.HELD * chunk_bytes * sharing
+    each = teams * worker_processes.HELD * chunk_bytes * sharing
     room = worker_processes.room()
     if room is None or number * each <= room:
         return number
     fitting = room // each
+    parts = " for training and for evaluation" if teams > 1 else ""
+    parts += f" in each of {sharing} processes" if sharing > 1 else ""
     text = (
-        f"{worker_processes.SHM} has {room / 1e6:,.0f} MB free, and {number} workers need "
+        f"{worker_processes.SHM} has {room / 1e6:,.0f} MB free, and {number} workers{parts} need "
         f"{number * each / 1e6:,.0f}; Docker's --shm-size={math.ceil(number * each / 2**20)}m "
         "gives it to a container"
     )
     if wanted is not None:
         raise ValueError(f"data.workers: expected at most {fitting}, got {wanted}: {text}")
-    log.warning("data.workers=%d, not %d: %s", fitting, number, text)
+    log.warning("starting %d workers instead of %d: %s", fitting, number, text)
     return fitting
 
 

@@ -42,7 +42,7 @@ def test_a_killed_worker_is_one_error_that_says_the_way_out():
     assert str(caught.value) == (
         "a worker process that makes batches was ended by SIGKILL, probably because the memory of "
         "the machine or job ran out. Use fewer workers (data.workers) or give the run more memory; "
-        "the same command continues the run"
+        "start the same command again"
     )
     assert multiprocessing.active_children() == []
 
@@ -78,7 +78,7 @@ if __name__ == "__main__":
     source = ArraySource(images, np.zeros(128, np.int32), ("a",), names)
     chunks = TrainChunks(source, large, Share(32), seed=0)
     files = object()  # anything but images in memory
-    workers = num_workers(None, files, 32 * 224 * 224 * 3)
+    workers = num_workers(None, files, 32 * 224 * 224 * 3, teams=2)
     print("workers", workers, "of", os.cpu_count())
     with contextlib.closing(iterate(chunks, workers=workers)) as batches:
         print([next(batches)["image"].shape for _ in range(8)])
