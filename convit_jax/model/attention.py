@@ -52,6 +52,9 @@ POSITIONAL_FORMS = ("blend", "contract")
 def blended_map(content: Array, positional: Array, share: Array) -> Array:
     """Returns the attention map A of equation 7: content and positional maps mixed by the gates.
 
+    `GPSA.__call__` also has equation 7 with both parts multiplied by the values first, which needs
+    no map.
+
     Args:
       content: (B, H, N, N), softmax of the content scores.
       positional: (H, N, N), softmax of the positional scores.

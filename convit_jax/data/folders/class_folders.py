@@ -242,8 +242,8 @@ def _divide(
                 f"{os.path.join(root, name)}: {len(files)} images, of which "
                 f"data.val_fraction={fraction} leaves none for training"
             )
-    how = {"hash": "by the hash of the file name", "spread": "spread over the file names"}[rule]
-    share = f", {fraction:.0%} of each class held out {how}, {split} part"
+    how = {"hash": "by the hash of CLASS/FILE", "spread": "spread over the file names"}[rule]
+    share = f", about {fraction:.0%} of each class held out {how}, {split} part"
     share = ", all images" if fraction == 1 else share
     if not any(chosen.values()):
         raise ValueError(

@@ -145,6 +145,7 @@ def check_level(root: str, trees: Mapping[str, Tree]) -> None:
       root: the folder of the class folders.
       trees: what each class folder holds.
     """
+    # Folders of folders. One folder inside is not suspicious, unless the name is that of a split.
     nested = {
         name: set(tree.top.folders)
         for name, tree in trees.items()
@@ -154,12 +155,14 @@ def check_level(root: str, trees: Mapping[str, Tree]) -> None:
     roles = {name: split_names.role_within(name) for name in nested}
     for one, other in itertools.combinations(nested, 2):
         shared = nested[one] & nested[other]
+        # Splits of the same classes may lack some of them.
         same = len(shared) > 1 and 2 * len(shared) >= min(len(nested[one]), len(nested[other]))
         if same or len({roles[one], roles[other]} - {""}) > 1:
             found = (
                 f"{one}/ and {other}/ both hold {_some(sorted(shared))}"
                 if same
-                else f"{one}/ and {other}/, named as splits, hold {_some(sorted(nested[one]))}"
+                else f"{one}/ with {_some(sorted(nested[one]))} and {other}/ with "
+                f"{_some(sorted(nested[other]))}, named as splits"
             )
             raise ValueError(
                 f"{root}: expected {EXPECTED}; got {found}. {_name_the_splits(root, one, other)}"
@@ -206,16 +209,18 @@ def _check_names(top: Listing, train_split: str, test_split: str) -> None:
 def _train_folder(top: Listing, below: Mapping[str, Listing], test_split: str) -> str:
     """Returns the name of the folder to train on; empty if there is none.
 
-    A folder called train/ may be a class, a vehicle. It is a split if it holds two or more folders,
-    or if nothing beside it is a class.
+    A class may be called train, after the vehicle. The folder is a split if it holds two folders,
+    or one while val/ or test/ hold folders or nothing beside it is a class.
     """
     plain = [name for name in top.folders if not split_names.role(name) and name != test_split]
-    held_out = any(below[name].folders for name in below if split_names.role(name) != "train")
+    evaluation_has_classes = any(
+        below[name].folders for name in below if split_names.role(name) != "train"
+    )
     found = [
         name
         for name, listing in below.items()
         if split_names.role(name) == "train" and name != test_split
-        if len(listing.folders) > 1 or (listing.folders and (held_out or not plain))
+        if len(listing.folders) > 1 or (listing.folders and (evaluation_has_classes or not plain))
     ]
     if len(found) > 1:
         raise ValueError(
@@ -231,16 +236,17 @@ def _is_evaluation_only(top: Listing, below: Mapping[str, Listing], classes_know
     Raises:
       ValueError: if it cannot be told.
     """
-    held_out = [name for name in below if split_names.role(name) != "train"]
+    evaluation = [name for name in below if split_names.role(name) != "train"]
     plain = [name for name in top.folders if not split_names.role(name)]
-    if not plain and any(_labelled(below[name], None) for name in held_out):
+    if not plain and any(_labelled(below[name], None) for name in evaluation):
         return True
     if classes_known:
         return False
-    # A class may be called train, a vehicle, or valid, beside invalid. A split has several folders.
+    # A class may be called test, or valid beside invalid. A split has several folders, or none and
+    # images of its own.
     splits = [
         name
-        for name in held_out
+        for name in evaluation
         if len(below[name].folders) > 1
         or not (below[name].folders or split_names.key(name) == "valid")
     ]

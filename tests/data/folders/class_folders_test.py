@@ -275,7 +275,7 @@ def test_a_run_of_an_earlier_version_keeps_its_division():
 
 def test_the_description_says_how_images_are_held_out(tmp_path):
     make_files(tmp_path, *classes("", "a b", 40))
-    for rule, text in (("hash", "by the hash of the file name"), ("spread", "spread over the")):
+    for rule, text in (("hash", "by the hash of CLASS/FILE"), ("spread", "spread over the")):
         line = describe(opened(tmp_path, "test", held_out=rule))
-        assert f"class folders in {tmp_path}, 10% of each class held out {text}" in line
+        assert f"class folders in {tmp_path}, about 10% of each class held out {text}" in line
         assert "test part: " in line
