@@ -6,7 +6,6 @@ convit data prepare --tars=DIR --data_dir=DIR"""
 import argparse
 from collections.abc import Sequence
 import contextlib
-import math
 import pathlib
 import time
 from typing import Any
@@ -143,8 +142,7 @@ def _draw(train: Batch, test: Batch, class_names: tuple[str, ...], path: pathlib
 
 def _time(config: ml_collections.ConfigDict, source: Source, transform: Transform) -> None:
     """Prints the speed of the input pipeline with the configured number of workers."""
-    image_bytes = math.prod(setup.make_model(config).image_shape)
-    workers = num_workers(config.data.workers, source, Share(64).chunk * image_bytes)
+    workers = num_workers(config.data.workers, source)
     chunks = TrainChunks(
         source, transform, Share(64), config.seed, skip_corrupt=config.data.skip_corrupt
     )

@@ -126,8 +126,6 @@ def prepare(
         processes.check_shared_folder(workdir.path)
     batch_size = _batch_size(config.train.batch_size or len(source), len(source), mesh.size)
     share = Share(batch_size, jax.process_index(), jax.process_count())
-    chunk_bytes = share.chunk * max(math.prod(model.image_shape) for model in models)
-    workers = processes.on_all(lambda: num_workers(config.data.workers, source, chunk_bytes))
     return EvalRun(
         config=config,
         workdir=workdir,
@@ -138,7 +136,7 @@ def prepare(
         source=source,
         classes=classes,
         share=share,
-        workers=workers,
+        workers=num_workers(config.data.workers, source),
     )
 
 

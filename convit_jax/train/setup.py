@@ -137,10 +137,6 @@ def prepare(config: ml_collections.ConfigDict, workdir: Workdir, profile: bool =
         names = train_source.class_names
         init_params = processes.on_all(lambda: _init_params(config, model, names))
     share = Share(config.train.batch_size, jax.process_index(), jax.process_count())
-    chunk_bytes = share.chunk * math.prod(model.image_shape)
-    workers = processes.on_all(
-        lambda: num_workers(config.data.workers, train_source, chunk_bytes, teams=2)
-    )
     _warn_of_odd_values(config)
     processes.check_shared_folder(workdir.path)
     for text in changed:
@@ -159,7 +155,7 @@ def prepare(config: ml_collections.ConfigDict, workdir: Workdir, profile: bool =
             skip_corrupt=config.data.skip_corrupt,
         ),
         test_chunks=EvalChunks(test_source, eval_transform, share, config.data.skip_corrupt),
-        workers=workers,
+        workers=num_workers(config.data.workers, train_source),
         total_steps=total_steps,
         steps_per_epoch=steps_per_epoch,
         data=data,

@@ -62,42 +62,20 @@ def iterate(
         parts.close()
 
 
-def num_workers(wanted: int | None, source: Source, chunk_bytes: int, teams: int = 1) -> int:
+def num_workers(wanted: int | None, source: Source) -> int:
     """Returns the number of worker processes; every process of a run must call it.
 
     Args:
       wanted: the number to use; None means one for each CPU that this process may use, divided by
-        the number of processes that share these CPUs, and 0 for images in memory. It means fewer
-        if shared memory has no room for their chunks.
+        the number of processes that share these CPUs, and 0 for images in memory.
       source: the images.
-      chunk_bytes: size of the images of a chunk, in bytes.
-      teams: number of groups of workers at a time: 2 where training and evaluation have their own.
-
-    Raises:
-      ValueError: if shared memory has no room for the chunks of `wanted` workers.
     """
     sharing = processes.on_this_host()
     while isinstance(source, Subset):
         source = source.source
-    if wanted == 0 or (wanted is None and isinstance(source, ArraySource)):
-        return 0
-    number = max(1, cpus.available() // sharing) if wanted is None else wanted
-    each = teams * worker_processes.HELD * chunk_bytes * sharing
-    room = worker_processes.room()
-    if room is None or number * each <= room:
-        return number
-    fitting = room // each
-    parts = " for training and for evaluation" if teams > 1 else ""
-    parts += f" in each of {sharing} processes" if sharing > 1 else ""
-    text = (
-        f"{worker_processes.SHM} has {room / 1e6:,.0f} MB free, and {number} workers{parts} need "
-        f"{number * each / 1e6:,.0f}; Docker's --shm-size={math.ceil(number * each / 2**20)}m "
-        "gives it to a container"
-    )
     if wanted is not None:
-        raise ValueError(f"data.workers: expected at most {fitting}, got {wanted}: {text}")
-    log.warning("starting %d workers instead of %d: %s", fitting, number, text)
-    return fitting
+        return wanted
+    return 0 if isinstance(source, ArraySource) else max(1, cpus.available() // sharing)
 
 
 def warn_of_small_chunks(share: Share, multiple: int) -> None:

@@ -84,31 +84,10 @@ def test_the_cpus_are_divided_among_the_processes_of_the_host(monkeypatch):
     monkeypatch.setattr(cpus, "available", lambda: 10)
     for sharing, expected in ((1, 10), (4, 2), (16, 1)):
         monkeypatch.setattr(processes, "on_this_host", lambda sharing=sharing: sharing)
-        assert workers.num_workers(None, files, 1) == expected
-        assert workers.num_workers(None, source(), 1) == 0
-        assert workers.num_workers(None, Subset(source(), np.arange(3), "some"), 1) == 0
-        assert workers.num_workers(7, source(), 1) == 7
-
-
-def test_workers_fit_into_shared_memory(monkeypatch, caplog):
-    """64 MB, as in a container, have room for 6 + 6 workers with 4 chunks of 1.2 MB each."""
-    files = EvalChunks(source(), Counted(), Share(8))
-    monkeypatch.setattr(cpus, "available", lambda: 10)
-    monkeypatch.setattr(worker_processes, "room", lambda: 64_000_000)
-    assert workers.num_workers(13, files, 1_200_000) == 13
-    assert workers.num_workers(6, files, 1_200_000, teams=2) == 6
-    assert caplog.text == ""
-    assert workers.num_workers(None, files, 1_200_000, teams=2) == 6
-    said = (
-        "/dev/shm has 64 MB free, and 10 workers for training and for evaluation need 96; "
-        "Docker's --shm-size=92m gives it"
-    )
-    assert f"starting 6 workers instead of 10: {said}" in caplog.text
-    with pytest.raises(ValueError, match=f"data.workers: expected at most 6, got 10: {said}"):
-        workers.num_workers(10, files, 1_200_000, teams=2)
-    assert workers.num_workers(0, files, 1_200_000) == 0
-    monkeypatch.setattr(worker_processes, "room", lambda: 0)
-    assert workers.num_workers(None, files, 1_200_000) == 0
+        assert workers.num_workers(None, files) == expected
+        assert workers.num_workers(None, source()) == 0
+        assert workers.num_workers(None, Subset(source(), np.arange(3), "some")) == 0
+        assert workers.num_workers(7, source()) == 7
 
 
 @pytest.mark.parametrize(
