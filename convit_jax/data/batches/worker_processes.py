@@ -4,8 +4,8 @@ Chunk number i is made by worker i % count, so the order does not depend on spee
 chunk are written to memory that a worker and this process share, in one of a few slots. It is
 anonymous memory and not a file in /dev/shm, which a container may limit to 64 MB.
 
-grain's own process prefetch is not used. It needs room in /dev/shm, and a worker that is killed at
-the wrong moment leaves its parent waiting for ever (grain 0.2.18).
+grain's own process prefetch is not used. It needs room in /dev/shm, and a run whose worker was
+killed once hung for 20 minutes instead of ending (grain 0.2.18).
 """
 
 import atexit
