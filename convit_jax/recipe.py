@@ -137,7 +137,7 @@ KEYS: dict[str, Key] = {
     ),
     "data.held_out": Key(
         "hash",
-        "rule that chooses the images held out: hash (of the file name), or spread (evenly over "
+        "rule that chooses the images held out: hash (of CLASS/FILE), or spread (evenly over "
         "the sorted names of each class, as in runs before format 3)",
         choices=("hash", "spread"),
     ),

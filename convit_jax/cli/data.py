@@ -102,7 +102,6 @@ def _check(config: ml_collections.ConfigDict, pictures: pathlib.Path | None) -> 
             print("\n".join(f"    {text}" for text in damage))
         if split == "train":
             _time(config, source, train_transform)
-
     if pictures is not None:
         train = TrainChunks(
             sources["train"],
@@ -114,7 +113,7 @@ def _check(config: ml_collections.ConfigDict, pictures: pathlib.Path | None) -> 
         )
         spread = np.linspace(0, len(sources["test"]) - 1, _DRAWN // 2).astype(int)
         some = Subset(sources["test"], np.unique(spread), "")
-        test = EvalChunks(some, eval_transform, Share(len(some)))
+        test = EvalChunks(some, eval_transform, Share(len(some)), config.data.skip_corrupt)
         _draw(train[0], test[0], sources["train"].class_names, pictures)
 
 
@@ -125,15 +124,18 @@ def _listed(names: tuple[str, ...]) -> str:
 
 
 def _draw(train: Batch, test: Batch, class_names: tuple[str, ...], path: pathlib.Path) -> None:
-    """Writes a contact sheet of training images and test images."""
+    """Writes a contact sheet of training images and of test images that are not corrupt."""
+    there = test["mask"] > 0
+    rows = (
+        (
+            "training images, augmented; erasing and mixing come later",
+            train["image"],
+            train["label"],
+        ),
+        ("test images", test["image"][there], test["label"][there]),
+    )
     sheet = contact_sheet(
-        [
-            (title, batch["image"], [class_names[label] for label in batch["label"]])
-            for title, batch in (
-                ("training images, augmented; erasing and mixing come later", train),
-                ("test images", test),
-            )
-        ]
+        [(title, images, [class_names[i] for i in labels]) for title, images, labels in rows]
     )
     with whole_file(path, ValueError) as unfinished:  # raised by Pillow
         sheet.save(unfinished, format="PNG")

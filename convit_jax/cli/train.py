@@ -11,10 +11,8 @@ the run in --workdir continues with its own configuration."""
 from collections.abc import Sequence
 import logging
 
-from convit_jax import recipe
 from convit_jax.cli import options
 from convit_jax.parallel import accelerators, processes
-from convit_jax.workdir import record
 from convit_jax.workdir.folder import Workdir
 
 log = logging.getLogger(__name__)
@@ -34,10 +32,11 @@ def main(argv: Sequence[str] | None = None, prog: str = "convit train") -> None:
         workdir = Workdir(args.workdir)
         base = args.config
         if base is None:
-            saved = record.read_config(workdir)
-            if saved is None:
+            from convit_jax.train import same_run
+
+            base = same_run.config_of_run(workdir)
+            if base is None:
                 parser.error(f"--config: expected one, since {workdir} holds no run to continue")
-            base = recipe.from_json(saved, str(workdir.config))
         config = options.configuration(base, overrides)
         processes.initialize(args.coordinator, args.num_processes, args.process_id)
     with processes.failing_together():

@@ -56,7 +56,8 @@ class Source(Protocol):
     def fingerprints(self) -> np.ndarray:
         """Returns a hash of each image: of its name or content, and of its class. (n,) uint64.
 
-        A fingerprint does not depend on where the images are stored, nor on the other images.
+        A fingerprint does not depend on where the images are stored. That of a file does not depend
+        on the other files either.
         """
         ...
 

@@ -142,7 +142,7 @@ def _by_ranks(env: Mapping[str, str], coordinator: str | None) -> Launch | None:
                 f"{name} started {env[size]} processes ({size}) and does not tell them. For runs "
                 f"that are not connected, unset {size}"
             )
-        owns = env.get(local_size, "1") == "1" or _has_one_gpu(env)
+        owns = env.get(local_size, "1") == "1" or local_rank not in env or _has_one_gpu(env)
         return Launch(
             "ranks",
             int(env[size]),

@@ -45,7 +45,8 @@ def train(run: Run) -> dict[str, float] | None:
       FloatingPointError: if a loss or the weights are not finite.
       OSError: if a checkpoint or a metric cannot be written, or another process trains in the
         working directory.
-      CorruptImageError: if an image cannot be decoded.
+      ImageError: if an image is corrupt or does not fit the configuration.
+      RemoteError: if another process of the run cannot take the lock.
     """
     start = time.perf_counter()
     config, total = run.config, run.total_steps

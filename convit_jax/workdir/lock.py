@@ -38,15 +38,15 @@ class Lock:
         self._path = workdir.lock
         self._path.parent.mkdir(parents=True, exist_ok=True)
         self._file = self._path.open("a+b", buffering=0)
-        try:
-            self._take()
-        except BaseException:
-            self._file.close()
-            raise
         self._since = time.strftime("%Y-%m-%d %H:%M:%S %z")
         self._beats = 0
         self._ended = threading.Event()
-        self._write()
+        try:
+            self._take()
+            self._write()
+        except BaseException:
+            self._file.close()
+            raise
         self._thread = threading.Thread(target=self._beat, daemon=True)
         self._thread.start()
 
@@ -80,9 +80,9 @@ class Lock:
         while time.monotonic() < end:
             time.sleep(min(1.0, _WAIT / 10))
             now = self._read()
-            if now and now != holder:  # nothing: released, or read while it is written
+            if now and now != holder:  # empty: released, or read while it is written
                 raise self._refusal(now)
-        log.info("it does not: taking over")
+        log.info("%s: %s no longer runs; taking over", self._path.parent, _who(holder))
 
     def _refusal(self, holder: dict[str, Any]) -> OSError:
         return OSError(

@@ -203,6 +203,11 @@ def test_the_check_command_names_corrupt_images(tmp_path, capsys):
     assert "1 of them are corrupt and would be skipped:" in output
     assert "a/gone.png: cannot be read" in output
 
+    (tmp_path / "val/b/gone.png").symlink_to("nowhere.png")
+    sheet = tmp_path / "sheet.png"
+    command.main([*flags, "--config.data.skip_corrupt=True", f"--pictures={sheet}"])
+    assert sheet.stat().st_size
+
 
 def test_the_check_command(imagenet, tmp_path, capsys):
     flag = f"--config.data.dir={imagenet / 'tfrecord'}"

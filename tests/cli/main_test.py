@@ -32,7 +32,7 @@ def run(script, end: str) -> subprocess.CompletedProcess:
     env = {**os.environ, "PYTHONPATH": str(ROOT)}
     return subprocess.run(
         [sys.executable, "-W", "ignore", script],
-        env=env, stdin=subprocess.DEVNULL, capture_output=True, text=True, timeout=60,
+        env=env, stdin=subprocess.DEVNULL, capture_output=True, text=True, timeout=1200,
     )  # fmt: skip
 
 

@@ -134,7 +134,7 @@ with processes.failing_together():
         pair[1].kill()
     before = time.monotonic()
     of_talking, _, of_silent, _ = finish([*talking, *silent])
-    assert time.monotonic() - before < 20
+    assert time.monotonic() - before < 300  # JAX would wait as long for them to shut down
     assert talking[0].returncode == 1
     assert "error: process 0 of 2 stopped. If another process stopped before" in of_talking
     # In JAX's own words:
@@ -252,6 +252,7 @@ def test_launchers_of_other_frameworks():
     assert launcher.detect({**TORCHRUN, "CUDA_VISIBLE_DEVICES": "1"}).owns_devices
     assert launcher.detect({**TORCHRUN, "WORLD_SIZE": "1", "RANK": "0"}) is None
     assert launcher.detect({"WORLD_SIZE": "4"}) is None
+    assert launcher.detect({k: v for k, v in TORCHRUN.items() if k != "LOCAL_RANK"}).owns_devices
 
 
 def test_a_launcher_that_tells_too_little_is_refused_with_the_flag_to_use():

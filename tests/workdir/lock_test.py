@@ -10,6 +10,7 @@ import time
 import pytest
 from runs import ROOT
 
+from convit_jax import storage
 from convit_jax.workdir import lock
 from convit_jax.workdir.folder import Workdir
 from convit_jax.workdir.lock import Lock
@@ -77,12 +78,21 @@ def test_another_hosts_lock_is_respected_if_it_is_written_anew(tmp_path, monkeyp
     monkeypatch.setattr(lock, "_WAIT", 60.0)
     workdir = Workdir(tmp_path)
     workdir.lock.write_text(entry())
-    writer = threading.Timer(0.2, lambda: workdir.lock.write_text(entry(beats=1)))
+    refused = threading.Event()
+
+    def write() -> None:
+        beats = 0
+        while not refused.wait(0.1):
+            beats += 1
+            storage.write_text(workdir.lock, entry(beats=beats))
+
+    writer = threading.Thread(target=write)
     writer.start()
     with pytest.raises(OSError, match="on host elsewhere"):
         Lock(workdir)
+    refused.set()
     writer.join()
-    assert json.loads(workdir.lock.read_text()) == json.loads(entry(beats=1))
+    assert json.loads(workdir.lock.read_text())["host"] == "elsewhere"
 
 
 def test_without_file_locks_the_entry_decides_also_on_one_host(tmp_path, monkeypatch):

@@ -127,7 +127,7 @@ class _Worker:
     def _cause_of_death(self) -> str:
         self._process.join(_PATIENCE)
         status = self._process.exitcode
-        mend = "the same command continues the run"
+        mend = "start the same command again"
         fewer = f"Use fewer workers (data.workers) or give the run more memory; {mend}"
         if status is None or status >= 0:
             return (
@@ -142,7 +142,7 @@ class _Worker:
         if name == "SIGKILL":
             return f"{what}, probably because the memory of the machine or job ran out. {fewer}"
         if name == "SIGBUS":
-            return f"{what}, probably because memory, /dev/shm or a disk was full. {fewer}"
+            return f"{what}, probably because memory or a disk was full. {fewer}"
         if name in ("SIGSEGV", "SIGABRT", "SIGILL", "SIGFPE"):
             return f"{what}: a library crashed, probably while it decoded an image; {mend}"
         return f"{what}, which another program sent; {mend}"

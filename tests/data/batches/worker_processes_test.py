@@ -51,7 +51,7 @@ def test_a_killed_worker_is_one_error_that_says_the_way_out():
     assert str(caught.value) == (
         "a worker process that makes batches was ended by SIGKILL, probably because the memory of "
         "the machine or job ran out. Use fewer workers (data.workers) or give the run more memory; "
-        "the same command continues the run"
+        "start the same command again"
     )
     assert multiprocessing.active_children() == []
 
@@ -90,7 +90,7 @@ def test_a_worker_that_cannot_start_is_an_error(monkeypatch):
 @pytest.mark.parametrize(
     ("status", "texts"),
     [
-        (-signal.SIGBUS, ("SIGBUS", "/dev/shm or a disk was full", "data.workers")),
+        (-signal.SIGBUS, ("SIGBUS", "memory or a disk was full", "data.workers")),
         (-signal.SIGSEGV, ("SIGSEGV: a library crashed",)),
         (-signal.SIGTERM, ("SIGTERM, which another program sent",)),
         (-77, ("signal 77",)),
