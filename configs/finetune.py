@@ -16,7 +16,7 @@ from convit_jax import recipe
 
 def get_config() -> ml_collections.ConfigDict:
     config = recipe.get_config()
-    config.model.name = "convit_tiny"
+    config.model.image_size = None  # that of the weights
     config.init_new_head = True
     config.init_resize_pos_embed = True
     config.data.update(source="folder:images", repeats=1)

@@ -62,6 +62,9 @@ class Key:
     may_be_none: bool = False
 
 
+DEFAULT_MODEL = "convit_base"  # where neither model.name nor weights decide
+
+
 def _option(doc: str, type_: Any, name: str) -> Key:
     """Returns a key of the model that is open by default: the variant or the data decide it."""
     return Key(None, doc, type_, may_change=name in options_of_kind("computation"))
@@ -102,10 +105,21 @@ KEYS: dict[str, Key] = {
     "init_adapt_channels": Key(
         False, "whether to sum or repeat RGB weights of init_from for other in_channels"
     ),
-    # The options of convit_jax.ConViT. Where the default is None, the model's name decides.
-    "model.name": Key("convit_base", "model, one of convit_jax.VARIANTS", choices=tuple(VARIANTS)),
+    # The options of convit_jax.ConViT. Where a value is None, the model's name or, with a name of
+    # None, the weights of init_from decide.
+    "model.name": Key(
+        None,
+        "model, one of convit_jax.VARIANTS; None means the model of init_from, or convit_base "
+        "without weights",
+        str, choices=tuple(VARIANTS),
+    ),
     "model.num_classes": _option("number of classes; None means the data's", int, "num_classes"),
-    "model.image_size": Key(224, "pixels, 224 or 224x320 (height x width)", type=object),
+    "model.image_size": Key(
+        224,
+        "pixels, 224 or 224x320 (height x width); None means the size of init_from, or 224 without "
+        "weights",
+        type=object, may_be_none=True,
+    ),
     "model.drop_path": Key(0.1, "rate of stochastic depth in the last block, rising from 0"),
     "model.dropout": Key(0.0, "dropout rate of attention outputs and in MLPs"),
     "model.attn_dropout": Key(0.0, "dropout rate of attention maps"),
@@ -320,7 +334,7 @@ def _misfits(
         expected = reference.get_type(leaf)
         if expected is ml_collections.ConfigDict and isinstance(value, expected):
             yield from _misfits(value, reference[leaf], f"{name}.")
-        elif name == "model.image_size":
+        elif name == "model.image_size" and value is not None:
             try:
                 image_size.parse(value, name)
             except ValueError as error:
@@ -461,6 +475,6 @@ def differences(
 def _values(config: ml_collections.ConfigDict) -> dict[str, Any]:
     """Returns every key with its value; equal image sizes, such as 8 and "8x8", become equal."""
     values = dict(_leaves(config.to_dict()))
-    size = image_size.parse(config.model.image_size, "model.image_size")
-    values["model.image_size"] = image_size.text(size)
+    if (size := config.model.image_size) is not None:
+        values["model.image_size"] = image_size.text(image_size.parse(size, "model.image_size"))
     return values

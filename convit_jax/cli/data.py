@@ -21,7 +21,7 @@ from convit_jax.data.open import SPLITS
 from convit_jax.data.pictures import contact_sheet
 from convit_jax.data.source import Source, Subset, check_images, describe
 from convit_jax.storage import whole_file
-from convit_jax.train import setup
+from convit_jax.train import init_from, setup
 
 _NAMED = 50  # most classes that are all named
 _DRAWN = 32  # training images of a contact sheet
@@ -86,6 +86,7 @@ def _prepare(tars: str, data_dir: str) -> None:
 def _check(config: ml_collections.ConfigDict, pictures: pathlib.Path | None) -> None:
     if pictures is not None and not pictures.absolute().parent.is_dir():
         raise FileNotFoundError(f"--pictures: no such folder: {pictures.absolute().parent}")
+    init_from.settle_new_model(config)
     model = setup.make_model(config)
     train_transform, eval_transform = setup.make_transforms(config, model)
     sources = {split: setup.open_split(config, split, None) for split in SPLITS}

@@ -122,7 +122,8 @@ def describe(workdir: Workdir) -> tuple[Claim, dict[str, Any]]:
     config = _config(workdir)
     options = {k: v for k, v in config.model.items() if v is not None}
     options["image_size"] = image_size.parse(config.model.image_size)
-    options = structure_of(options.pop("name")) | options
+    if "name" in options:  # without it, the options are all there
+        options = structure_of(options.pop("name")) | options
     options = {k: v for k, v in options.items() if k not in options_of_kind("computation")}
     extras = {
         "mean": config.data.mean,

@@ -79,21 +79,23 @@ def read_weights(
     ema: bool | None = False,
     offline: bool = False,
     checkpoint: str = "best",
+    heads_if_open: int | None = None,
     **overrides: Any,
 ) -> Loaded:
     """Loads weights as `load` does, and what predictions need.
 
-    Takes the arguments of `load` and one more. Raises the errors of `load`.
+    Takes the arguments of `load` and two more. Raises the errors of `load`.
 
     Args:
       ema: as for `load`; or None, which takes what a run hands out: its averaged weights if it has
         any. Of a file, None takes the weights that are not averaged.
       checkpoint: the checkpoint of a run to read: "best", "newest" or a step, see
         `from_workdir.find`.
+      heads_if_open: number of heads of weights that do not determine it, see `infer.model_of`.
     """
     contents = _contents(source, ema=ema, offline=offline, checkpoint=checkpoint)
     try:
-        model = infer.model_of(contents.params, contents.stated, variant, overrides)
+        model = infer.model_of(contents.params, contents.stated, variant, overrides, heads_if_open)
         log.info("%s: %s", source, describe(model))
         wanted = model.clone(**overrides)
         params = adapt.fit_params(
