@@ -238,9 +238,25 @@ KEYS: dict[str, Key] = {
     # The optimiser, AdamW.
     "optim.lr": Key(
         5e-4,
-        "peak learning rate for 512 images per step; scaled by batch_size / 512",
+        "peak learning rate; for 512 images per step if optim.scale_lr",
         above=0,
         may_change=True,  # the error of a loss that is not finite advises to lower it
+    ),
+    "optim.scale_lr": Key(
+        True, "whether the peak is optim.lr x batch_size / 512, as in DeiT, or optim.lr itself"
+    ),
+    "optim.layer_decay": Key(
+        1.0,
+        "factor of the learning rate from each block to the block before it, as in timm; 1 is off",
+        above=0,
+    ),
+    "optim.freeze": Key(
+        "",
+        "parameters not to train: backbone (all but the head), gates, positional, or regular "
+        "expressions of whole names such as gpsa_blocks/.*, separated by commas",
+    ),
+    "optim.freeze_epochs": Key(
+        0.0, "epochs after which optim.freeze ends; 0 freezes for the whole run", least=0
     ),
     "optim.warmup_lr": Key(1e-6, "learning rate at the start; not scaled, as in the original"),
     "optim.min_lr": Key(1e-5, "learning rate at the end; not scaled"),
