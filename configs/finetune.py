@@ -19,6 +19,7 @@ def get_config() -> ml_collections.ConfigDict:
     config.model.image_size = None  # that of the weights
     config.init_new_head = True
     config.init_resize_pos_embed = True
+    config.init_adapt_channels = True
     config.data.update(source="folder:images", repeats=1)
     config.mixup.update(mixup=0.0, cutmix=0.0)
     config.train.update(epochs=30.0, batch_size=None)

@@ -16,7 +16,6 @@ import numpy as np
 
 from convit_jax.data import class_names
 from convit_jax.data.folders.listing import EXTENSIONS, walk
-from convit_jax.data.images.decode import decode
 from convit_jax.data.images.transforms import EvalTransform
 from convit_jax.model.normalise import normalise
 from convit_jax.weights.loaded import Loaded
@@ -62,8 +61,9 @@ class Predictor:
             )
         self.names = class_names.readable(loaded.class_names, model.num_classes)
         self.batch_size = batch_size
-        self._transform = EvalTransform(model.image_shape[:2], loaded.crop_pct)
-        self._grey = model.in_channels == 1
+        self._transform = EvalTransform(
+            model.image_shape[:2], loaded.crop_pct, grey=model.in_channels == 1
+        )
         self._shape = (batch_size, *model.image_shape)
 
         def forward(params: Any, images: jax.Array) -> jax.Array:
@@ -88,12 +88,7 @@ class Predictor:
         Raises:
           ValueError: if the file is not a readable image.
         """
-        if not self._grey:
-            return self._transform(data)
-        from PIL import Image
-
-        grey = np.asarray(Image.fromarray(decode(data)).convert("L"))
-        return self._transform(grey[..., None])
+        return self._transform(data)
 
     def top(self, images: Sequence[np.ndarray], count: int) -> list[list[Prediction]]:
         """Returns the most probable classes of each image, the most probable first.

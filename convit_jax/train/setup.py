@@ -127,6 +127,7 @@ def prepare(config: ml_collections.ConfigDict, workdir: Workdir, profile: bool =
     loaded = processes.on_all(lambda: init_from.settle_model(config, workdir))
     model = make_model(config)
     model.check_classifies("training")
+    fit.fit_normalisation(config, model.in_channels)
     train_transform, eval_transform = make_transforms(config, model)
     changed, sources, data = processes.on_all(lambda: _open_data(config, workdir, model, mesh))
     same_run.check_processes(config, data)
@@ -226,8 +227,9 @@ def make_transforms(
     """Makes the transforms that the host applies to images, in training and in evaluation."""
     size, options = model.image_shape[:2], config.augment.to_dict()
     crop_pct = options.pop("eval_crop")
-    train_transform = transforms.TrainTransform(size, crop_pct=crop_pct, **options)
-    return train_transform, transforms.EvalTransform(size, crop_pct=crop_pct)
+    options |= {"crop_pct": crop_pct, "grey": model.in_channels == 1}
+    train_transform = transforms.TrainTransform(size, **options)
+    return train_transform, transforms.EvalTransform(size, crop_pct, train_transform.grey)
 
 
 def open_split(
@@ -284,4 +286,10 @@ def _warn_of_odd_values(config: ml_collections.ConfigDict) -> None:
             "the run ends within the warm-up of the learning rate: %g epochs of training, "
             "optim.warmup_epochs=%g",
             epochs, warmup,
+        )  # fmt: skip
+    if epochs <= config.optim.freeze_epochs:
+        log.warning(
+            "optim.freeze=%s stays frozen for the whole run: %g epochs of training, "
+            "optim.freeze_epochs=%g",
+            config.optim.freeze, epochs, config.optim.freeze_epochs,
         )  # fmt: skip

@@ -43,8 +43,8 @@ def model_of(
       variant: name of `VARIANTS` that the caller states.
       overrides: options of `ConViT` that the caller states. Of the options of kind "changeable"
         only image_size is read, for a patch grid that the weights do not determine.
-      heads_if_open: number of heads if neither the weights nor anything stated determines it; None means
-        that of the paper's DeiT of the same width.
+      heads_if_open: number of heads if neither the weights nor anything stated determines it; None
+        means that of the paper's DeiT of the same width.
 
     Raises:
       ValueError: if a name is unknown, an option cannot be determined, or the weights contradict a

@@ -19,6 +19,7 @@ import numpy as np
 
 from convit_jax import extras
 from convit_jax.model.network import ConViT
+from convit_jax.model.normalise import of_channels
 from convit_jax.model.variants import describe
 from convit_jax.weights import adapt, hub, infer, torch_pickle
 from convit_jax.weights.infer import Claim
@@ -205,10 +206,5 @@ def _matched(loaded: Loaded, *, same_head: bool) -> Loaded:
             log.warning("%s: %d class names left out, because the model has %d classes",
                         loaded.source, len(names), loaded.model.num_classes)  # fmt: skip
         names = None
-    channels = loaded.model.in_channels
-    if len(mean) != channels:  # in the same way as `adapt.adapt_input_conv`
-        mean, std = (
-            (float(np.mean(v)),) if channels == 1 else tuple(v[i % len(v)] for i in range(channels))
-            for v in (mean, std)
-        )
-    return dataclasses.replace(loaded, class_names=names, mean=tuple(mean), std=tuple(std))
+    mean, std = (of_channels(values, loaded.model.in_channels) for values in (mean, std))
+    return dataclasses.replace(loaded, class_names=names, mean=mean, std=std)

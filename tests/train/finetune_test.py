@@ -17,7 +17,8 @@ from convit_jax import ConViT, create_model
 from convit_jax.data.open import open_source
 from convit_jax.model.variants import options_of_kind
 from convit_jax.parallel import signals
-from convit_jax.train import loop, same_run, setup
+from convit_jax.predict import Predictor
+from convit_jax.train import eval_setup, loop, same_run, setup
 from convit_jax.weights import safetensors
 from convit_jax.weights.load import read_weights
 from convit_jax.weights.loaded import Loaded
@@ -63,7 +64,8 @@ def make_config(pretrained, folder):
     config.augment.update(crop="none", flip=0.0, randaugment_ops=0, color_jitter=0.0)
     config.mixup.erase_prob = 0.0
     config.train.label_smoothing = 0.0
-    config.optim.lr = 5e-2
+    config.optim.update(lr=3e-3, layer_decay=1.0, freeze="gates")
+    config.model.in_channels = 1
     return config
 
 
@@ -82,6 +84,8 @@ def test_the_loss_falls_and_a_stopped_run_goes_on(
     before = read_weights(pretrained).params
     assert before["pos_embed"].shape == (1, 196, 32)
     assert prepared.init_params["pos_embed"].shape == (1, 4, 32)
+    kernel = before["patch_embed"]["kernel"].sum(axis=2, keepdims=True)
+    np.testing.assert_array_equal(prepared.init_params["patch_embed"]["kernel"], kernel)
     for name in ("gpsa_blocks", "last_block"):
         jax.tree.map(np.testing.assert_array_equal, prepared.init_params[name], before[name])
     result = loop.train(prepared)
@@ -109,6 +113,40 @@ def test_the_loss_falls_and_a_stopped_run_goes_on(
         read_weights(tmp_path / name / "weights.safetensors").params for name in ("cut", "whole")
     ]
     jax.tree.map(np.testing.assert_array_equal, *ends)
+    for name, equal in (("gate", True), ("pos_proj", False)):
+        start, end = (x["gpsa_blocks"]["attn"][name] for x in (before, ends[0]))
+        same = jax.tree.map(np.array_equal, start, end)
+        assert all(jax.tree.leaves(same)) == equal
+
+
+def test_a_model_of_one_channel_reads_folders_in_grey(tmp_path, caplog):
+    caplog.set_level(logging.INFO, "convit_jax")
+    runs.write_images(tmp_path / "images", per_class=8)
+    config = finetune.get_config()
+    config.data.update(source=f"folder:{tmp_path / 'images'}", workers=0)
+    config.train.batch_size = 8
+    config.init_from = str(tmp_path / "weights.safetensors")
+    for channels in (3, 1):  # RGB weights, which are adapted; weights of one channel
+        model = ConViT(**SMALL, num_classes=3, in_channels=channels)
+        loaded = Loaded(model, random_params(model), mean=(0.449,) * channels)
+        safetensors.save_weights(config.init_from, loaded)
+        wanted = config.copy_and_resolve_references()
+        wanted.model.in_channels = 1 if channels == 3 else None
+        prepared = setup.prepare(wanted, Workdir(tmp_path / str(channels)))
+        assert prepared.program.model.in_channels == 1
+        assert prepared.config.data.mean == pytest.approx((0.449,))
+        assert prepared.train_chunks[0]["image"].shape == (8, 32, 32, 1)
+        (evaluated,) = prepared.test_chunks[0]["image"][:1]
+        file = tmp_path / "images" / "val" / "class0" / "0.png"
+        # As prediction makes it.
+        predictor = Predictor(read_weights(config.init_from, in_channels=1), 1)
+        np.testing.assert_array_equal(evaluated, predictor.pixels(file.read_bytes()))
+    assert "data.mean=(0.449,): the recipe's for RGB, averaged for one channel" in caplog.text
+    evaluation = eval_setup.prepare(wanted, None, eval_setup.Choices())
+    assert evaluation.models[0].in_channels == 1
+    wanted.model.in_channels = 4
+    with pytest.raises(ValueError, match=r"model.in_channels: expected 3 or 1 as in .* got 4"):
+        setup.prepare(wanted, Workdir(tmp_path / "four"))
 
 
 def test_a_head_that_is_kept_for_other_classes_is_warned_of(tmp_path, caplog):

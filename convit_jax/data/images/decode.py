@@ -45,6 +45,13 @@ def decode(data: bytes) -> np.ndarray:
         raise CorruptImageError(f"not a readable image ({what}): {error}") from error
 
 
+def to_grey(pixels: np.ndarray) -> np.ndarray:
+    """Returns the pixels of Pillow's convert("L"): (height, width, 3) -> (height, width, 1)."""
+    from PIL import Image
+
+    return np.asarray(Image.fromarray(pixels).convert("L"))[..., None]
+
+
 def is_plain_png(data: bytes) -> bool:
     """Returns whether the bytes are a PNG of 8-bit grey or RGB pixels, and nothing else.
 
@@ -69,7 +76,7 @@ def _decode_png(data: bytes) -> np.ndarray | None:
     return None if pixels is None else cv2.cvtColor(pixels, cv2.COLOR_BGR2RGB)
 
 
-def open_image(image: bytes | np.ndarray) -> tuple[int, int, Read]:
+def open_image(image: bytes | np.ndarray, grey: bool = False) -> tuple[int, int, Read]:
     """Returns the height and width of an image and a function that decodes its upper rows.
 
     A baseline JPEG file of one scan is decoded only as far down as asked; damage further down is
@@ -77,6 +84,7 @@ def open_image(image: bytes | np.ndarray) -> tuple[int, int, Read]:
 
     Args:
       image: an encoded image, or pixels (height, width, 1 or 3) uint8.
+      grey: whether an encoded image becomes grey, with one channel.
 
     Raises:
       CorruptImageError: if a file is seen to be damaged. The returned function raises it too.
@@ -86,14 +94,14 @@ def open_image(image: bytes | np.ndarray) -> tuple[int, int, Read]:
         if image.dtype != np.uint8 or image.ndim != 3 or image.shape[2] not in (1, 3):
             got = f"{image.dtype} of shape {image.shape}"
             raise ValueError(f"image: expected uint8 (height, width, 1 or 3), got {got}")
-        pixels = image
-    elif not isinstance(image, bytes):
+        return *image.shape[:2], lambda rows: image
+    if not isinstance(image, bytes):
         raise ValueError(f"image: expected bytes or an array, got {type(image).__name__}")
-    elif (place := _height_in_header(image)) is not None:
+    finish = to_grey if grey else lambda pixels: pixels
+    if (place := _height_in_header(image)) is not None:
         height, width = (int.from_bytes(image[i : i + 2]) for i in (place, place + 2))
-        return height, width, lambda rows: _decode_rows(image, place, height, rows)
-    else:
-        pixels = decode(image)
+        return height, width, lambda rows: finish(_decode_rows(image, place, height, rows))
+    pixels = finish(decode(image))
     return *pixels.shape[:2], lambda rows: pixels
 
 
