@@ -96,7 +96,11 @@ KEYS: dict[str, Key] = {
         above=0,
         may_change=True,
     ),
-    "init_from": Key("", "weights to start from, any source of convit_jax.load; empty is random"),
+    "init_from": Key(
+        "",
+        "weights to start from, any source of convit_jax.load; they decide the keys of model that "
+        "are open; empty is random",
+    ),
     "init_ema": Key(False, "whether to start from the averaged weights of init_from"),
     "init_new_head": Key(False, "whether to replace the head of init_from, for other classes"),
     "init_resize_pos_embed": Key(
@@ -105,8 +109,8 @@ KEYS: dict[str, Key] = {
     "init_adapt_channels": Key(
         False, "whether to sum or repeat RGB weights of init_from for other in_channels"
     ),
-    # The options of convit_jax.ConViT. Where a value is None, the model's name or, with a name of
-    # None, the weights of init_from decide.
+    # The options of convit_jax.ConViT. Where a value is None, the model's name decides, or the
+    # weights of init_from if the name is None too.
     "model.name": Key(
         None,
         "model, one of convit_jax.VARIANTS; None means the model of init_from, or convit_base "
@@ -123,7 +127,9 @@ KEYS: dict[str, Key] = {
     "model.drop_path": Key(0.1, "rate of stochastic depth in the last block, rising from 0"),
     "model.dropout": Key(0.0, "dropout rate of attention outputs and in MLPs"),
     "model.attn_dropout": Key(0.0, "dropout rate of attention maps"),
-    "model.in_channels": _option("number of channels of the images", int, "in_channels"),
+    "model.in_channels": _option(
+        "number of channels of the images; 1 reads image files in grey", int, "in_channels"
+    ),
     "model.patch_size": _option("side of a patch in pixels", int, "patch_size"),
     "model.embed_dim": _option("width of the model", int, "embed_dim"),
     "model.depth": _option("number of blocks", int, "depth"),
