@@ -13,6 +13,7 @@ from convit_jax import recipe
 from convit_jax.data import class_mapping
 from convit_jax.model import image_size
 from convit_jax.model.network import ConViT
+from convit_jax.model.normalise import of_channels
 from convit_jax.model.variants import (
     VARIANTS,
     default_of,
@@ -167,10 +168,11 @@ def fit_params(
       ValueError: names every parameter whose shape is not the model's.
     """
     for key in ("mean", "std"):
-        if getattr(loaded, key) != tuple(config.data[key]):
+        expected = of_channels(getattr(loaded, key), model.in_channels)
+        if expected != tuple(config.data[key]):
             log.warning(
                 "data.%s=%s, but %s were probably trained with %s",
-                key, config.data[key], config.init_from, getattr(loaded, key),
+                key, config.data[key], config.init_from, expected,
             )  # fmt: skip
     if not config.init_new_head and not class_mapping.are_same(
         class_names, loaded.class_names, loaded.model.num_classes

@@ -15,6 +15,7 @@ from small_models import random_params
 from configs import finetune
 from convit_jax import ConViT, create_model
 from convit_jax.data.open import open_source
+from convit_jax.model.normalise import IMAGENET_MEAN, of_channels
 from convit_jax.model.variants import options_of_kind
 from convit_jax.parallel import signals
 from convit_jax.predict import Predictor
@@ -132,7 +133,7 @@ def test_a_model_of_one_channel_reads_folders_in_grey(tmp_path, caplog):
     config.init_from = str(tmp_path / "weights.safetensors")
     for channels in (3, 1):  # RGB weights, which are adapted; weights of one channel
         model = ConViT(**SMALL, num_classes=3, in_channels=channels)
-        loaded = Loaded(model, random_params(model), mean=(0.449,) * channels)
+        loaded = Loaded(model, random_params(model), mean=of_channels(IMAGENET_MEAN, channels))
         safetensors.save_weights(config.init_from, loaded)
         wanted = config.copy_and_resolve_references()
         wanted.model.in_channels = 1 if channels == 3 else None
@@ -146,6 +147,7 @@ def test_a_model_of_one_channel_reads_folders_in_grey(tmp_path, caplog):
         predictor = Predictor(read_weights(config.init_from, in_channels=1), 1)
         np.testing.assert_array_equal(evaluated, predictor.pixels(file.read_bytes()))
     assert "data.mean=(0.449,): the recipe's for RGB, averaged for one channel" in caplog.text
+    assert "data.mean=(0.449,), but " not in caplog.text
     evaluation = eval_setup.prepare(wanted, None, eval_setup.Choices())
     assert evaluation.models[0].in_channels == 1
     wanted.model.in_channels = 4
