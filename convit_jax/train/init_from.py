@@ -138,11 +138,11 @@ def _check_structure(config: ml_collections.ConfigDict, loaded: Loaded) -> None:
             )
     if problems:
         variant = variant_of(found)
-        way = "leave these keys and model.name open, as configs/finetune.py does, and the weights "
-        way += "decide" if variant is None else f"decide, or set model.name={variant}"
+        named = "" if variant is None else f", or set model.name={variant}"
         raise ValueError(
-            f"init_from: the configuration's model is not that of {loaded.source}, which is "
-            f"{variant or 'none of the paper'}: {way}\n  " + "\n  ".join(problems)
+            f"init_from: the configuration's model is not that of {loaded.source}: leave these "
+            "keys and model.name open, as configs/finetune.py does, and the weights decide"
+            f"{named}\n  " + "\n  ".join(problems)
         )
     for key in options_of_kind("function"):
         stated, has = config.model[key], getattr(found, key)

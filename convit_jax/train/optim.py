@@ -90,7 +90,7 @@ def make_optimizer(
 
     Clipping multiplies the gradients by min(1, clip_norm / norm), where norm is the norm of all
     gradients together. AdamW's moments are computed from the clipped gradients. The state is that
-    of `optax.adamw`.
+    of `optax.adamw`, unless parameters are frozen or `layer_decay` is on.
 
     Args:
       config: the section `optim` of the configuration.
