@@ -9,7 +9,21 @@ data set. Another --config.model.image_size interpolates the position embedding,
 --config.model.in_channels adapts the first convolution.
 
 The settings are this project's own: fewer epochs than from scratch, no mixing, and a rate that does
-not depend on the batch size and falls from the head to the first block.
+not depend on the batch size and falls from the head to the first block. They were tried on digits
+of MNIST, on a CPU: a ConViT of 6 blocks and width 64, trained on 2,000 images of the digits 0 to 4
+(92.6%), and fine-tuned on 50 images each of 5 to 9, in batches of 16, for 468 steps. The accuracy
+is of one run each, on 500 test images of 5 to 9, where a guess has 20%:
+
+    84.6%  these settings, with --config.augment.flip=0.0 --config.augment.randaugment_ops=0
+           --config.augment.scale="(0.5, 1.0)", which suit digits
+    89.2%  the same with --config.optim.lr=3e-3
+    83.8%  the same with --config.optim.layer_decay=1.0
+    55.0%  the same with --config.optim.freeze=backbone
+    54.6%  the same from random weights
+    15.6%  the same with a peak of 1e-4 x batch / 512 = 3e-6, which this file had before
+    46.2%  these settings alone, which mirror digits and crop them to 8% of their area
+
+They have not been tried with ImageNet's weights on photographs.
 """
 
 import ml_collections
