@@ -213,6 +213,7 @@ def test_chunked_holds_no_map(backward):
 
 def test_which_one_is_chosen():
     assert choose_forms("auto", "auto", 196, backend="cpu") == ("xla", "contract")
+    assert choose_forms("auto", "auto", 16, backend="cpu") == ("xla", "blend")
     assert choose_forms("auto", "auto", 196, backend="tpu") == ("xla", "blend")
     assert choose_forms("auto", "auto", 196, backend="gpu") == ("xla", "blend")
     assert choose_forms("auto", "auto", 4096, backend="tpu") == ("chunked", "contract")
