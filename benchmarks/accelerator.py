@@ -65,7 +65,7 @@ class Table:
     def __init__(self, flags: argparse.Namespace, about: dict[str, Any]):
         self._flags, self._about = flags, about
         self._sizes = plan.QUICK if flags.quick else {}
-        self._end = time.monotonic() + 60 * (flags.minutes or math.inf)
+        self._end = time.monotonic() + 60 * flags.minutes
         # Contenders that others are compared with; they are kept for later stages.
         self._references: dict[Row, Contender] = {}
         self.records: list[dict[str, Any]] = []
@@ -92,9 +92,9 @@ class Table:
             record = dataclasses.asdict(row) | {"dtype": self._flags.dtype} | found
             self.records.append(record | {"form": dict(row.form)})
             print(_line(row, record), flush=True)
-            storage.write_text(
-                self._flags.output, json.dumps(self._about | {"rows": self.records}, indent=1)
-            )
+            text = json.dumps(self._about | {"rows": self.records}, indent=1)
+            storage.write_text(self._flags.output, text)
+            self._empty_torch()
 
     def _make(self, row: Row) -> Contender | str:
         if time.monotonic() > self._end:
@@ -122,9 +122,6 @@ class Table:
             self._flags.repetitions,
         )
         seconds = {name: taken / passes[name] for name, taken in times.items()}
-        contender.release()
-        if row.who != OURS and _on_gpu():
-            peer.import_timm()[1].cuda.empty_cache()  # JAX cannot use what torch keeps
         own = seconds.pop("row")
         rate = row.batch * jax.device_count() / np.median(own)
         return {
@@ -150,6 +147,14 @@ class Table:
         model = self._spec(dataclasses.replace(row, form=plan.DEFAULT)).model
         count = flops.forward_flops if row.what == contenders.FORWARD else flops.training_flops
         return float(rate * count(model) / peak / jax.device_count())
+
+    def _empty_torch(self) -> None:
+        """Returns what torch keeps between passes to the GPU, because JAX cannot use it."""
+        peers = [c for row, c in self._references.items() if row.who != OURS]
+        for contender in peers:
+            contender.release()
+        if peers and _on_gpu():
+            peer.import_timm()[1].cuda.empty_cache()
 
     def _drop_broken_references(self) -> None:
         """Drops the references that a failure has broken, such as a step that lost its state."""
@@ -221,7 +226,8 @@ def _parse(arguments: list[str] | None) -> argparse.Namespace:
     def add(flag: str, text: str, **options: Any) -> None:
         parser.add_argument(flag, help=text, **options)
 
-    add("--minutes", "no row is begun after this time (default: all rows)", type=float, metavar="M")
+    add("--minutes", "no row is begun after this time (default: all rows)", type=float,
+        default=math.inf, metavar="M")  # fmt: skip
     add("--quick", "models so small that every machine runs them in seconds, to try the command",
         action="store_true")  # fmt: skip
     add("--variants", "models to measure (default: convit_small, convit_base and convit_tiny)",
@@ -258,7 +264,7 @@ def main(arguments: list[str] | None = None) -> None:
     about = {
         "date": time.strftime("%Y-%m-%d"),
         "device": machine.device(),
-        "platform": jax.devices()[0].client.platform_version.splitlines()[0],
+        "platform": jax.devices()[0].client.platform_version.replace("\n", " "),
         "dtype": flags.dtype,
         "versions": machine.versions(bool(peers)),
     }
@@ -268,7 +274,8 @@ def main(arguments: list[str] | None = None) -> None:
     table = Table(flags, about)
     for rows in stages:
         table.measure(rows)
-    print(f"\nwrote {flags.output}")
+    if table.records:
+        print(f"\nwrote {flags.output}")
     if table.late:
         print(f"{table.late} of {sum(map(len, stages))} rows were not begun: no time left")
 
