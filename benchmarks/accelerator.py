@@ -84,17 +84,20 @@ class Table:
             found = contender
             if isinstance(contender, Contender):
                 found = _attempt(functools.partial(self._time, row, contender))
-            if isinstance(found, str):
-                found = {"failed": found}
-                self._drop_broken_references()
-            elif row.who in (OURS, TIMM) and not row.form:
-                self._references[row] = contender
-            record = dataclasses.asdict(row) | {"dtype": self._flags.dtype} | found
-            self.records.append(record | {"form": dict(row.form)})
-            print(_line(row, record), flush=True)
-            text = json.dumps(self._about | {"rows": self.records}, indent=1)
-            storage.write_text(self._flags.output, text)
+                if isinstance(found, str):
+                    self._drop_broken_references()
+                elif row.who in (OURS, TIMM) and not row.form:
+                    self._references[row] = contender
+            self._keep(row, {"failed": found} if isinstance(found, str) else found)
             self._empty_torch()
+
+    def _keep(self, row: Row, found: dict[str, Any]) -> None:
+        """Prints a row and writes the JSON file again."""
+        fields = {"form": dict(row.form), "dtype": self._flags.dtype}
+        self.records.append(dataclasses.asdict(row) | fields | found)
+        print(_line(row, found), flush=True)
+        text = json.dumps(self._about | {"rows": self.records}, indent=1)
+        storage.write_text(self._flags.output, text)
 
     def _make(self, row: Row) -> Contender | str:
         if time.monotonic() > self._end:
@@ -106,7 +109,6 @@ class Table:
 
     def _time(self, row: Row, contender: Contender) -> dict[str, Any]:
         """Times a contender in turn with the references; returns the fields of its record."""
-        contender.run()
         contender.run()  # the first pass of torch also chooses kernels and makes AdamW's state
         used = contender.planned_bytes
         if row.who != OURS and _on_gpu():
@@ -135,6 +137,7 @@ class Table:
 
     def _passes(self, contender: Contender) -> int:
         """Returns how many passes a turn has: as many as fill a fifth of a second."""
+        contender.run()  # allocates again what `_empty_torch` gave back
         start = time.perf_counter()
         contender.run()
         turn = 0.0 if self._flags.quick else 0.2
@@ -179,20 +182,20 @@ def _quartiles(numbers: np.ndarray) -> list[float]:
     return [float(x) for x in np.percentile(numbers, [25, 50, 75])]
 
 
-def _line(row: Row, record: dict[str, Any]) -> str:
+def _line(row: Row, found: dict[str, Any]) -> str:
     """Returns a row of the Markdown table."""
     cells = [row.variant, str(row), row.what, str(row.batch)]
-    if "failed" in record:
-        reason = record["failed"].replace("|", "/")
+    if "failed" in found:
+        reason = found["failed"].replace("|", "/")
         return f"| {' | '.join(cells)} | failed: {reason[:160]} | | | | | | |"
 
     def number(key: str, form: str, factor: float = 1.0) -> str:
-        return "" if record[key] is None else format(record[key] * factor, form)
+        return "" if found[key] is None else format(found[key] * factor, form)
 
-    cells += [f"{record['seconds'][1] * 1e3:.2f}", number("images_per_second", ",.0f")]
+    cells += [f"{found['seconds'][1] * 1e3:.2f}", number("images_per_second", ",.0f")]
     cells += [number("mfu", ".1%"), number("bytes", ".2f", 1e-9), number("compile_seconds", ".1f")]
     for name in ("ours", "timm"):
-        ratio = record["speed_over"].get(name)
+        ratio = found["speed_over"].get(name)
         cells.append("{1:.2f} ({0:.2f} to {2:.2f})".format(*ratio) if ratio else "")
     return f"| {' | '.join(cells)} |"
 
