@@ -44,7 +44,7 @@ from benchmarks import accelerator_plan as plan
 from benchmarks import command, contenders, machine, memory, peer, timing
 from benchmarks.accelerator_plan import Row
 from benchmarks.contenders import COMPILED, OURS, TIMM, Contender
-from convit_jax import VARIANTS, storage
+from convit_jax import storage
 from convit_jax.model import flops
 
 _HEADER = (
@@ -234,7 +234,7 @@ def _parse(arguments: list[str] | None) -> argparse.Namespace:
     add("--quick", "models so small that every machine runs them in seconds, to try the command",
         action="store_true")  # fmt: skip
     add("--variants", "models to measure (default: convit_small, convit_base and convit_tiny)",
-        nargs="+", choices=VARIANTS, metavar="NAME")  # fmt: skip
+        nargs="+", choices=plan.VARIANTS)  # fmt: skip
     add("--work", "kinds of work to measure (default: all)", nargs="+", choices=contenders.WORK)
     add("--batch", "images of a device (default: 64 to 512, as the plan says)", type=int,
         nargs="+", metavar="N")  # fmt: skip
@@ -273,6 +273,8 @@ def main(arguments: list[str] | None = None) -> None:
     }
     forms = None if flags.options is None else [tuple(form) for form in flags.options if form]
     stages = list(plan.stages(flags.variants, flags.work, flags.batch, forms, (OURS, *peers)))
+    if not stages:
+        raise SystemExit("error: no row of the plan has this --variants and --work")
     print(", ".join(about.values()), "", *_HEADER, sep="\n", flush=True)
     table = Table(flags, about)
     for rows in stages:

@@ -100,6 +100,8 @@ STAGES = (
     Stage(STEP, "convit_tiny", 256, (*_COMPILED, *_ours(UNROLLED, CUDNN + NO_REMAT))),
 )
 
+VARIANTS = tuple(dict.fromkeys(stage.variant for stage in STAGES))
+
 # Sizes of the models of --quick, which every machine runs in seconds.
 QUICK = {"depth": 2, "embed_dim": 36, "local_up_to_layer": 1, "image_size": 32, "num_classes": 10}
 

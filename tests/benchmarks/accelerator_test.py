@@ -2,6 +2,8 @@
 
 import json
 
+import pytest
+
 from benchmarks import accelerator, accelerator_plan
 from benchmarks.accelerator_plan import CONVIT, DEIT_LIKE, Row
 from benchmarks.contenders import COMPILED, OURS, TIMM
@@ -12,7 +14,7 @@ FORWARD = ["--quick", "--work", "forward", "--repetitions", "2", "--dtype", "flo
 def test_every_row_of_the_plan_is_a_model_and_comes_once():
     rows = [row for stage in accelerator_plan.stages() for row in stage]
     assert len(set(rows)) == len(rows)
-    assert {row.variant for row in rows} == {"convit_tiny", "convit_small", "convit_base"}
+    assert accelerator_plan.VARIANTS == ("convit_small", "convit_base", "convit_tiny")
     for row in rows:
         model = row.spec("bfloat16", {}, devices=2).model
         assert (model.local_up_to_layer == 0) == (row.family == DEIT_LIKE)
@@ -66,3 +68,5 @@ def test_no_row_is_begun_when_the_time_is_over(tmp_path, capsys):
     accelerator.main([*FORWARD, *options])
     assert "2 of 2 rows were not begun" in capsys.readouterr().out
     assert not output.exists()
+    with pytest.raises(SystemExit, match="no row of the plan"):
+        accelerator.main(["--variants", "convit_base", "--work", "whole step", "--peer", "none"])
