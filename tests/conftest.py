@@ -1,4 +1,8 @@
-"""Sets up eight CPU devices and quick compilation before any test imports jax."""
+"""Sets up eight CPU devices and quick compilation before any test imports jax.
+
+With JAX_PLATFORMS=cuda,cpu in the environment the tests run on a GPU instead, with XLA's defaults.
+Those of several devices do not pass on one GPU.
+"""
 
 import os
 import pathlib
@@ -11,8 +15,8 @@ sys.path[:0] = [str(_TESTS.parent), str(_TESTS)]
 
 import compiling  # noqa: E402
 
-os.environ["JAX_PLATFORMS"] = "cpu"
-os.environ["XLA_FLAGS"] = compiling.flags(devices=8)
+if os.environ.setdefault("JAX_PLATFORMS", "cpu") == "cpu":
+    os.environ["XLA_FLAGS"] = compiling.flags(devices=8)
 
 # Programs are stored, so that neither a later test nor a process that a test starts compiles them
 # again. Workers of pytest-xdist find the variable set by the process that started them.

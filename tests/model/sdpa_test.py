@@ -222,13 +222,33 @@ def test_which_one_is_chosen():
     assert choose_forms("cudnn", "auto", 196, backend="gpu") == ("cudnn", "contract")
 
 
-def test_cudnn_says_what_it_needs():
+def test_cudnn_says_what_it_needs(monkeypatch):
+    monkeypatch.setattr(jax, "default_backend", lambda: "cpu")
     x = jnp.zeros((1, 4, 2, 8))
     with pytest.raises(ValueError, match="expected bfloat16 or float16, got float32"):
         sdpa.cudnn_attention(x, x, x, scale=1.0)
     low = x.astype(jnp.bfloat16)
     with pytest.raises(ValueError, match="needs an NVIDIA GPU, got cpu"):
         sdpa.cudnn_attention(low, low, low, scale=1.0)
+
+
+@pytest.mark.skipif(jax.default_backend() != "gpu", reason="the kernel needs a GPU")
+@pytest.mark.parametrize("width", [48, 52])  # of a head; 52 is padded
+@pytest.mark.parametrize("tokens", [196, 197])
+def test_the_cudnn_kernel_equals_xla(tokens, width):
+    """bfloat16 has 8 bits of mantissa; the largest value is a few units."""
+    q, k, v, cotangent = jax.random.normal(
+        jax.random.key(0), (4, 2, tokens, 9, width), jnp.bfloat16
+    )
+
+    def value_and_grads(attention, *inputs):
+        out, back = jax.vjp(functools.partial(attention, scale=width**-0.5), *inputs)
+        return out, *back(cotangent.astype(out.dtype))
+
+    found = jax.jit(functools.partial(value_and_grads, sdpa.cudnn_attention))(q, k, v)
+    wide = (x.astype(jnp.float32) for x in (q, k, v))
+    for low, high in zip(found, value_and_grads(sdpa.xla_attention, *wide), strict=True):
+        np.testing.assert_allclose(np.float32(low), high, atol=0.02, rtol=0.02)
 
 
 def test_cudnn_pads_heads_to_what_the_kernel_takes(monkeypatch):
