@@ -142,12 +142,16 @@ def cudnn_attention(q: Array, k: Array, v: Array, *, scale: float) -> Array:
             "expected auto, xla or chunked"
         )
     # The kernel takes head widths that are multiples of 8. Padding with zeros changes no score, and
-    # the padded values are cut off.
-    width = q.shape[-1]
-    padding = ((0, 0), (0, 0), (0, 0), (0, -width % 8))
+    # the padded values are cut off. JAX refuses the gradient for an odd number of tokens, so these
+    # are padded too; no query attends to a key beyond the length.
+    batch, tokens, _, width = q.shape
+    padding = ((0, 0), (0, tokens % 2), (0, 0), (0, -width % 8))
+    lengths = jnp.full((batch,), tokens, jnp.int32) if tokens % 2 else None
     q, k, v = (jnp.pad(x, padding) for x in (q, k, v))
-    out = jax.nn.dot_product_attention(q, k, v, scale=scale, implementation="cudnn")
-    return out[..., :width]
+    out = jax.nn.dot_product_attention(
+        q, k, v, scale=scale, key_value_seq_lengths=lengths, implementation="cudnn"
+    )
+    return out[:, :tokens, :, :width]
 
 
 def _heads_first(x: Array) -> Array:

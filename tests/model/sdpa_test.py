@@ -251,18 +251,19 @@ def test_the_cudnn_kernel_equals_xla(tokens, width):
         np.testing.assert_allclose(np.float32(low), high, atol=0.02, rtol=0.02)
 
 
-def test_cudnn_pads_heads_to_what_the_kernel_takes(monkeypatch):
+@pytest.mark.parametrize("tokens", [6, 7])
+def test_cudnn_pads_heads_and_tokens_to_what_the_kernel_takes(tokens, monkeypatch):
     """The kernel itself needs a GPU, so XLA's attention replaces it here."""
     plain, seen = jax.nn.dot_product_attention, []
 
-    def kernel(q, k, v, *, scale, implementation):
+    def kernel(q, k, v, *, scale, key_value_seq_lengths, implementation):
         seen.append((q.shape, implementation))
-        return plain(q, k, v, scale=scale)
+        return plain(q, k, v, scale=scale, key_value_seq_lengths=key_value_seq_lengths)
 
     monkeypatch.setattr(jax, "default_backend", lambda: "gpu")
     monkeypatch.setattr(jax.nn, "dot_product_attention", kernel)
-    q, k, v = jax.random.normal(jax.random.key(0), (3, 2, 6, 2, 12), jnp.bfloat16)
+    q, k, v = jax.random.normal(jax.random.key(0), (3, 2, tokens, 2, 12), jnp.bfloat16)
     out = sdpa.cudnn_attention(q, k, v, scale=0.3)
-    assert seen == [((2, 6, 2, 16), "cudnn")]
+    assert seen == [((2, tokens + tokens % 2, 2, 16), "cudnn")]
     expected = sdpa.xla_attention(q, k, v, scale=0.3)
     np.testing.assert_allclose(np.float32(out), np.float32(expected), atol=0.02)
