@@ -12,8 +12,8 @@ Form = tuple[tuple[str, Any], ...]  # options of create_model, as pairs
 CONVIT, DEIT_LIKE = "ConViT", "DeiT"
 
 DEFAULT: Form = ()
-CONTRACT: Form = (("positional", "contract"),)
-CUDNN: Form = (("attention", "cudnn"),)
+XLA: Form = (("attention", "xla"),)
+CONTRACT: Form = (("attention", "xla"), ("positional", "contract"))
 CHUNKED: Form = (("attention", "chunked"),)
 NO_REMAT: Form = (("remat", "none"),)
 BLOCK: Form = (("remat", "block"),)
@@ -77,27 +77,27 @@ _COMPILED = ((CONVIT, COMPILED, DEFAULT), (DEIT_LIKE, COMPILED, DEFAULT))
 
 # Batches of one device. DeiT trains with 256 on each of four GPUs (facebookresearch/deit, README).
 STAGES = (
-    Stage(STEP, "convit_small", 256, (*_PEERS, *_ours(CONTRACT, CUDNN, NO_REMAT, UNROLLED))),
+    Stage(STEP, "convit_small", 256, (*_PEERS, *_ours(XLA, CONTRACT, NO_REMAT, UNROLLED))),
     Stage(STEP, "convit_small", 256, _DEITS),
-    Stage(FORWARD, "convit_small", 256, (*_PEERS, *_ours(CONTRACT, CUDNN), *_DEITS)),
-    Stage(STEP, "convit_base", 128, (*_PEERS, *_ours(NO_REMAT, CUDNN), *_DEITS)),
+    Stage(FORWARD, "convit_small", 256, (*_PEERS, *_ours(XLA, CONTRACT), *_DEITS)),
+    Stage(STEP, "convit_base", 128, (*_PEERS, *_ours(XLA, NO_REMAT), *_DEITS)),
     Stage(STEP, "convit_small", 256, _COMPILED[:1]),
-    Stage(STEP, "convit_tiny", 256, (*_PEERS, *_ours(NO_REMAT, CUDNN), *_DEITS)),
+    Stage(STEP, "convit_tiny", 256, (*_PEERS, *_ours(XLA, NO_REMAT), *_DEITS)),
     Stage(
         STEP,
         "convit_small",
         256,
-        (*_ours(CUDNN + NO_REMAT, NO_REMAT + UNROLLED), *_ours(CUDNN, family=DEIT_LIKE)),
+        (*_ours(NO_REMAT + UNROLLED), *_ours(XLA, family=DEIT_LIKE)),
     ),
-    Stage(FORWARD, "convit_base", 256, (*_PEERS, *_ours(CONTRACT, CUDNN), *_DEITS)),
-    Stage(FORWARD, "convit_tiny", 256, (*_PEERS, *_ours(CONTRACT, CUDNN), *_DEITS)),
+    Stage(FORWARD, "convit_base", 256, (*_PEERS, *_ours(XLA, CONTRACT), *_DEITS)),
+    Stage(FORWARD, "convit_tiny", 256, (*_PEERS, *_ours(XLA, CONTRACT), *_DEITS)),
     Stage(STEP, "convit_small", 64, (*_PEERS, *_ours(NO_REMAT))),
     Stage(STEP, "convit_small", 512, (*_PEERS, *_ours(NO_REMAT))),
     Stage(WHOLE_STEP, "convit_small", 256, _ours(DEFAULT)),
-    Stage(STEP, "convit_small", 256, _ours(BLOCK, CHUNKED, CUDNN + NO_REMAT + UNROLLED)),
+    Stage(STEP, "convit_small", 256, _ours(BLOCK, CHUNKED)),
     Stage(FORWARD, "convit_small", 256, (*_COMPILED, *_ours(UNROLLED, CHUNKED))),
-    Stage(STEP, "convit_base", 128, (*_COMPILED, *_ours(UNROLLED, CUDNN + NO_REMAT))),
-    Stage(STEP, "convit_tiny", 256, (*_COMPILED, *_ours(UNROLLED, CUDNN + NO_REMAT))),
+    Stage(STEP, "convit_base", 128, (*_COMPILED, *_ours(UNROLLED))),
+    Stage(STEP, "convit_tiny", 256, (*_COMPILED, *_ours(UNROLLED))),
 )
 
 VARIANTS = tuple(dict.fromkeys(stage.variant for stage in STAGES))

@@ -77,6 +77,9 @@ def choose_forms(
     positional: str,
     tokens: int,
     attn_dropout: float = 0.0,
+    *,
+    dtype: Any = jnp.float32,
+    width: int = 64,
     backend: str | None = None,
 ) -> tuple[str | AttentionFn, str]:
     """Replaces "auto" in `GPSA.attention` and `GPSA.positional` by the implementation to use.
@@ -92,12 +95,18 @@ def choose_forms(
       positional: `GPSA.positional`.
       tokens: N.
       attn_dropout: `GPSA.attn_dropout`.
+      dtype: `GPSA.dtype`.
+      width: K.
       backend: "cpu", "gpu" or "tpu"; None means JAX's default backend.
 
     Returns:
       (attention, positional), neither of them "auto".
     """
-    attention = sdpa.choose(attention, tokens, attn_dropout) if positional != "blend" else "xla"
+    if positional == "blend":
+        return "xla", positional
+    attention = sdpa.choose(
+        attention, tokens, attn_dropout, dtype=dtype, width=width, backend=backend
+    )
     if positional == "auto":
         is_cpu = (backend or jax.default_backend()) == "cpu"
         large = is_cpu and tokens >= CONTRACT_FROM
@@ -213,8 +222,13 @@ class SelfAttention(nn.Module):
             drop = nn.Dropout(self.attn_dropout, deterministic=False, name="attn_drop")
             out = sdpa.keep(sdpa.apply_map(drop(sdpa.content_map(q, k, scale)), v))
         else:
-            attention = sdpa.choose(self.attention, size, self.attn_dropout)
-            attention = "xla" if self.queries else attention
+            attention = (
+                "xla"
+                if self.queries
+                else sdpa.choose(
+                    self.attention, size, self.attn_dropout, dtype=self.dtype, width=head
+                )
+            )
             out = sdpa.attention_fn(attention)(q, k, v, scale=scale)
         out = _project(out, self.dropout, train, self.dtype)
         return (out, {"content": sdpa.content_map(q, k, scale)}) if return_attention else out
@@ -304,7 +318,7 @@ class GPSA(nn.Module):
         )(grid)
 
         attention, positional = choose_forms(
-            self.attention, self.positional, size, self.attn_dropout
+            self.attention, self.positional, size, self.attn_dropout, dtype=self.dtype, width=head
         )
         if positional == "blend":
             content = sdpa.content_map(q, k, scale)

@@ -2,6 +2,7 @@
 
 import functools
 import re
+import types
 
 import jax
 import jax.numpy as jnp
@@ -220,6 +221,25 @@ def test_which_one_is_chosen():
     assert choose_forms("auto", "auto", 4096, 0.1, backend="cpu") == ("xla", "blend")
     assert choose_forms("auto", "blend", 4096, backend="cpu") == ("xla", "blend")
     assert choose_forms("cudnn", "auto", 196, backend="gpu") == ("cudnn", "contract")
+
+
+@pytest.mark.parametrize("capability", ["9.0", "8.0", "7.5", "gfx942", None])
+def test_cudnn_is_chosen_where_its_kernel_runs(capability, monkeypatch):
+    device = types.SimpleNamespace(compute_capability=capability)
+    monkeypatch.setattr(jax, "local_devices", lambda: [device])
+
+    def chosen(dtype=jnp.bfloat16, attn_dropout=0.0, width=48, positional="auto", backend="gpu"):
+        return choose_forms(
+            "auto", positional, 196, attn_dropout, dtype=dtype, width=width, backend=backend
+        )
+
+    runs = capability in ("9.0", "8.0")
+    assert chosen() == (("cudnn", "contract") if runs else ("xla", "blend"))
+    assert chosen(jnp.float32) == ("xla", "blend")
+    assert chosen(width=136) == ("xla", "blend")
+    assert chosen(attn_dropout=0.1) == ("xla", "blend")
+    assert chosen(positional="blend") == ("xla", "blend")
+    assert chosen(backend="tpu") == ("xla", "blend")
 
 
 def test_cudnn_says_what_it_needs(monkeypatch):
