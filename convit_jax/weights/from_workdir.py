@@ -107,11 +107,12 @@ def restore(found: Found) -> dict[str, Any]:
     """
     part, item = "ema" if found.ema else "params", (found.path / "state").resolve()
     try:
-        checkpointer = ocp.PyTreeCheckpointer()
-        tree = {part: checkpointer.metadata(item).item_metadata.tree[part]}
+        # A Checkpointer would warn that the folder has no metadata of its own.
+        handler = ocp.PyTreeCheckpointHandler()
+        tree = {part: handler.metadata(item).tree[part]}
         as_numpy = jax.tree.map(lambda _: ocp.RestoreArgs(restore_type=np.ndarray), tree)
         args = ocp.args.PyTreeRestore(item=tree, restore_args=as_numpy, partial_restore=True)
-        return checkpointer.restore(item, args=args)[part]
+        return handler.restore(item, args=args)[part]
     except Exception as error:  # Orbax raises many types for broken files
         first = str(error).partition("\n")[0][:300]
         raise OSError(f"{found.path}: cannot read this checkpoint: {first}") from error
