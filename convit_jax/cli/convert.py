@@ -2,7 +2,7 @@
 
     convit convert convit_base.pth convit_base.safetensors
     convit convert runs/mine mine.pth --to torch
-    convit convert convit_base convit_base.stablehlo --batch 8
+    convit convert convit_base convit_base.stablehlo
 
 SRC is any source that convit_jax.load reads: a .safetensors file, a .pth, .pt or .bin file (needs
 torch), the workdir of a run, or a name on huggingface.co. The suffix of DST decides the format.
@@ -66,7 +66,7 @@ def convert(args: argparse.Namespace) -> None:
         stablehlo.save_exported(path, loaded, args.batch)
         log.info(
             "the exported model takes float32 images %s, normalised by mean %s and std %s",
-            (args.batch, *loaded.model.image_shape), loaded.mean, loaded.std,
+            (args.batch or "any number", *loaded.model.image_shape), loaded.mean, loaded.std,
         )  # fmt: skip
     else:
         state_dict = to_torch(loaded.params)
@@ -83,7 +83,7 @@ def _check_destination(path: pathlib.Path, args: argparse.Namespace) -> None:
         raise ValueError(
             f"--to: expected {' or '.join(_FORMATS[path.suffix])} for {path.suffix}, got {args.to}"
         )
-    if (path.suffix == ".stablehlo") != (args.batch is not None):
+    if path.suffix != ".stablehlo" and args.batch is not None:
         raise ValueError("--batch: expected with a DST of .stablehlo, and with no other")
     if not path.parent.is_dir():
         raise FileNotFoundError(f"DST: no such folder: {path.parent}")
@@ -131,5 +131,10 @@ def _parser(prog: str) -> argparse.ArgumentParser:
         help="number of input channels; the first convolution is adapted to it as timm does",
     )
     add("--num_heads", type=int, metavar="N", help="heads of a DeiT whose width is not the paper's")
-    add("--batch", type=int, metavar="N", help="number of images per call; required for .stablehlo")
+    add(
+        "--batch",
+        type=int,
+        metavar="N",
+        help="number of images in every call of a .stablehlo; without it any number",
+    )
     return parser
