@@ -240,7 +240,9 @@ class ConViT(nn.Module):
         token = self.param("cls_token", linear_init, (1, 1, self.embed_dim)).astype(self.dtype)
 
         def prepend_token(x: Array) -> Array:
-            return jnp.concatenate([jnp.broadcast_to(token, (x.shape[0], *token.shape[1:])), x], axis=1)
+            return jnp.concatenate(
+                [jnp.broadcast_to(token, (x.shape[0], *token.shape[1:])), x], axis=1
+            )
 
         if self.cls_pos_embed:
             x = prepend_token(x)

@@ -24,8 +24,10 @@ RELEASED = {
     "deit_small": "timm/deit_small_patch16_224.fb_in1k",
     "deit_base": "timm/deit_base_patch16_224.fb_in1k",
 }
-_NAME = re.compile(r"(?:hf[-_]hub:)?(\w[\w.-]*/[\w.-]+)(?:@([\w./-]+))?")
-_WEIGHTS = ("model.safetensors", "pytorch_model.bin")
+_NAME = re.compile(r"(?:(?:hf[-_])?hub:)?(\w[\w.-]*/[\w.-]+)(?:@([\w./-]+))?")
+# Files of a repository. Either of the first two has the weights.
+WEIGHTS = ("model.safetensors", "pytorch_model.bin")
+CONFIG = "config.json"
 
 
 @dataclasses.dataclass(frozen=True)
@@ -62,6 +64,20 @@ def repository_name(source: str) -> str | None:
     return match and (f"{match[1]}@{match[2]}" if match[2] else match[1])
 
 
+def destination(text: str) -> str | None:
+    """Returns ORGANISATION/NAME of "hub:ORGANISATION/NAME"; None without one of the prefixes.
+
+    Raises:
+      ValueError: if another text follows the prefix.
+    """
+    prefix, colon, name = text.partition(":")
+    if not colon or prefix not in ("hub", "hf-hub", "hf_hub"):
+        return None
+    if not re.fullmatch(r"\w[\w.-]*/[\w.-]+", name):
+        raise ValueError(f"DST: expected hub:ORGANISATION/NAME, got {text}")
+    return name
+
+
 def fetch(name: str, *, offline: bool = False) -> Repository:
     """Fetches the weights of a repository, from the local cache if they are there.
 
@@ -89,27 +105,27 @@ def fetch(name: str, *, offline: bool = False) -> Repository:
         return pathlib.Path(path)
 
     try:
-        weights, missing = _first(download, _WEIGHTS, offline)
-        config = None if weights is None else _first(download, ("config.json",), offline)[0]
+        weights, missing = _first(download, WEIGHTS, offline)
+        config = None if weights is None else _first(download, (CONFIG,), offline)[0]
     except errors.RepositoryNotFoundError:  # also raised for private ones
         raise ValueError(
-            f"{name}: no such file or folder here, and no such repository on {_endpoint()} (a "
+            f"{name}: no such file or folder here, and no such repository on {endpoint()} (a "
             "private repository needs $HF_TOKEN)"
         ) from None
     except errors.RevisionNotFoundError:
-        raise ValueError(f"{name}: {_endpoint()} has no such revision of {repo}") from None
+        raise ValueError(f"{name}: {endpoint()} has no such revision of {repo}") from None
     except (errors.HfHubHTTPError, OSError) as error:
-        raise OSError(f"{name}: {_endpoint()}: {str(error).partition(chr(10))[0]}") from error
+        raise OSError(f"{name}: {endpoint()}: {str(error).partition(chr(10))[0]}") from error
     if weights is None and isinstance(missing, errors.LocalEntryNotFoundError):
         offline = offline or huggingface_hub.constants.HF_HUB_OFFLINE
-        why = "offline" if offline else f"{_endpoint()} cannot be reached"
+        why = "offline" if offline else f"{endpoint()} cannot be reached"
         raise OSError(
             f"{name}: no such file or folder here, not in the cache "
             f"({huggingface_hub.constants.HF_HUB_CACHE}), and {why}. Fetch it once with a network, "
             "or give the path of a file"
         ) from missing
     if weights is None:
-        raise ValueError(f"{name}: expected {' or '.join(_WEIGHTS)} in it, found neither")
+        raise ValueError(f"{name}: expected {' or '.join(WEIGHTS)} in it, found neither")
     if config is None:
         log.warning("%s: no config.json; mean, std and crop default to ImageNet's", name)
     return Repository(name, weights, _read_config(config))
@@ -117,10 +133,10 @@ def fetch(name: str, *, offline: bool = False) -> Repository:
 
 def cloned(folder: pathlib.Path) -> Repository | None:
     """Returns the repository that was copied into a folder; None if the folder has no weights."""
-    weights = next((folder / name for name in _WEIGHTS if (folder / name).is_file()), None)
+    weights = next((folder / name for name in WEIGHTS if (folder / name).is_file()), None)
     if weights is None:
         return None
-    config = folder / "config.json"
+    config = folder / CONFIG
     return Repository(str(folder), weights, _read_config(config if config.is_file() else None))
 
 
@@ -187,5 +203,6 @@ def _first(
     return None, missing
 
 
-def _endpoint() -> str:
+def endpoint() -> str:
+    """Returns the address of the server: $HF_ENDPOINT, or huggingface.co."""
     return os.environ.get("HF_ENDPOINT", "https://huggingface.co")
