@@ -138,10 +138,10 @@ def _parser(prog: str) -> argparse.ArgumentParser:
     add(
         "dst",
         metavar="DST",
-        help="file or repository to write: .safetensors, with PyTorch's names, and with the model's "
-        "options, classes and normalisation in the metadata; .pth or .pt, a state dict of PyTorch for timm "
-        "and the original code; .stablehlo, inference that needs only jax; hub:ORGANISATION/NAME, "
-        "a repository on huggingface.co that timm and this project read",
+        help="file or repository to write: .safetensors, with PyTorch's names, and with the "
+        "model's options, classes and normalisation in the metadata; .pth or .pt, a state dict of "
+        "PyTorch for timm and the original code; .stablehlo, inference that needs only jax; "
+        "hub:ORGANISATION/NAME, a repository on huggingface.co that timm and this project read",
     )
     add("--to", choices=("flax", "torch"), help="framework of DST; checked against its suffix")
     add(

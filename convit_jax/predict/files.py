@@ -1,7 +1,7 @@
 """Finding and classifying image files."""
 
 import collections
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from concurrent import futures
 import glob
 import itertools
@@ -47,7 +47,10 @@ def find_images(arguments: Iterable[str]) -> tuple[list[str], dict[str, str]]:
 
 
 def predict_files(
-    predictor: Predictor, paths: Iterable[str], count: int = 5
+    predictor: Predictor,
+    paths: Iterable[str],
+    count: int = 5,
+    watch: Callable[[list[str], np.ndarray], None] | None = None,
 ) -> Iterator[tuple[str, list[Prediction] | str]]:
     """Classifies image files, which threads read and decode ahead of the model.
 
@@ -57,6 +60,8 @@ def predict_files(
       predictor: the classifier.
       paths: the files.
       count: number of classes for each image.
+      watch: called with the files and the pixels of each batch before they are yielded: a list,
+        and (batch_size, height, width, channels) uint8 that begins with the images of the list.
 
     Yields:
       (path, predictions), or (path, reason) if the file cannot be read, in the order of the paths.
@@ -71,8 +76,13 @@ def predict_files(
             return str(error)
 
     def classified(files: list[tuple[str, np.ndarray | str]]) -> Iterator[tuple[str, Any]]:
-        images = [image for _, image in files if not isinstance(image, str)]
-        found = iter(predictor.top(images, count) if images else ())
+        good = [(path, image) for path, image in files if not isinstance(image, str)]
+        found: Iterator[list[Prediction]] = iter(())
+        if good:
+            batch = predictor.batch([image for _, image in good])
+            found = iter(predictor.top(batch, count)[: len(good)])
+            if watch is not None:
+                watch([path for path, _ in good], batch)
         for path, image in files:
             yield path, image if isinstance(image, str) else next(found)
 

@@ -77,6 +77,12 @@ class Predictor:
         """
         return self.preprocess.pixels(data)
 
+    def batch(self, images: Sequence[np.ndarray]) -> np.ndarray:
+        """Returns (batch_size, height, width, channels) uint8: the images, and then zeros."""
+        batch = np.zeros(self._shape, np.uint8)
+        batch[: len(images)] = images
+        return batch
+
     def top(self, images: Sequence[np.ndarray], count: int) -> list[list[Prediction]]:
         """Returns the most probable classes of each image, the most probable first.
 
@@ -84,8 +90,7 @@ class Predictor:
           images: up to `batch_size` arrays from `pixels`.
           count: number of classes for each image.
         """
-        batch = np.zeros(self._shape, np.uint8)
-        batch[: len(images)] = images
+        batch = self.batch(images)
         probabilities = np.asarray(self._forward(self._params, batch))[: len(images)]
         order = np.argsort(-probabilities, axis=-1, kind="stable")[:, :count]
         return [
