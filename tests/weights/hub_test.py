@@ -1,5 +1,6 @@
 """Weights by name: from a server like huggingface.co, and from the local cache."""
 
+import base64
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 import json
 import os
@@ -9,6 +10,7 @@ import threading
 
 import numpy as np
 import pytest
+import reference
 from runs import ROOT
 from safetensors.numpy import save_file
 from small_models import MODEL, equal, random_params
@@ -17,6 +19,8 @@ from benchmarks import input_pipeline
 from convit_jax import VARIANTS, create_model, to_torch
 from convit_jax.weights import adapt, hub
 from convit_jax.weights.load import read_weights
+from convit_jax.weights.loaded import Loaded
+from convit_jax.weights.safetensors import save_weights
 
 REVISION = "0123456789abcdef0123456789abcdef01234567"
 # Run in a process of its own that uses the test's server: prints a line for each name.
@@ -68,6 +72,41 @@ class Handler(BaseHTTPRequestHandler):
         if body:
             self.wfile.write(content)
 
+    def do_POST(self):
+        """Makes repositories and takes commits, as huggingface_hub asks for them."""
+        body = self.rfile.read(int(self.headers.get("Content-Length", 0)))
+        parts = self.path.partition("?")[0].strip("/").split("/")
+        token = self.headers.get("Authorization", "").removeprefix("Bearer ")
+        status = {"writer": 200, "reader": 403}.get(token, 401)
+        answer: dict = {}
+        if status != 200:
+            answer = {"error": "no"}
+        elif parts[:3] == ["api", "repos", "create"]:
+            asked = json.loads(body)
+            name = f"{asked['organization']}/{asked['name']}"
+            (self.server.root / name).mkdir(parents=True, exist_ok=True)
+            self.server.visibility[name] = asked.get("visibility")
+            answer = {"url": f"http://here/{name}"}
+        elif parts[-2] == "preupload":
+            files = json.loads(body)["files"]
+            answer["files"] = [
+                {"path": f["path"], "uploadMode": "regular", "shouldIgnore": False} for f in files
+            ]
+        elif parts[-2] == "commit":
+            for line in map(json.loads, body.splitlines()):
+                if line["key"] == "file":
+                    content = base64.b64decode(line["value"]["content"])
+                    path = self.server.root.joinpath(*parts[2:4], line["value"]["path"])
+                    path.write_bytes(content)
+            url = f"http://here/{'/'.join(parts[2:4])}/commit/{REVISION}"
+            answer = {"commitUrl": url, "commitOid": REVISION}
+        content = json.dumps(answer).encode()  # the rest is validate-yaml, which wants nothing
+        self.send_response(status)
+        self.send_header("Content-Type", "application/json")
+        self.send_header("Content-Length", str(len(content)))
+        self.end_headers()
+        self.wfile.write(content)
+
     def log_message(self, *_):
         pass
 
@@ -75,7 +114,7 @@ class Handler(BaseHTTPRequestHandler):
 @pytest.fixture
 def server(tmp_path):
     server = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
-    server.root, server.requests = tmp_path / "server", []
+    server.root, server.requests, server.visibility = tmp_path / "server", [], {}
     server.root.mkdir()
     thread = threading.Thread(target=server.serve_forever)
     thread.start()
@@ -176,6 +215,51 @@ def test_online_offline_and_without_a_network(server, tmp_path):
     assert "and http://127.0.0.1:9 cannot be reached. Fetch it once" in answers[1][1]
 
 
+# Publishes sys.argv[2] as each of the other arguments, TOKEN=NAME, then reads the last by timm.
+PUSH = """
+import json, os, sys
+import numpy as np
+from convit_jax.cli import convert
+for argument in sys.argv[3:]:
+    token, _, name = argument.partition("=")
+    os.environ.pop("HF_TOKEN", None)
+    os.environ.update({"HF_TOKEN": token} if token else {})
+    try:
+        convert.main([sys.argv[2], f"hub:{name}", "--private"])
+    except SystemExit as error:
+        print(json.dumps(str(error)))
+from benchmarks import peer
+timm, torch = peer.import_timm()
+model = timm.create_model(f"hf-hub:{name}", pretrained=True).eval()
+with torch.inference_mode():
+    print(json.dumps(model(torch.ones(1, 3, 16, 16)).tolist()))
+"""
+
+
+def test_what_is_published_is_read_by_timm_and_by_us(server, tmp_path):
+    reference.import_timm()
+    loaded = Loaded(MODEL, random_params(), class_names=tuple("abcde"), mean=(0.5, 0.4, 0.3))
+    save_weights(tmp_path / "mine.safetensors", loaded)
+    names = ("=mine/new", "wrong=mine/new", "reader=mine/new", "writer=nothing", "writer=mine/new")
+    answers = ask(
+        server, tmp_path / "cache", str(tmp_path / "mine.safetensors"), *names, script=PUSH
+    )
+    no_token, unknown, reader, no_name, logits = answers
+    assert "no token: set $HF_TOKEN to one that may write, or run `hf auth login`" in no_token
+    assert "mine/new: http://127.0.0.1" in unknown
+    assert "does not know the token (401)" in unknown
+    assert "does not let this token write there (403): it needs write access" in reader
+    assert "DST: expected hub:ORGANISATION/NAME, got hub:nothing" in no_name
+    assert server.visibility == {"mine/new": "private"}
+    written = sorted(file.name for file in (server.root / "mine" / "new").iterdir())
+    assert written == ["README.md", "config.json", "model.safetensors"]
+    again = read_weights(server.root / "mine" / "new")
+    equal(again.params, loaded.params)
+    assert (again.class_names, again.mean) == (loaded.class_names, loaded.mean)
+    here = MODEL.apply({"params": loaded.params}, np.ones((1, 16, 16, 3), np.float32))
+    np.testing.assert_allclose(here, logits, atol=2e-5 * np.abs(logits).max())
+
+
 def test_a_repository_that_was_copied_into_a_folder(tmp_path, caplog):
     model = create_model("convit_tiny", num_classes=7, image_size=32)
     config = {**CONFIG, "pretrained_cfg": {**CONFIG["pretrained_cfg"], "interpolation": "bilinear"}}
@@ -233,6 +317,8 @@ def test_names():
     assert released == {f"{kind}_{size}" for kind in ("convit", "deit")
                         for size in ("tiny", "small", "base")}  # fmt: skip
     assert hub.repository_name("hf_hub:a/b@v1.0") == "a/b@v1.0"
+    assert hub.repository_name("hub:a/b") == hub.destination("hub:a/b") == "a/b"
+    assert hub.destination("runs/mine.pth") is None
     for path in ("a", "a/b/c", "/a/b", "./a", "../a", "a/b c"):
         assert hub.repository_name(path) is None
 
