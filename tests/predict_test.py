@@ -182,8 +182,13 @@ def test_preprocessing_belongs_to_the_weights(tmp_path, photos):
     with pytest.raises(FileNotFoundError, match="nothing"):
         preprocess(tmp_path / "nothing.jpg")
     five = Loaded(model.clone(in_channels=5), {}, "five.pth")
-    with pytest.raises(ValueError, match="five.pth: expected 1 or 3 input channels, got 5"):
+    with pytest.raises(ValueError, match=r"five\.pth: expected 1 or 3 input channels, got 5"):
         predict.Preprocess(five)
+
+
+def imagesize(path):
+    with Image.open(path) as image:
+        return image.size
 
 
 def test_attention_and_what_json_was_made_with(exported, photos, tmp_path, capsys):
@@ -202,13 +207,13 @@ def test_attention_and_what_json_was_made_with(exported, photos, tmp_path, capsy
         weights = {"source": exported, "sha256": digest.digest(loaded.params)}
         assert (line["weights"], line["preprocessing"]) == (weights, loaded.preprocessing)
         # One layer with a class token: the picture, the mean and 4 heads of 4 x 32 pixels.
-        assert Image.open(line["attention"]).size == (6 * 128 + 5 * 4, 128)
+        assert imagesize(line["attention"]) == (6 * 128 + 5 * 4, 128)
     assert command.main(["--weights", exported, good[0], "--attention", str(folder)]) == 0
     out = capsys.readouterr().out.splitlines()
     assert out[0] == "gates (share of the positional attention in each head)"
     assert out[1].startswith("  layer  1  ")
     assert out[-1] == f"  {folder / names[0]}"
-    assert Image.open(out[-1].strip()).size == (2 * 128 + 4, 128)
+    assert imagesize(out[-1].strip()) == (2 * 128 + 4, 128)
     with pytest.raises(SystemExit):
         command.main(["--weights", exported, good[0], "--heads"])
     assert "--heads: expected with --attention" in capsys.readouterr().err

@@ -141,7 +141,8 @@ class _Output:
     def line(self, path: str, found: list[Prediction]) -> str:
         """Returns the text of one image."""
         if self._json:
-            line = {"file": path, "predictions": [dataclasses.asdict(p) for p in found]}
+            predictions = [dataclasses.asdict(p) for p in found]
+            line: dict[str, Any] = {"file": path, "predictions": predictions}
             if self._pictures is not None:
                 line |= {"attention": self._files[path], "gates": self._pictures.gates.tolist()}
             return json.dumps({**line, **self._made_with})

@@ -79,10 +79,10 @@ def predict_files(
         good = [(path, image) for path, image in files if not isinstance(image, str)]
         found: Iterator[list[Prediction]] = iter(())
         if good:
-            batch = predictor.batch([image for _, image in good])
-            found = iter(predictor.top(batch, count)[: len(good)])
+            images = [image for _, image in good]
+            found = iter(predictor.top(images, count))
             if watch is not None:
-                watch([path for path, _ in good], batch)
+                watch([path for path, _ in good], predictor.batch(images))
         for path, image in files:
             yield path, image if isinstance(image, str) else next(found)
 

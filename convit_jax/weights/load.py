@@ -144,7 +144,7 @@ def _read_folder(path: pathlib.Path, *, ema: bool | None, checkpoint: str) -> Co
 
     workdir = Workdir(path)
     found = from_workdir.find(workdir, ema=ema, wanted=checkpoint)
-    which = {"step": found.step, "ema": found.ema, "chosen": found.chosen}
+    which: dict[str, Any] = {"step": found.step, "ema": found.ema, "chosen": found.chosen}
     if found.step is None:
         contents = _read_file(found.path, ema=False)
         return dataclasses.replace(contents, extras={**contents.extras, **which})

@@ -236,7 +236,9 @@ def test_a_workdir(tmp_path, log):
     equal(loaded.params, random_params(made, seed=1))
     assert loaded.class_names == tuple("0123456789")
     assert (loaded.mean, loaded.std, loaded.crop_pct) == (config.data.mean, config.data.std, 1.0)
+    assert loaded.metrics == {"top1": 0.3}
     assert loaded.model == made.clone(drop_path=config.model.drop_path)
+    assert read_weights(run, num_classes=3).metrics is None  # those of another head
     for dtype in (jnp.float32, jnp.bfloat16):  # features are float32 in any case
         model, variables = convit_jax.load(run, num_classes=0, dtype=dtype)
         images = jax.ShapeDtypeStruct((2, 8, 8, 1), dtype)
@@ -248,7 +250,7 @@ def test_a_workdir(tmp_path, log):
         log.clear()
         averaged = read_weights(run, ema=ema)
         equal(averaged.params, random_params(made, seed=12))
-        assert (averaged.step, averaged.ema) == (2, True)
+        assert (averaged.step, averaged.ema, averaged.metrics) == (2, True, {"top1": 0.8})
         assert (
             "averaged weights of step 2, the best checkpoint by top-1 of the averaged weights\n"
             in log.text

@@ -35,7 +35,8 @@ def test_timm_builds_the_same_model(tmp_path, name):
     np.testing.assert_allclose(here, there, atol=2e-5 * np.abs(there).max())
     config = timm.data.resolve_model_data_config(theirs)
     assert config["input_size"] == (model.in_channels, *model.image_shape[:2])
-    assert (config["mean"], config["std"], config["crop_pct"]) == numbers
+    found = (tuple(config["mean"]), tuple(config["std"]), config["crop_pct"])
+    assert found == numbers
     assert theirs.pretrained_cfg["label_names"] == list("abcde")
     again = read_weights(tmp_path)
     equal(again.params, loaded.params)
