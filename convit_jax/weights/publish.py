@@ -9,6 +9,8 @@ import pathlib
 import tempfile
 from typing import Any
 
+import jax
+
 from convit_jax import __version__, extras
 from convit_jax.model.variants import variant_of
 from convit_jax.storage import write_text
@@ -20,6 +22,9 @@ from convit_jax.weights.timm_config import timm_config, why_timm_cannot
 
 log = logging.getLogger(__name__)
 
+# Packages by which versions of huggingface_hub talk to the server. Not all of their errors are
+# OSErrors; a failed upload of a large file is a RuntimeError.
+_HTTP = ("httpx", "httpx2", "requests")
 _CARD = """---
 library_name: {library}
 pipeline_tag: image-classification
@@ -99,7 +104,10 @@ def push(name: str, loaded: Loaded, *, private: bool = False) -> str:
             )
     except errors.HfHubHTTPError as error:
         raise _refused(name, error) from error
-    except OSError as error:
+    except Exception as error:
+        network = type(error).__module__.partition(".")[0] in _HTTP
+        if not network and not isinstance(error, (OSError, RuntimeError)):
+            raise
         raise OSError(f"{name}: {hub.endpoint()}: {str(error).partition(chr(10))[0]}") from error
     return done.commit_url
 
@@ -135,7 +143,7 @@ def _card(name: str, loaded: Loaded) -> str:
         tags="\n".join(f"- {tag}" for tag in tags),
         title=name.partition("/")[2],
         model=f"`{variant_of(model)}`" if variant_of(model) else f"{kind} of {sizes}",
-        parameters=_count(loaded.params) / 1e6,
+        parameters=sum(array.size for array in jax.tree.leaves(loaded.params)) / 1e6,
         height=model.image_shape[0],
         width=model.image_shape[1],
         classes=model.num_classes or "no",
@@ -166,12 +174,6 @@ def _results(loaded: Loaded) -> str:
     table = "\n".join(f"| {' | '.join(row)} |" for row in rows)
     kind = "averaged weights" if loaded.ema else "weights"
     return f"{table}\n\nMeasured during training, of these {kind} (step {loaded.step})."
-
-
-def _count(params: Any) -> int:
-    import jax
-
-    return sum(array.size for array in jax.tree.leaves(params))
 
 
 def _refused(name: str, error: Any) -> OSError:

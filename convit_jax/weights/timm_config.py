@@ -3,7 +3,7 @@
 from typing import Any
 
 from convit_jax.model.network import ConViT
-from convit_jax.model.variants import VARIANTS, structure_of
+from convit_jax.model.variants import VARIANTS, plain, structure_of, variant_of
 from convit_jax.weights.loaded import Loaded
 
 # Names of VARIANTS that timm has, and timm's names of them.
@@ -15,23 +15,17 @@ _TIMM = {
     "deit_small": "deit_small_patch16_224",
     "deit_base": "deit_base_patch16_224",
 }
-# Options that decide what timm builds: ours -> timm's.
-_ARGUMENTS = {
-    "patch_size": "patch_size",
-    "depth": "depth",
-    "num_heads": "num_heads",
-    "embed_dim": "embed_dim",
-    "mlp_ratio": "mlp_ratio",
-    "qkv_bias": "qkv_bias",
-    "local_up_to_layer": "local_up_to_layer",
-    "use_pos_embed": "use_pos_embed",
-}
+# Options of structure that timm's classes have under the same name; its DeiT lacks the last two.
+_ARGUMENTS = (
+    "patch_size", "depth", "num_heads", "embed_dim", "mlp_ratio", "qkv_bias", "local_up_to_layer",
+    "use_pos_embed",
+)  # fmt: skip
 
 
 def why_timm_cannot(model: ConViT) -> str | None:
     """Returns why timm has no class for a model; None if it has one."""
-    height, width, _ = model.image_shape
-    if not model.cls_pos_embed and (height != width or not isinstance(model.patch_size, int)):
+    squares = all(isinstance(plain(size), int) for size in (model.image_size, model.patch_size))
+    if not model.cls_pos_embed and not squares:
         return "timm's ConViT takes square images and patches only"
     if model.qk_scale is not None:
         return "timm's classes have no qk_scale"
@@ -74,21 +68,18 @@ def timm_config(loaded: Loaded) -> dict[str, Any]:
 
 def _architecture(model: ConViT) -> dict[str, Any]:
     """Returns timm's name of the nearest model, and the arguments by which this one differs."""
-    names = [name for name in _TIMM if VARIANTS[name].get("cls_pos_embed", False) ==
-             model.cls_pos_embed]  # fmt: skip
-    width = {name: structure_of(name)["embed_dim"] for name in names}
-    name = next((n for n in names if width[n] == model.embed_dim), names[-1])
-    there = structure_of(name)
-    if {key: getattr(model, key) for key in there} == there:
-        changed: dict[str, Any] = {}
-    else:
-        changed = {theirs: getattr(model, ours) for ours, theirs in _ARGUMENTS.items()}
+    kind = "deit" if model.cls_pos_embed else "convit"
+    names = [name for name in _TIMM if name.startswith(kind)]
+    of_width = (n for n in names if structure_of(n)["embed_dim"] == model.embed_dim)
+    name, changed = next(of_width, names[-1]), dict[str, Any]()
+    if variant_of(model) != name:
+        changed = {key: plain(getattr(model, key)) for key in _ARGUMENTS}
         if model.cls_pos_embed:
-            changed = {k: v for k, v in changed.items() if not k.startswith(("local", "use_"))}
+            del changed["local_up_to_layer"], changed["use_pos_embed"]
         else:
             changed["embed_dim"] = model.embed_dim // model.num_heads  # timm's is that of a head
-    if model.image_size != 224:
-        changed["img_size"] = model.image_size
+    if plain(model.image_size) != 224:
+        changed["img_size"] = plain(model.image_size)
     if model.in_channels != 3:
         changed["in_chans"] = model.in_channels
     if model.global_pool != "token":

@@ -218,12 +218,13 @@ def test_online_offline_and_without_a_network(server, tmp_path):
 # Publishes sys.argv[2] as each of the other arguments, TOKEN=NAME, then reads the last by timm.
 PUSH = """
 import json, os, sys
-import numpy as np
+from huggingface_hub import constants
 from convit_jax.cli import convert
 for argument in sys.argv[3:]:
     token, _, name = argument.partition("=")
     os.environ.pop("HF_TOKEN", None)
     os.environ.update({"HF_TOKEN": token} if token else {})
+    constants.ENDPOINT = "http://127.0.0.1:9" if token == "nowhere" else os.environ["HF_ENDPOINT"]
     try:
         convert.main([sys.argv[2], f"hub:{name}", "--private"])
     except SystemExit as error:
@@ -240,15 +241,20 @@ def test_what_is_published_is_read_by_timm_and_by_us(server, tmp_path):
     reference.import_timm()
     loaded = Loaded(MODEL, random_params(), class_names=tuple("abcde"), mean=(0.5, 0.4, 0.3))
     save_weights(tmp_path / "mine.safetensors", loaded)
-    names = ("=mine/new", "wrong=mine/new", "reader=mine/new", "writer=nothing", "writer=mine/new")
+    names = (
+        "=mine/new", "wrong=mine/new", "reader=mine/new", "nowhere=mine/new", "writer=nothing",
+        "writer=mine/new",
+    )  # fmt: skip
     answers = ask(
         server, tmp_path / "cache", str(tmp_path / "mine.safetensors"), *names, script=PUSH
     )
-    no_token, unknown, reader, no_name, logits = answers
+    no_token, unknown, reader, nowhere, no_name, logits = answers
     assert "no token: set $HF_TOKEN to one that may write, or run `hf auth login`" in no_token
     assert "mine/new: http://127.0.0.1" in unknown
     assert "does not know the token (401)" in unknown
     assert "does not let this token write there (403): it needs write access" in reader
+    assert "mine/new: http://127.0.0.1" in nowhere
+    assert "refused" in nowhere  # the connection
     assert "DST: expected hub:ORGANISATION/NAME, got hub:nothing" in no_name
     assert server.visibility == {"mine/new": "private"}
     written = sorted(file.name for file in (server.root / "mine" / "new").iterdir())
