@@ -3,7 +3,7 @@
 from typing import Any
 
 from convit_jax.model.network import ConViT
-from convit_jax.model.variants import VARIANTS, plain, structure_of, variant_of
+from convit_jax.model.variants import plain, structure_of, variant_of
 from convit_jax.weights.loaded import Loaded
 
 # Names of VARIANTS that timm has, and timm's names of them.
