@@ -8,6 +8,7 @@ import subprocess
 import sys
 import threading
 
+import huggingface_hub
 import numpy as np
 import pytest
 import reference
@@ -17,6 +18,7 @@ from small_models import MODEL, equal, random_params
 
 from benchmarks import input_pipeline
 from convit_jax import VARIANTS, create_model, to_torch
+from convit_jax.cli import convert
 from convit_jax.weights import adapt, hub
 from convit_jax.weights.load import read_weights
 from convit_jax.weights.loaded import Loaded
@@ -215,54 +217,65 @@ def test_online_offline_and_without_a_network(server, tmp_path):
     assert "and http://127.0.0.1:9 cannot be reached. Fetch it once" in answers[1][1]
 
 
-# Publishes sys.argv[2] as each of the other arguments, TOKEN=NAME, then reads the last by timm.
+@pytest.fixture
+def mine(tmp_path):
+    """Weights to publish."""
+    loaded = Loaded(MODEL, random_params(), class_names=tuple("abcde"), mean=(0.5, 0.4, 0.3))
+    save_weights(tmp_path / "mine.safetensors", loaded)
+    return tmp_path / "mine.safetensors"
+
+
+def test_publishing_and_what_stands_in_its_way(server, mine, tmp_path, monkeypatch):
+    def publish(token, name="mine/new", endpoint=f"http://127.0.0.1:{server.server_port}"):
+        """Returns the message with which the command ends; None if it succeeds."""
+        monkeypatch.setenv("HF_TOKEN", token)
+        monkeypatch.setenv("HF_ENDPOINT", endpoint)
+        monkeypatch.setattr(huggingface_hub.constants, "ENDPOINT", endpoint)
+        try:
+            convert.main([str(mine), f"hub:{name}", "--private"])
+        except SystemExit as error:
+            return str(error)
+        return None
+
+    monkeypatch.setattr(huggingface_hub.constants, "HF_TOKEN_PATH", str(tmp_path / "no_token"))
+    assert "no token: set $HF_TOKEN to one that may write, or run `hf auth login`" in publish("")
+    assert "mine/new: http://127.0.0.1" in publish("wrong")
+    assert "does not know the token (401)" in publish("wrong")
+    assert "does not let this token write there (403): it needs write access" in publish("reader")
+    assert "DST: expected hub:ORGANISATION/NAME, got hub:nothing" in publish("writer", "nothing")
+    nowhere = publish("writer", endpoint="http://127.0.0.1:9")
+    assert nowhere.startswith("error: mine/new: http://127.0.0.1:9: ")
+    assert server.visibility == {}
+
+    assert publish("writer") is None
+    assert server.visibility == {"mine/new": "private"}
+    folder = server.root / "mine" / "new"
+    written = sorted(file.name for file in folder.iterdir())
+    assert written == ["README.md", "config.json", "model.safetensors"]
+    again = read_weights(folder)
+    equal(again.params, random_params())
+    assert (again.class_names, again.mean) == (tuple("abcde"), (0.5, 0.4, 0.3))
+
+
+# Publishes sys.argv[2] as sys.argv[3], and prints the logits of timm's model of that name.
 PUSH = """
-import json, os, sys
-from huggingface_hub import constants
+import json, sys
 from convit_jax.cli import convert
-for argument in sys.argv[3:]:
-    token, _, name = argument.partition("=")
-    os.environ.pop("HF_TOKEN", None)
-    os.environ.update({"HF_TOKEN": token} if token else {})
-    constants.ENDPOINT = "http://127.0.0.1:9" if token == "nowhere" else os.environ["HF_ENDPOINT"]
-    try:
-        convert.main([sys.argv[2], f"hub:{name}", "--private"])
-    except SystemExit as error:
-        print(json.dumps(str(error)))
+convert.main([sys.argv[2], f"hub:{sys.argv[3]}"])
 from benchmarks import peer
 timm, torch = peer.import_timm()
-model = timm.create_model(f"hf-hub:{name}", pretrained=True).eval()
+model = timm.create_model(f"hf-hub:{sys.argv[3]}", pretrained=True).eval()
 with torch.inference_mode():
     print(json.dumps(model(torch.ones(1, 3, 16, 16)).tolist()))
 """
 
 
-def test_what_is_published_is_read_by_timm_and_by_us(server, tmp_path):
+@pytest.mark.slow
+def test_timm_reads_what_was_published_by_its_name(server, mine, tmp_path):
     reference.import_timm()
-    loaded = Loaded(MODEL, random_params(), class_names=tuple("abcde"), mean=(0.5, 0.4, 0.3))
-    save_weights(tmp_path / "mine.safetensors", loaded)
-    names = (
-        "=mine/new", "wrong=mine/new", "reader=mine/new", "nowhere=mine/new", "writer=nothing",
-        "writer=mine/new",
-    )  # fmt: skip
-    answers = ask(
-        server, tmp_path / "cache", str(tmp_path / "mine.safetensors"), *names, script=PUSH
-    )
-    no_token, unknown, reader, nowhere, no_name, logits = answers
-    assert "no token: set $HF_TOKEN to one that may write, or run `hf auth login`" in no_token
-    assert "mine/new: http://127.0.0.1" in unknown
-    assert "does not know the token (401)" in unknown
-    assert "does not let this token write there (403): it needs write access" in reader
-    assert "mine/new: http://127.0.0.1" in nowhere
-    assert "refused" in nowhere  # the connection
-    assert "DST: expected hub:ORGANISATION/NAME, got hub:nothing" in no_name
-    assert server.visibility == {"mine/new": "private"}
-    written = sorted(file.name for file in (server.root / "mine" / "new").iterdir())
-    assert written == ["README.md", "config.json", "model.safetensors"]
-    again = read_weights(server.root / "mine" / "new")
-    equal(again.params, loaded.params)
-    assert (again.class_names, again.mean) == (loaded.class_names, loaded.mean)
-    here = MODEL.apply({"params": loaded.params}, np.ones((1, 16, 16, 3), np.float32))
+    name, token = "mine/new", {"HF_TOKEN": "writer"}
+    (logits,) = ask(server, tmp_path / "cache", str(mine), name, script=PUSH, **token)
+    here = MODEL.apply({"params": random_params()}, np.ones((1, 16, 16, 3), np.float32))
     np.testing.assert_allclose(here, logits, atol=2e-5 * np.abs(logits).max())
 
 
