@@ -8,7 +8,7 @@ import subprocess
 import sys
 import threading
 
-import huggingface_hub
+from huggingface_hub import constants
 import numpy as np
 import pytest
 import reference
@@ -230,14 +230,14 @@ def test_publishing_and_what_stands_in_its_way(server, mine, tmp_path, monkeypat
         """Returns the message with which the command ends; None if it succeeds."""
         monkeypatch.setenv("HF_TOKEN", token)
         monkeypatch.setenv("HF_ENDPOINT", endpoint)
-        monkeypatch.setattr(huggingface_hub.constants, "ENDPOINT", endpoint)
+        monkeypatch.setattr(constants, "ENDPOINT", endpoint)
         try:
             convert.main([str(mine), f"hub:{name}", "--private"])
         except SystemExit as error:
             return str(error)
         return None
 
-    monkeypatch.setattr(huggingface_hub.constants, "HF_TOKEN_PATH", str(tmp_path / "no_token"))
+    monkeypatch.setattr(constants, "HF_TOKEN_PATH", str(tmp_path / "no_token"))
     assert "no token: set $HF_TOKEN to one that may write, or run `hf auth login`" in publish("")
     assert "mine/new: http://127.0.0.1" in publish("wrong")
     assert "does not know the token (401)" in publish("wrong")
