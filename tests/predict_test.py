@@ -218,9 +218,13 @@ def test_attention_and_what_json_was_made_with(exported, photos, tmp_path, capsy
         command.main(["--weights", exported, good[0], "--heads"])
     assert "--heads: expected with --attention" in capsys.readouterr().err
 
+    pixels = np.zeros((112, 168, 1), np.uint8)
+    for dark in (0.0, np.nan):  # no attention to any patch; weights that are not finite
+        drawn = np.asarray(attention.draw(pixels, np.full((1, 4, 2, 3), dark)))
+        assert drawn[:, 172:].max() < 10
     maps = np.full((1, 4, 2, 3), 0.01)
     maps[0, :, 1, 2] = 0.5  # the lower right patch
-    drawn = np.asarray(attention.draw(np.zeros((112, 168, 1), np.uint8), maps)).sum(axis=-1)
+    drawn = np.asarray(attention.draw(pixels, maps)).sum(axis=-1)
     assert drawn.shape == (112, 2 * 168 + 4)
     hottest = np.unravel_index(drawn[:, 172:].argmax(), (112, 168))
     assert hottest[0] >= 56

@@ -113,7 +113,9 @@ def draw(pixels: np.ndarray, maps: np.ndarray, *, every_head: bool = False) -> "
     photo = Image.fromarray(np.ascontiguousarray(rgb)).resize(size, Image.Resampling.NEAREST)
 
     def panel(values: np.ndarray) -> "Image.Image":
-        share = Image.fromarray((values / values.max()).astype(np.float32))
+        # A class token that looks at itself alone has a map of zeros.
+        values = values / values.max() if values.max() > 0 else np.zeros(values.shape)
+        share = Image.fromarray(values.astype(np.float32))
         heat = np.clip(np.asarray(share.resize(size, Image.Resampling.BILINEAR)), 0, 1)
         at = np.linspace(0, 1, len(_COLOURS))
         colours = np.stack([np.interp(heat, at, column) for column in _COLOURS.T], axis=-1)
