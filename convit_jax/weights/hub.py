@@ -25,9 +25,7 @@ RELEASED = {
     "deit_base": "timm/deit_base_patch16_224.fb_in1k",
 }
 _NAME = re.compile(r"(?:(?:hf[-_])?hub:)?(\w[\w.-]*/[\w.-]+)(?:@([\w./-]+))?")
-# Files of a repository. Either of the first two has the weights.
-WEIGHTS = ("model.safetensors", "pytorch_model.bin")
-CONFIG = "config.json"
+_WEIGHTS = ("model.safetensors", "pytorch_model.bin")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -105,8 +103,8 @@ def fetch(name: str, *, offline: bool = False) -> Repository:
         return pathlib.Path(path)
 
     try:
-        weights, missing = _first(download, WEIGHTS, offline)
-        config = None if weights is None else _first(download, (CONFIG,), offline)[0]
+        weights, missing = _first(download, _WEIGHTS, offline)
+        config = None if weights is None else _first(download, ("config.json",), offline)[0]
     except errors.RepositoryNotFoundError:  # also raised for private ones
         raise ValueError(
             f"{name}: no such file or folder here, and no such repository on {endpoint()} (a "
@@ -125,7 +123,7 @@ def fetch(name: str, *, offline: bool = False) -> Repository:
             "or give the path of a file"
         ) from missing
     if weights is None:
-        raise ValueError(f"{name}: expected {' or '.join(WEIGHTS)} in it, found neither")
+        raise ValueError(f"{name}: expected {' or '.join(_WEIGHTS)} in it, found neither")
     if config is None:
         log.warning("%s: no config.json; mean, std and crop default to ImageNet's", name)
     return Repository(name, weights, _read_config(config))
@@ -133,10 +131,10 @@ def fetch(name: str, *, offline: bool = False) -> Repository:
 
 def cloned(folder: pathlib.Path) -> Repository | None:
     """Returns the repository that was copied into a folder; None if the folder has no weights."""
-    weights = next((folder / name for name in WEIGHTS if (folder / name).is_file()), None)
+    weights = next((folder / name for name in _WEIGHTS if (folder / name).is_file()), None)
     if weights is None:
         return None
-    config = folder / CONFIG
+    config = folder / "config.json"
     return Repository(str(folder), weights, _read_config(config if config.is_file() else None))
 
 
@@ -201,6 +199,11 @@ def _first(
         except errors.EntryNotFoundError as error:
             missing = error
     return None, missing
+
+
+def files_to_publish(folder: pathlib.Path) -> tuple[pathlib.Path, pathlib.Path]:
+    """Returns the paths of weights and configuration of a repository in a folder."""
+    return folder / "model.safetensors", folder / "config.json"
 
 
 def endpoint() -> str:

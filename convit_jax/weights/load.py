@@ -19,7 +19,7 @@ import numpy as np
 
 from convit_jax import extras
 from convit_jax.model.network import ConViT
-from convit_jax.model.variants import describe, options_of_kind
+from convit_jax.model.variants import describe
 from convit_jax.weights import adapt, hub, infer, torch_pickle
 from convit_jax.weights.infer import Claim
 from convit_jax.weights.loaded import Contents, Loaded
@@ -108,8 +108,8 @@ def read_weights(
         raise ValueError(f"{source}: {error}") from None
     _say_what_is_not_finite(source, contents.params)
     loaded = Loaded(wanted, params, str(source), **contents.extras)
-    if any(getattr(wanted, key) != getattr(model, key) for key in options_of_kind("changeable")):
-        loaded = dataclasses.replace(loaded, metrics=None)  # those of another model
+    if wanted != model:
+        loaded = dataclasses.replace(loaded, metrics=None)  # they are another model's
     return _matched(loaded, same_head=wanted.num_classes == model.num_classes)
 
 

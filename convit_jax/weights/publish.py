@@ -126,7 +126,7 @@ def write_repository(folder: pathlib.Path, name: str, loaded: Loaded) -> None:
     reason = why_timm_cannot(loaded.model)
     if reason is not None:
         log.warning("%s: timm cannot read it: %s", name, reason)
-    weights, config = folder / hub.WEIGHTS[0], folder / hub.CONFIG
+    weights, config = hub.files_to_publish(folder)
     save_weights(weights, loaded)
     write_text(config, json.dumps(timm_config(loaded), indent=2) + "\n")
     write_text(folder / "README.md", _card(name, loaded))
