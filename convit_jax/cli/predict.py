@@ -52,6 +52,7 @@ def main(argv: Sequence[str] | None = None, prog: str = "convit predict") -> int
                 failures[path] = found
             else:
                 bar.write(output.line(path, found))
+                sys.stdout.flush()  # for a reader at the other end of a pipe
             bar.update()
     marks.append(time.perf_counter())
     if args.timing:
