@@ -25,6 +25,7 @@ log = logging.getLogger(__name__)
 # Packages by which versions of huggingface_hub talk to the server. Not all of their errors are
 # OSErrors; a failed upload of a large file is a RuntimeError.
 _HTTP = ("httpx", "httpx2", "requests")
+_README = "README.md"  # the model card
 _CARD = """---
 library_name: {library}
 pipeline_tag: image-classification
@@ -34,7 +35,7 @@ tags:
 # {title}
 
 {model}, {parameters:.1f} million parameters, for images of {height} x {width} pixels and {classes}
-classes. ConViT: [d'Ascoli et al. 2021](https://arxiv.org/abs/2103.10697).
+classes. {kind}: {paper}.
 
 ## Results
 
@@ -49,6 +50,10 @@ out, and pixels in [0, 1] are normalised by mean {mean} and standard deviation {
 
 SHA-256 of the weights: `{digest}` (by `convit predict --json` of convit-jax {version}).
 """
+_PAPERS = {
+    "ConViT": "[d'Ascoli et al. 2021](https://arxiv.org/abs/2103.10697)",
+    "DeiT": "[Touvron et al. 2021](https://arxiv.org/abs/2012.12877)",
+}
 _TIMM = """```python
 import timm
 
@@ -78,6 +83,8 @@ def check_token() -> None:
 def push(name: str, loaded: Loaded, *, private: bool = False) -> str:
     """Commits weights, configuration and model card to a repository, which is made if missing.
 
+    A model card that is there already stays: its owner may have edited it.
+
     Args:
       name: ORGANISATION/NAME.
       loaded: the weights; their `metrics` become the table of the model card.
@@ -99,8 +106,12 @@ def push(name: str, loaded: Loaded, *, private: bool = False) -> str:
         with tempfile.TemporaryDirectory() as folder:
             write_repository(pathlib.Path(folder), name, loaded)
             api.create_repo(name, private=private or None, exist_ok=True)
+            kept = [_README] if api.file_exists(name, _README) else []
             done = api.upload_folder(
-                repo_id=name, folder_path=folder, commit_message="Weights of convit-jax"
+                repo_id=name,
+                folder_path=folder,
+                commit_message="Weights of convit-jax",
+                ignore_patterns=kept,
             )
     except errors.HfHubHTTPError as error:
         raise _refused(name, error) from error
@@ -109,6 +120,9 @@ def push(name: str, loaded: Loaded, *, private: bool = False) -> str:
         if not network and not isinstance(error, (OSError, RuntimeError)):
             raise
         raise OSError(f"{name}: {hub.endpoint()}: {str(error).partition(chr(10))[0]}") from error
+    if kept:
+        log.warning("%s: its model card stays as it was, without results of these weights; delete "
+                    "%s there to get a new one", name, _README)  # fmt: skip
     return done.commit_url
 
 
@@ -129,7 +143,7 @@ def write_repository(folder: pathlib.Path, name: str, loaded: Loaded) -> None:
     weights, config = hub.files_to_publish(folder)
     save_weights(weights, loaded)
     write_text(config, json.dumps(timm_config(loaded), indent=2) + "\n")
-    write_text(folder / "README.md", _card(name, loaded))
+    write_text(folder / _README, _card(name, loaded))
 
 
 def _card(name: str, loaded: Loaded) -> str:
@@ -144,6 +158,8 @@ def _card(name: str, loaded: Loaded) -> str:
         title=name.partition("/")[2],
         model=f"`{variant_of(model)}`" if variant_of(model) else f"{kind} of {sizes}",
         parameters=sum(array.size for array in jax.tree.leaves(loaded.params)) / 1e6,
+        kind=kind,
+        paper=_PAPERS[kind],
         height=model.image_shape[0],
         width=model.image_shape[1],
         classes=model.num_classes or "no",

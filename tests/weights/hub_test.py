@@ -225,7 +225,7 @@ def mine(tmp_path):
     return tmp_path / "mine.safetensors"
 
 
-def test_publishing_and_what_stands_in_its_way(server, mine, tmp_path, monkeypatch):
+def test_publishing_and_what_stands_in_its_way(server, mine, tmp_path, monkeypatch, caplog):
     def publish(token, name="mine/new", endpoint=f"http://127.0.0.1:{server.server_port}"):
         """Returns the message with which the command ends; None if it succeeds."""
         monkeypatch.setenv("HF_TOKEN", token)
@@ -252,6 +252,12 @@ def test_publishing_and_what_stands_in_its_way(server, mine, tmp_path, monkeypat
     folder = server.root / "mine" / "new"
     written = sorted(file.name for file in folder.iterdir())
     assert written == ["README.md", "config.json", "model.safetensors"]
+    # A second time the model card stays, which its owner may have edited.
+    (folder / "README.md").write_text("edited")
+    (folder / "config.json").unlink()
+    assert publish("writer") is None
+    assert (folder / "README.md").read_text() == "edited"
+    assert "its model card stays as it was" in caplog.text
     again = read_weights(folder)
     equal(again.params, random_params())
     assert (again.class_names, again.mean) == (tuple("abcde"), (0.5, 0.4, 0.3))
