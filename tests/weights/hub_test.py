@@ -225,7 +225,7 @@ def mine(tmp_path):
     return tmp_path / "mine.safetensors"
 
 
-def test_publishing_and_what_stands_in_its_way(server, mine, tmp_path, monkeypatch, caplog):
+def test_publishing_and_what_stands_in_its_way(server, mine, tmp_path, monkeypatch, capsys):
     def publish(token, name="mine/new", endpoint=f"http://127.0.0.1:{server.server_port}"):
         """Returns the message with which the command ends; None if it succeeds."""
         monkeypatch.setenv("HF_TOKEN", token)
@@ -257,7 +257,7 @@ def test_publishing_and_what_stands_in_its_way(server, mine, tmp_path, monkeypat
     (folder / "config.json").unlink()
     assert publish("writer") is None
     assert (folder / "README.md").read_text() == "edited"
-    assert "its model card stays as it was" in caplog.text
+    assert "its model card stays as it was" in capsys.readouterr().err
     again = read_weights(folder)
     equal(again.params, random_params())
     assert (again.class_names, again.mean) == (tuple("abcde"), (0.5, 0.4, 0.3))
