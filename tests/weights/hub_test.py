@@ -230,7 +230,9 @@ def test_publishing_and_what_stands_in_its_way(server, mine, tmp_path, monkeypat
         """Returns the message with which the command ends; None if it succeeds."""
         monkeypatch.setenv("HF_TOKEN", token)
         monkeypatch.setenv("HF_ENDPOINT", endpoint)
-        monkeypatch.setattr(constants, "ENDPOINT", endpoint)
+        template = f"{endpoint}/{{repo_id}}/resolve/{{revision}}/{{filename}}"
+        monkeypatch.setattr(constants, "ENDPOINT", endpoint)  # the library read $HF_ENDPOINT before
+        monkeypatch.setattr(constants, "HUGGINGFACE_CO_URL_TEMPLATE", template)
         try:
             convert.main([str(mine), f"hub:{name}", "--private"])
         except SystemExit as error:
