@@ -71,7 +71,7 @@ def _architecture(model: ConViT) -> dict[str, Any]:
     kind = "deit" if model.cls_pos_embed else "convit"
     names = [name for name in _TIMM if name.startswith(kind)]
     of_width = (n for n in names if structure_of(n)["embed_dim"] == model.embed_dim)
-    name, changed = next(of_width, names[-1]), dict[str, Any]()
+    name, changed = next(of_width, names[0]), dict[str, Any]()
     if variant_of(model) != name:
         changed = {key: plain(getattr(model, key)) for key in _ARGUMENTS}
         if model.cls_pos_embed:
