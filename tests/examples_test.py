@@ -1,17 +1,26 @@
-"""The notebooks of examples/: committed with their output, and they run from top to bottom.
+"""The notebooks of examples/, committed with their output, and the server.
 
 Running them is slow: `pytest -m slow tests/examples_test.py`.
 """
 
+import io
 import json
 import os
 import pathlib
 import re
+import subprocess
 import sys
 from typing import Any
+import urllib.error
+import urllib.request
 
+from PIL import Image
 import pytest
 from runs import ROOT
+from small_models import MODEL, random_params
+
+from convit_jax.weights import safetensors
+from convit_jax.weights.loaded import Loaded
 
 NOTEBOOKS = sorted((ROOT / "examples").glob("*.ipynb"))
 # A slash that starts a word: of "/home/me", and not of "runs/mine", "img/s" or "https://".
@@ -91,6 +100,48 @@ def test_notebook_runs(path: pathlib.Path, tmp_path: pathlib.Path, monkeypatch):
     committed = json.loads(path.read_text())
     for new, old in zip(code_cells(executed), code_cells(committed), strict=True):
         assert kinds(new) == kinds(old), new["source"]
+
+
+@pytest.mark.slow
+def test_the_server_answers(tmp_path: pathlib.Path):
+    """examples/serve.py, on a port that is free."""
+    safetensors.save_weights(
+        tmp_path / "small.safetensors",
+        Loaded(MODEL, random_params(), class_names=("a", "b", "c", "d", "e")),
+    )
+    command = [sys.executable, "-W", "error", str(ROOT / "examples" / "serve.py")]
+    server = subprocess.Popen(
+        [*command, str(tmp_path / "small.safetensors"), "0"],
+        env=environment(), stderr=subprocess.PIPE, text=True,
+    )  # fmt: skip
+    try:
+        assert server.stderr is not None
+        address = None
+        for line in server.stderr:
+            if address := re.search(r"http://127\.0\.0\.1:\d+", line):
+                break
+        assert address
+
+        def ask(data: bytes) -> tuple[int, Any]:
+            request = urllib.request.Request(address[0], data=data, method="POST")
+            try:
+                with urllib.request.urlopen(request, timeout=60) as answer:
+                    return answer.status, json.load(answer)
+            except urllib.error.HTTPError as error:
+                with error:
+                    return error.code, json.load(error)
+
+        photo = io.BytesIO()
+        Image.new("RGB", (40, 30), "red").save(photo, "JPEG")
+        status, found = ask(photo.getvalue())
+        assert status == 200
+        assert sorted(prediction["name"] for prediction in found) == list("abcde")
+        assert sum(prediction["probability"] for prediction in found) == pytest.approx(1)
+        status, found = ask(b"no image")
+        assert (status, list(found)) == (400, ["error"])
+    finally:
+        server.terminate()
+        server.communicate(timeout=60)
 
 
 def use_kernel_of_this_python(folder: pathlib.Path, monkeypatch) -> None:
