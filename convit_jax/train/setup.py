@@ -101,8 +101,9 @@ def make_model(
         remat=config.train.remat,
     )
     attention, positional = choose_forms(
-        model.attention, model.positional, math.prod(model.grid), model.attn_dropout, backend
-    )
+        model.attention, model.positional, math.prod(model.grid), model.attn_dropout,
+        dtype=model.dtype, width=model.embed_dim // model.num_heads, backend=backend,
+    )  # fmt: skip
     return model.clone(attention=attention, positional=positional)
 
 

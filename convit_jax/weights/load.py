@@ -111,6 +111,8 @@ def read_weights(
         raise ValueError(f"{source}: {error}") from None
     _say_what_is_not_finite(source, contents.params)
     loaded = Loaded(wanted, params, str(source), **contents.extras)
+    if wanted != model:
+        loaded = dataclasses.replace(loaded, metrics=None)  # they are another model's
     return _matched(loaded, same_head=wanted.num_classes == model.num_classes)
 
 
@@ -145,10 +147,11 @@ def _read_folder(path: pathlib.Path, *, ema: bool | None, checkpoint: str) -> Co
 
     workdir = Workdir(path)
     found = from_workdir.find(workdir, ema=ema, wanted=checkpoint)
-    which = {"step": found.step, "ema": found.ema, "chosen": found.chosen}
+    which: dict[str, Any] = {"step": found.step, "ema": found.ema, "chosen": found.chosen}
     if found.step is None:
         contents = _read_file(found.path, ema=False)
         return dataclasses.replace(contents, extras={**contents.extras, **which})
+    which["metrics"] = from_workdir.measured(found)
     stated, others = from_workdir.describe(workdir)
     return Contents(from_workdir.restore(found), stated, {**others, **which})
 
