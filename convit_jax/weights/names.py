@@ -22,10 +22,9 @@ _OTHERS = {
     r"(^|\.)(dist_token|head_dist\.)": "a distilled DeiT (dist_token, head_dist), with a second "
     "token and head that this project does not have; load a DeiT without distillation instead",
     r"(\.gamma_[12]|\.ls[12]\.gamma)$": "a ViT with LayerScale (DeiT-III or CaiT), another model",
-    r"embeddings\.cls_token|encoder\.layer\.0\.": "a ViT of transformers, which has other names "
-    "and parts; timm's file of the same model has these names",
-    r"class_token$|encoder_layer_0\.": "a ViT of torchvision, which has other names; timm's "
-    "file of the same model has these names",
+    r"embeddings\.cls_token|encoder\.layer\.0\.": "a model of transformers, whose names "
+    "differ; take timm's file of the model",
+    r"class_token$|encoder_layer_0\.": "a ViT of torchvision, which has other names and parts",
     r"lora_[AB]": "an adapter (LoRA); merge it into its model first",
     r"relative_position_bias_table$": "a model with tables of relative positions (Swin or BEiT)",
     r"(^|\.)reg(ister)?_tokens?$": "a ViT with register tokens",
@@ -36,11 +35,10 @@ _OTHERS = {
 
 
 def without_prefixes(source: str | os.PathLike, tensors: Mapping[str, T]) -> dict[str, T]:
-    """Removes from names what parts and modules around the model put before them.
+    """Removes from names what wrappers and modules around the model put before them.
 
-    The parts of parts ("module.", "_orig_mod.") are removed wherever they are, in any order.
-    Then a prefix that all names share, such as "model." or "net.backbone.", is removed. What is
-    removed is logged.
+    What wrappers add ("module.", "_orig_mod.") is removed wherever it is, in any order. Then a
+    prefix that all names share, such as "model." or "net.backbone.", is removed. Each is logged.
 
     Args:
       source: where the tensors are from, for messages.
@@ -57,13 +55,10 @@ def without_prefixes(source: str | os.PathLike, tensors: Mapping[str, T]) -> dic
     if all(name.startswith(prefix) for name in names.values()):
         names = {name: short.removeprefix(prefix) for name, short in names.items()}
         parts.add(prefix.removesuffix("."))
-    count = Counter(names.values())
-    twice = sorted(name for name in names if count[names[name]] > 1)
+    twice = [short for short, number in Counter(names.values()).items() if number > 1]
     if twice:
-        raise ValueError(
-            f"expected the weights of one model, got the same name below several prefixes: "
-            f"{', '.join(twice[:10])}"
-        )
+        same = ", ".join(name for name, short in names.items() if short == twice[0])
+        raise ValueError(f"expected one model, got the same name below several prefixes: {same}")
     removed = [f"{part}." for part in sorted(parts) if part]
     if removed:
         log.info("%s: removed from the names: %s", source, ", ".join(removed))

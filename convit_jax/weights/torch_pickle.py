@@ -17,6 +17,7 @@ import zipfile
 import numpy as np
 
 from convit_jax.weights import torch_unpickler
+from convit_jax.weights.names import seems_to_be
 from convit_jax.weights.torch_unpickler import Inert, Storage, Tensor, Unpickled
 
 log = logging.getLogger(__name__)
@@ -56,7 +57,7 @@ def read(path: pathlib.Path, *, ema: bool) -> dict[str, np.ndarray]:
     except _UnusableError as error:
         raise ValueError(f"{path}: {error}") from None
     except Exception as error:  # damaged files raise errors of many types
-        message = str(error).partition("\n")[0] or type(error).__name__
+        message = f"{type(error).__name__}: {error}".partition("\n")[0]
         raise ValueError(f"{path}: not a readable PyTorch file: {message}") from error
 
 
@@ -192,9 +193,11 @@ def _choose(path: pathlib.Path, unpickled: Unpickled, ema: bool) -> dict[str, Te
         return state_dict
     others = [f"{key} ({_kind(v)})" for key, v in content.items() if not isinstance(v, Tensor)]
     if others or not content:
+        seems = seems_to_be([str(key) for key in content])
         raise _UnusableError(
-            "expected a state dict, with tensors as its values, or a checkpoint with one under "
-            f"{', '.join(_WEIGHTS)}; got {', '.join(others[:10]) or 'nothing'}"
+            f"no state dict; {f'it seems to be {seems}; ' if seems else ''}expected tensors, or a "
+            f"dictionary of tensors as {', '.join(_WEIGHTS)}; got "
+            f"{', '.join(others[:10]) or 'nothing'}"
         )
     return content
 

@@ -118,7 +118,23 @@ class Inert(metaclass=_Called):
         pass
 
 
-# The unpickler in Python. The one in C reserves memory for numbers that the file states.
+class _Bounded:
+    """A file that reserves no memory for more bytes than it has."""
+
+    def __init__(self, file: IO[bytes]) -> None:
+        self.file = file
+        place = file.tell()
+        self.end = file.seek(0, io.SEEK_END)
+        file.seek(place)
+        self.readline = file.readline
+
+    def read(self, size: int) -> bytes:
+        if size > 1 << 16 and size > self.end - self.file.tell():
+            raise EOFError(f"expected {size} bytes more, got the end of the file")
+        return self.file.read(size)
+
+
+# The unpickler in Python. The one in C reserves memory for as many objects as a file states.
 _Base: Any = pickle._Unpickler
 
 
@@ -128,7 +144,7 @@ class _Unpickler(_Base):
     dispatch: ClassVar[dict[int, Any]] = dict(_Base.dispatch)
 
     def __init__(self, file: IO[bytes]) -> None:
-        super().__init__(file, encoding="latin1")
+        super().__init__(_Bounded(file), encoding="latin1")
         self.storages: dict[str, Storage] = {}
         self.calls: list[str] = []
         self.inert: dict[str, _Called] = {}
@@ -148,7 +164,9 @@ class _Unpickler(_Base):
     def get_extension(self, code: int) -> None:
         raise pickle.UnpicklingError(f"extension {code}")
 
-    def persistent_load(self, pid: Any) -> Storage:
+    def persistent_load(self, pid: Any) -> Any:
+        if pid[0] == "module":  # a class with its source text, before 2020
+            return pid[1]
         kind, storage_type, key, _, size, *view = pid
         if kind != "storage" or type(size) is not int or any(v is not None for v in view):
             raise pickle.UnpicklingError(f"expected a storage, got {str(pid)[:80]}")
@@ -171,6 +189,9 @@ class _Unpickler(_Base):
     def _set(self) -> None:
         self.append(self.find_class("builtins", "set")())
 
+    def _bytearray(self) -> None:
+        raise pickle.UnpicklingError("a bytearray")  # would be reserved before it is read
+
     def _frozenset(self) -> None:
         self.pop_mark()
         self._set()
@@ -182,6 +203,7 @@ class _Unpickler(_Base):
         pickle.EMPTY_SET[0]: _set,
         pickle.ADDITEMS[0]: lambda self: self.pop_mark(),
         pickle.FROZENSET[0]: _frozenset,
+        pickle.BYTEARRAY8[0]: _bytearray,
     }
 
 
@@ -250,7 +272,7 @@ class Unpickled:
     calls: list[str]
 
 
-def read(file: IO[bytes] | io.BytesIO) -> Unpickled:
+def read(file: IO[bytes]) -> Unpickled:
     """Reads one pickle from a file, up to its end and no further.
 
     Raises:

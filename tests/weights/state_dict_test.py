@@ -142,13 +142,17 @@ def test_every_key_that_does_not_fit_is_named():
     bad["head_dist.weight"] = np.zeros((5, 16))
     with pytest.raises(ValueError, match="not the state dict of a ConViT or DeiT") as error:
         from_torch(bad)
-    assert str(error.value).splitlines()[1:] == [
-        "  wrong shape: blocks.0.attn.v.weight: expected (16, 16), got (8, 16)",
+    first, *lines = str(error.value).splitlines()
+    assert "it seems to be a distilled DeiT (dist_token, head_dist)" in first
+    assert lines == [
         "  missing: blocks.1.norm2.bias (16,)",
-        "  wrong shape: blocks.2.attn.qkv.weight: expected (48, 16), got (3, 16, 16)",
         "  missing: head.bias (5,)",
         "  not known: head_dist.weight (5, 16)",
+        "  wrong shape: blocks.0.attn.v.weight: expected (16, 16), got (8, 16)",
+        "  wrong shape: blocks.2.attn.qkv.weight: expected (48, 16), got (3, 16, 16)",
     ]
+    with pytest.raises(ValueError, match=r"norm\.bias: expected floating-point .* got int32"):
+        from_torch({**state_dict, "norm.bias": np.zeros(16, np.int32)})
     with pytest.raises(ValueError, match=r"missing: blocks\.0\.attn\.qkv\.weight"):
         from_torch({"conv1.weight": np.zeros((64, 3, 7, 7))})
 
