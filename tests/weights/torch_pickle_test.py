@@ -66,6 +66,13 @@ def test_tensors_of_all_kinds_are_those_that_torch_reads(torch, tmp_path, zipped
     }
     path = save(torch, tensors, tmp_path / "x.th", zipped)
     theirs, ours = torch.load(path, weights_only=True), torch_pickle.read(path, ema=False)
+    torch.serialization.set_crc32_options(False)
+    try:
+        save(torch, {"a": whole}, tmp_path / "without_checksums.pth", zipped)
+    finally:
+        torch.serialization.set_crc32_options(True)
+    read = torch_pickle.read(tmp_path / "without_checksums.pth", ema=False)
+    np.testing.assert_array_equal(read["a"], whole.numpy())
     assert ours.keys() == theirs.keys()
     for name, tensor in theirs.items():
         np.testing.assert_array_equal(ours[name].astype("f8"), tensor.detach().double().numpy())
