@@ -4,8 +4,8 @@
     convit convert runs/mine mine.pth --to torch
     convit convert convit_base convit_base.stablehlo --batch 8
 
-SRC is any source that convit_jax.load reads: a file of safetensors or PyTorch, the workdir of a run,
-or a name on huggingface.co. The suffix of DST decides the format; .pth and .pt need torch.
+SRC is any source that convit_jax.load reads: a file of safetensors or PyTorch, the workdir of a
+run, or a name on huggingface.co. The suffix of DST decides the format; .pth and .pt need torch.
 """
 
 import argparse
