@@ -118,7 +118,10 @@ def fetch(name: str, *, offline: bool = False) -> Repository:
             "or give the path of a file"
         ) from missing
     if weights is None:
-        raise ValueError(f"{name}: expected {' or '.join(_WEIGHTS)} in it, found neither")
+        raise ValueError(
+            f"{name}: expected model.safetensors or pytorch_model.bin in it, or the list of its "
+            f"shards ({files.INDEX}), found none"
+        )
     if config is None:
         log.warning("%s: no config.json; mean, std and crop default to ImageNet's", name)
     return Repository(name, weights, _read_config(config))

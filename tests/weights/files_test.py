@@ -8,26 +8,13 @@ import numpy as np
 import pytest
 import reference
 from safetensors.numpy import save_file
-from small_models import MODEL, equal, random_params
+from small_models import INDEX, MODEL, equal, random_params, write_shards
 
 import convit_jax
 from convit_jax import from_torch, to_torch
 from convit_jax.weights.files import read_state_dict
 
 STATE_DICT = to_torch(random_params(MODEL))
-INDEX = "model.safetensors.index.json"
-
-
-def write_shards(folder):
-    """Writes the weights as two shards, and returns the list of the shards."""
-    names, listed = sorted(STATE_DICT), {}
-    for number, part in enumerate((names[:9], names[9:])):
-        file = f"model-0000{number + 1}-of-00002.safetensors"
-        save_file({name: STATE_DICT[name] for name in part}, folder / file)
-        listed |= dict.fromkeys(part, file)
-    content = {"metadata": {"total_size": 1}, "weight_map": listed}
-    (folder / INDEX).write_text(json.dumps(content, indent=2))
-    return folder / INDEX
 
 
 def test_the_first_bytes_tell_the_format(tmp_path):
@@ -53,7 +40,7 @@ def test_the_first_bytes_tell_the_format(tmp_path):
 
 
 def test_shards_are_read_by_their_list_or_folder(tmp_path):
-    index = write_shards(tmp_path)
+    index = write_shards(tmp_path, STATE_DICT)
     for source in (index, tmp_path):
         equal(convit_jax.load(source)[1]["params"], random_params(MODEL))
     content = json.loads(index.read_text())
@@ -107,7 +94,7 @@ def test_damaged_files_are_read_right_or_refused_by_name(tmp_path):
     _, torch = reference.import_timm()
     tensors = {name: torch.from_numpy(array) for name, array in STATE_DICT.items()}
     content = {"arch": "x", "best": np.float64(1.5), "shape": (1, 2), "state_dict": tensors}
-    write_shards(tmp_path)
+    write_shards(tmp_path, STATE_DICT)
     save_file(STATE_DICT, tmp_path / "x.safetensors")
     torch.save(content, tmp_path / "zip.pth")
     torch.save(content, tmp_path / "old.pth", _use_new_zipfile_serialization=False)
