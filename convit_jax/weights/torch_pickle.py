@@ -27,8 +27,8 @@ SUFFIXES = (".pth", ".pt", ".bin", ".tar", ".ckpt", ".pkl", ".th")
 ZIP = b"PK\x03\x04"
 LEGACY = b"\x80\x02\x8a\x0al\xfc\x9cF\xf9 j\xa8P\x19."
 
-# Keys of the weights in training checkpoints, the first of them that has weights is taken: the
-# original code and timm, PyTorch's tutorials, and others.
+# Keys of the weights in training checkpoints of the original code, timm, PyTorch's tutorials and
+# others. The first that has weights is taken. The keys of the averaged weights are below.
 _WEIGHTS = ("model", "state_dict", "model_state_dict", "module", "net", "network", "weights")
 _AVERAGED = ("model_ema", "state_dict_ema", "ema", "ema_state_dict", "model_ema_state_dict")
 
@@ -191,9 +191,12 @@ def _choose(path: pathlib.Path, unpickled: Unpickled, ema: bool) -> dict[str, Te
         return averaged
     if averaged is not None:
         log.info("%s: has averaged weights too; not used, because ema is off", path)
-    state_dict = _find(content, _WEIGHTS)
-    if state_dict is not None:
-        return state_dict
+    found = {key: state_dict for key in _WEIGHTS if (state_dict := _find(content, (key,)))}
+    if found:
+        first, *rest = found
+        if rest:
+            log.info("%s: reads the weights at %s, not those at %s", path, first, ", ".join(rest))
+        return found[first]
     others = [f"{key} ({_kind(v)})" for key, v in content.items() if not isinstance(v, Tensor)]
     if others or not content:
         seems = seems_to_be([str(key) for key in content])
@@ -205,14 +208,16 @@ def _choose(path: pathlib.Path, unpickled: Unpickled, ema: bool) -> dict[str, Te
     return content
 
 
-def _find(content: dict[str, Any], keys: tuple[str, ...]) -> dict[str, Tensor] | None:
-    """Returns the state dict at the first of the keys that has one, itself or one level deeper."""
+def _find(
+    content: dict[str, Any], keys: tuple[str, ...], levels: int = 2
+) -> dict[str, Tensor] | None:
+    """Returns the state dict at the first of the keys that has one, at most two levels deep."""
     for key in keys:
         inner = content.get(key)
         if isinstance(inner, dict) and inner:
             if all(isinstance(value, Tensor) for value in inner.values()):
                 return inner
-            if (deeper := _find(inner, _WEIGHTS)) is not None:
+            if levels > 1 and (deeper := _find(inner, _WEIGHTS, levels - 1)) is not None:
                 return deeper
     return None
 

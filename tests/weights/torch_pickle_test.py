@@ -79,7 +79,7 @@ def test_tensors_of_all_kinds_are_those_that_torch_reads(torch, tmp_path, zipped
 
 
 @BOTH_FORMATS
-def test_data_beside_the_weights_are_allowed(torch, tmp_path, zipped):
+def test_data_beside_the_weights_are_allowed(torch, tmp_path, zipped, caplog):
     weights = {"a": torch.ones(2), "b": torch.zeros(3)}
     beside = [
         np.float64(73.1), np.arange(3), np.random.RandomState(0).get_state(), pathlib.Path("x"),
@@ -93,6 +93,10 @@ def test_data_beside_the_weights_are_allowed(torch, tmp_path, zipped):
         content = {keys[0]: "convit_tiny", "beside": beside, keys[1]: weights, "epoch": 3}
         read = torch_pickle.read(save(torch, content, tmp_path / "x.pth", zipped), ema=False)
         assert {name: array.tolist() for name, array in read.items()} == expected
+    two = save(torch, {"net": {"b": torch.zeros(1)}, "model": weights}, tmp_path / "x.pth", zipped)
+    with caplog.at_level("INFO", logger="convit_jax"):
+        assert torch_pickle.read(two, ema=False).keys() == weights.keys()
+    assert caplog.messages == [f"{two}: reads the weights at model, not those at net"]
     averaged = {"model": {"state_dict": {"a": torch.zeros(1)}}, "ema": {"module": weights}}
     read = torch_pickle.read(save(torch, averaged, tmp_path / "x.pth", zipped), ema=True)
     assert {name: array.tolist() for name, array in read.items()} == expected
