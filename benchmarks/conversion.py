@@ -33,7 +33,7 @@ start = time.perf_counter()
 import json, logging, resource, sys
 import safetensors.numpy
 from convit_jax.cli import convert
-if any(path.endswith(".pth") for path in sys.argv[1:]):
+if sys.argv[2].endswith(".pth"):
     import torch
 import jax
 jax.devices()

@@ -90,6 +90,23 @@ def import_timm():
         pytest.skip(f"needs timm and torch: {error}")
 
 
+def timm_like(model):
+    """Returns timm's model with the sizes of one of ours, also for rectangles.
+
+    timm computes the relative positions of squares only. For another grid they are set here.
+    """
+    _, torch = import_timm()
+    rows, columns = model.grid
+    if rows == columns or not model.local_up_to_layer:
+        return peer.like(model)
+    square = model.clone(image_size=model.image_shape[0])
+    theirs = peer.like(square, img_size=model.image_shape[:2])
+    positions = torch.from_numpy(relative_positions(model.grid)).float()[None]
+    for block in theirs.blocks[: model.local_up_to_layer]:
+        block.attn.rel_indices = positions
+    return theirs
+
+
 def randomise(model, torch, seed: int) -> None:
     """Sets every tensor of a timm model to random values that affect the results.
 

@@ -5,8 +5,8 @@
     convit convert convit_base convit_base.stablehlo --uint8
     convit convert runs/mine hub:ORGANISATION/NAME
 
-SRC is any source that convit_jax.load reads: a .safetensors file, a .pth, .pt or .bin file (needs
-torch), the workdir of a run, or a name on huggingface.co. The suffix of DST decides the format.
+SRC is any source that convit_jax.load reads: a file of safetensors or PyTorch, the workdir of a
+run, or a name on huggingface.co. The suffix of DST decides the format; .pth and .pt need torch.
 """
 
 import argparse

@@ -11,6 +11,7 @@ from typing import Any
 
 from convit_jax import extras
 from convit_jax.model.variants import VARIANTS, structure_of
+from convit_jax.weights import files
 from convit_jax.weights.infer import Claim
 
 log = logging.getLogger(__name__)
@@ -25,7 +26,12 @@ RELEASED = {
     "deit_base": "timm/deit_base_patch16_224.fb_in1k",
 }
 _NAME = re.compile(r"(?:(?:hf[-_])?hub:)?(\w[\w.-]*/[\w.-]+)(?:@([\w./-]+))?")
-_WEIGHTS = ("model.safetensors", "pytorch_model.bin")
+_WEIGHTS = (
+    "model.safetensors",
+    f"model.safetensors{files.INDEX}",
+    "pytorch_model.bin",
+    f"pytorch_model.bin{files.INDEX}",
+)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -34,7 +40,7 @@ class Repository:
 
     Attributes:
       name: ORGANISATION/NAME, or the path of the folder.
-      weights: path of model.safetensors or pytorch_model.bin.
+      weights: path of model.safetensors or pytorch_model.bin, or of the list of its shards.
       config: content of config.json; {} if the repository has none.
     """
 
@@ -105,6 +111,9 @@ def fetch(name: str, *, offline: bool = False) -> Repository:
     try:
         weights, missing = _first(download, _WEIGHTS, offline)
         config = None if weights is None else _first(download, ("config.json",), offline)[0]
+        if weights is not None and weights.name.endswith(files.INDEX):
+            for shard in sorted(set(files.shards(weights).values())):
+                download(shard, offline)
     except errors.RepositoryNotFoundError:  # also raised for private ones
         raise ValueError(
             f"{name}: no such file or folder here, and no such repository on {endpoint()} (a "
@@ -123,7 +132,10 @@ def fetch(name: str, *, offline: bool = False) -> Repository:
             "or give the path of a file"
         ) from missing
     if weights is None:
-        raise ValueError(f"{name}: expected {' or '.join(_WEIGHTS)} in it, found neither")
+        raise ValueError(
+            f"{name}: expected model.safetensors or pytorch_model.bin in it, or the list of its "
+            f"shards ({files.INDEX}), found none"
+        )
     if config is None:
         log.warning("%s: no config.json; mean, std and crop default to ImageNet's", name)
     return Repository(name, weights, _read_config(config))

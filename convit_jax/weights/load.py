@@ -3,8 +3,7 @@
     model, variables = load("convit_base")              # or a file, or the workdir of a run
 
 `load` returns the model and its variables. `read_weights` also returns what predictions need: class
-names, normalisation and crop. Each kind of source has its module: `torch_pickle`, `safetensors`,
-`from_workdir` and `hub`.
+names, normalisation and crop. `files`, `from_workdir` and `hub` read the kinds of source.
 """
 
 from collections.abc import Mapping
@@ -21,10 +20,9 @@ from convit_jax import extras
 from convit_jax.model.network import ConViT
 from convit_jax.model.normalise import of_channels
 from convit_jax.model.variants import describe
-from convit_jax.weights import adapt, hub, infer, torch_pickle
+from convit_jax.weights import adapt, files, hub, infer, names
 from convit_jax.weights.infer import Claim
 from convit_jax.weights.loaded import Contents, Loaded
-from convit_jax.weights.safetensors import read_safetensors
 from convit_jax.weights.state_dict import from_torch
 
 log = logging.getLogger(__name__)
@@ -45,9 +43,9 @@ def load(
 
     Args:
       source: one of
-        - a .safetensors file;
-        - a .pth, .pt or .bin file with a state dict or a training checkpoint of the original code
-          or timm; needs torch;
+        - a safetensors file, or the list of its shards (model.safetensors.index.json);
+        - a PyTorch file with a state dict or a training checkpoint of the original code, timm or
+          others. No code in it is run. The first bytes tell the format, not the suffix;
         - the workdir of a run: its best checkpoint by top-1 accuracy, the newest if none has been
           evaluated, its weights.safetensors if it has no checkpoint;
         - a name on huggingface.co, such as "convit_base", "timm/convit_base.fb_in1k" or
@@ -125,7 +123,7 @@ def _contents(
     if path.is_dir():
         return _read_folder(path, ema=ema, checkpoint=checkpoint)
     name, repository = str(source), None
-    if path.suffix not in (*torch_pickle.SUFFIXES, ".safetensors"):
+    if not name.endswith(files.SUFFIXES):
         repository = hub.repository_name(name)
     if repository is None:
         raise FileNotFoundError(f"weights: no such file or folder: {source}")
@@ -164,50 +162,35 @@ def _read_repository(repository: hub.Repository) -> Contents:
 
 
 def _read_file(path: pathlib.Path, *, ema: bool) -> Contents:
-    if path.suffix == ".safetensors":
-        if ema:
-            raise ValueError(f"{path}: a .safetensors file has one set of weights: leave out ema")
-        state_dict, ours = read_safetensors(path)
-        stated = Claim("its metadata", ours.pop("options")) if ours else None
-        return Contents(_convert(path, state_dict), stated, ours)
-    if path.suffix in torch_pickle.SUFFIXES:
-        return Contents(_convert(path, torch_pickle.read(path, ema=ema)), extras={"ema": ema})
-    suffixes = ", ".join((".safetensors", *torch_pickle.SUFFIXES))
-    raise ValueError(f"weights: expected a file of {suffixes}, a workdir or a name, got {path}")
-
-
-def _convert(path: pathlib.Path, state_dict: dict[str, Any]) -> dict[str, Any]:
-    """Converts a state dict to Flax parameters, after removing DistributedDataParallel's prefix."""
-    prefix = "module."  # of torch.nn.parallel.DistributedDataParallel
-    if state_dict and all(name.startswith(prefix) for name in state_dict):
-        log.info("%s: removed the prefix %r from all names", path, prefix)
-        state_dict = {name.removeprefix(prefix): v for name, v in state_dict.items()}
-    buffers = [name for name in state_dict if name.endswith(".rel_indices")]
-    if buffers:
-        log.info("%s: ignored %d buffers rel_indices, which are no weights", path, len(buffers))
+    state_dict, ours = files.read_state_dict(path, ema=ema)
+    stated = Claim("its metadata", ours.pop("options")) if ours else None
     try:
-        return from_torch(state_dict)
+        params = from_torch(names.without_prefixes(path, state_dict))
     except ValueError as error:
         raise ValueError(f"{path}: {error}") from None
+    buffers = sum(name.endswith(".rel_indices") for name in state_dict)
+    if buffers:
+        log.info("%s: ignored %d buffers rel_indices, which are no weights", path, buffers)
+    return Contents(params, stated, {**ours, "ema": ema})
 
 
 def _say_what_is_not_finite(source: str | os.PathLike, params: Mapping[str, Any]) -> None:
-    names = [
+    found = [
         jax.tree_util.keystr(path, simple=True, separator="/")
         for path, array in jax.tree_util.tree_leaves_with_path(params)
         if not np.isfinite(array).all()
     ]
-    if names:
-        log.warning("%s: NaN or infinity in %s", source, ", ".join(names))
+    if found:
+        log.warning("%s: NaN or infinity in %s", source, ", ".join(found))
 
 
 def _matched(loaded: Loaded, *, same_head: bool) -> Loaded:
     """Fits class names and normalisation to another head or other input channels."""
-    names, mean, std = loaded.class_names, loaded.mean, loaded.std
-    if names is not None and (not same_head or len(names) != loaded.model.num_classes):
+    classes, mean, std = loaded.class_names, loaded.mean, loaded.std
+    if classes is not None and (not same_head or len(classes) != loaded.model.num_classes):
         if same_head:
             log.warning("%s: %d class names left out, because the model has %d classes",
-                        loaded.source, len(names), loaded.model.num_classes)  # fmt: skip
-        names = None
+                        loaded.source, len(classes), loaded.model.num_classes)  # fmt: skip
+        classes = None
     mean, std = (of_channels(values, loaded.model.in_channels) for values in (mean, std))
-    return dataclasses.replace(loaded, class_names=names, mean=mean, std=std)
+    return dataclasses.replace(loaded, class_names=classes, mean=mean, std=std)

@@ -45,13 +45,13 @@ def read_safetensors(path: pathlib.Path) -> tuple[dict[str, np.ndarray], dict[st
     Raises:
       ValueError: if the file or the metadata cannot be read.
     """
-    from safetensors import SafetensorError, safe_open
+    from safetensors import safe_open
 
     try:
         with safe_open(path, framework="np") as file:
             metadata = file.metadata() or {}
-            state_dict = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
-    except (SafetensorError, OSError) as error:
+            state_dict = {name: _tensor(file, name) for name in file.keys()}  # noqa: SIM118
+    except Exception as error:  # damaged files raise errors of several types
         raise ValueError(f"{path}: not a readable safetensors file: {error}") from error
     if _METADATA not in metadata:
         return state_dict, {}
@@ -63,3 +63,13 @@ def read_safetensors(path: pathlib.Path) -> tuple[dict[str, np.ndarray], dict[st
         return state_dict, {"options": dict(written["options"]), **ours}
     except (ValueError, KeyError, TypeError) as error:
         raise ValueError(f"{path}: the metadata {_METADATA!r} cannot be read: {error!r}") from error
+
+
+def _tensor(file: Any, name: str) -> np.ndarray:
+    try:
+        return file.get_tensor(name)
+    except AttributeError:  # numpy has no such type
+        found = file.get_slice(name).get_dtype()
+        raise ValueError(
+            f"{name}: expected floating-point numbers of 16, 32 or 64 bits, got {found}"
+        ) from None

@@ -13,9 +13,13 @@ import re
 from typing import Any
 
 from flax import traverse_util
+import jax.numpy as jnp
 import numpy as np
 
+from convit_jax.weights.names import seems_to_be
+
 Shape = tuple[str | int, ...]
+_SHOWN = 10  # names of each kind in an error
 
 # Transpositions from PyTorch's order of the axes to Flax's.
 _CONV_AXES = (2, 3, 1, 0)  # (out, in, height, width) -> (height, width, in, out)
@@ -133,7 +137,8 @@ def from_torch(state_dict: Mapping[str, Any]) -> dict[str, Any]:
       arrays are copies.
 
     Raises:
-      ValueError: names every key that is missing, not known, or of another shape.
+      ValueError: names the keys that are missing, not known, of another shape, or not of
+        floating-point numbers.
     """
     tensors = {k: v for k, v in state_dict.items() if not k.endswith(".rel_indices")}
     numbers = {k: int(m[1]) for k in tensors if (m := re.match(r"blocks\.(\d+)\.", k))}
@@ -149,7 +154,7 @@ def from_torch(state_dict: Mapping[str, Any]) -> dict[str, Any]:
     for entry in entries:
         if entry.torch[0] not in tensors:
             continue  # a feature that this model lacks
-        arrays = [_to_numpy(tensors[name]) for name in entry.torch]
+        arrays = [_to_numpy(tensors[name], name) for name in entry.torch]
         if entry.row.axes:
             arrays = [array.transpose(entry.row.axes) for array in arrays]
         params[entry.flax] = np.stack(arrays) if entry.stacked else np.array(arrays[0], order="C")
@@ -167,12 +172,12 @@ def to_torch(params: Mapping[str, Any]) -> dict[str, np.ndarray]:
       `model.load_state_dict({k: torch.from_numpy(v) for k, v in to_torch(params).items()})`.
 
     Raises:
-      ValueError: names every parameter that is missing, not known, or of another shape.
+      ValueError: names the parameters that are missing, not known, or of another shape.
     """
     if set(params) == {"params"}:
         raise ValueError("expected parameters, got variables: pass variables['params']")
     arrays = traverse_util.flatten_dict(params, sep="/")
-    arrays = {path: _to_numpy(array) for path, array in arrays.items()}
+    arrays = {path: _to_numpy(array, path) for path, array in arrays.items()}
     norms = (arrays.get(f"{group}/norm1/scale", np.empty((0,))) for group in BLOCKS)
     num_gpsa, num_plain = (len(norm) for norm in norms)
     entries = list(_entries(num_gpsa, num_plain + 1))
@@ -215,20 +220,30 @@ def _check(
     found: Mapping[str, tuple[int, ...]],
     expected: list[tuple[str, Shape, str | None]],
 ) -> None:
-    """Raises ValueError with every name that is missing, unknown, or of an unexpected shape."""
+    """Raises ValueError if names are missing, unknown, or of an unexpected shape.
+
+    The first line says what the names seem to belong to. Then come the first names of each kind.
+    """
     features = {feature for name, _, feature in expected if name in found}
     sizes = _sizes(found, expected)
-    problems = []
+    problems: dict[str, list[str]] = {"missing": [], "not known": [], "wrong shape": []}
     for name, shape, feature in expected:
         shape = tuple(sizes.get(n, n) if isinstance(n, str) else n for n in shape)
         if name in found and found[name] != shape:
-            problems.append(f"wrong shape: {name}: expected {shape}, got {found[name]}")
+            problems["wrong shape"].append(f"{name}: expected {shape}, got {found[name]}")
         elif name not in found and (feature is None or feature in features):
-            problems.append(f"missing: {name} {shape}")
+            problems["missing"].append(f"{name} {shape}")
     unknown = found.keys() - {name for name, _, _ in expected}
-    problems += [f"not known: {name} {found[name]}" for name in sorted(unknown)]
-    if problems:
-        raise ValueError(f"not the {what} of a ConViT or DeiT:\n  " + "\n  ".join(problems))
+    problems["not known"] = [f"{name} {found[name]}" for name in sorted(unknown)]
+    if not any(problems.values()):
+        return
+    seems = seems_to_be(found)
+    lines = [f"not the {what} of a ConViT or DeiT{f'; it seems to be {seems}' if seems else ''}:"]
+    for kind, all_of_it in problems.items():
+        lines += [f"  {kind}: {problem}" for problem in all_of_it[:_SHOWN]]
+        if len(all_of_it) > _SHOWN:
+            lines.append(f"  {kind}: {len(all_of_it) - _SHOWN} more")
+    raise ValueError("\n".join(lines))
 
 
 def _sizes(
@@ -245,11 +260,22 @@ def _sizes(
     return sizes | {f"{times}D": times * sizes["D"] for times in (2, 3) if "D" in sizes}
 
 
-def _to_numpy(array: Any) -> np.ndarray:
+def _to_numpy(array: Any, name: str) -> np.ndarray:
     """Converts a torch tensor, jax array or numpy array to numpy float32.
 
     The conversion of float16 and bfloat16 is exact.
+
+    Raises:
+      ValueError: if the numbers are no floating-point numbers.
     """
-    if hasattr(array, "detach"):  # a torch tensor; torch cannot convert bfloat16 to numpy
+    torch_tensor = hasattr(array, "detach")
+    if not torch_tensor:
+        array = np.asarray(array)
+    floating = (
+        array.is_floating_point() if torch_tensor else jnp.issubdtype(array.dtype, jnp.floating)
+    )
+    if not floating:
+        raise ValueError(f"{name}: expected floating-point numbers, got {array.dtype}")
+    if torch_tensor:  # torch cannot convert bfloat16 to numpy
         array = array.detach().cpu().float().numpy()
     return np.asarray(array, dtype=np.float32)

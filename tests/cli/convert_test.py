@@ -2,7 +2,6 @@
 
 import json
 import os
-import pathlib
 import re
 import subprocess
 import sys
@@ -150,10 +149,9 @@ def bad_files(folder, torch):
     tensors = {k: torch.from_numpy(v) for k, v in to_torch(random_params()).items()}
     torch.save(tensors, folder / "good.pth")
     whole = (folder / "good.pth").read_bytes()
-    resnet = {"conv1.weight": torch.zeros(64, 3, 7, 7), "fc.bias": torch.zeros(10)}
+    resnet = {"layer1.0.conv1.weight": torch.zeros(64, 64, 3, 3), "fc.bias": torch.zeros(10)}
     lacking = {k: v for k, v in tensors.items() if k != "blocks.1.norm2.bias"}
     evil = {"model": tensors, "epoch": Malicious(folder / "ran")}
-    strange = {"model": tensors, "args": pathlib.PurePosixPath("x")}
 
     def save(content):
         return lambda path: torch.save(content, path)
@@ -163,9 +161,12 @@ def bad_files(folder, torch):
             lambda path: path.write_bytes(whole[: len(whole) // 2]),
             "not a readable PyTorch file",
         ),
-        "empty.pth": (lambda path: path.touch(), "not a readable PyTorch file"),
-        "text.pth": (lambda path: path.write_text("hello"), "not a readable PyTorch file"),
-        "resnet.pth": (save(resnet), "not the state dict of a ConViT or DeiT:\n  missing: cls_tok"),
+        "empty.pth": (lambda path: path.touch(), "expected a safetensors or PyTorch file, got an"),
+        "text.pth": (lambda path: path.write_text("hello"), "got one that begins with b'hello'"),
+        "resnet.pth": (
+            save(resnet),
+            "not the state dict of a ConViT or DeiT; it seems to be a ResNet:\n  missing: cls_tok",
+        ),
         "missing.pth": (save(lacking), "missing: blocks.1.norm2.bias (16,)"),
         "extra.pth": (
             save({**tensors, "head_dist.weight": torch.zeros(5, 16)}),
@@ -176,10 +177,10 @@ def bad_files(folder, torch):
             "wrong shape: norm.weight: expected (16,), got (17,)",
         ),
         "list.pth": (save([1, 2]), "expected a state dict, got list"),
-        "mixed.pth": (save({**tensors, "note": "x"}), "with tensors as its values, got note"),
-        "nothing.pth": (save({}), "with tensors as its values, got nothing"),
+        "mixed.pth": (save({**tensors, "note": "x"}), "weights; got note (str)"),
+        "nothing.pth": (save({}), "no state dict; expected tensors"),
         "evil.pth": (save(evil), "refused: reading it would call posix.mkdir"),
-        "strange.pth": (save(strange), "refused: reading it would call pathlib.PurePosixPath"),
+        "module.pth": (save(torch.nn.Linear(2, 2)), "torch.save(model.state_dict(), ...)"),
         "old_evil.pth": (
             lambda path: torch.save(evil, path, _use_new_zipfile_serialization=False),
             "refused: reading it would call posix.mkdir",
@@ -191,7 +192,7 @@ def bad_files(folder, torch):
             "not a readable safetensors file",
         ),
         "empty.safetensors": (lambda path: path.touch(), "not a readable safetensors file"),
-        "weights.npz": (lambda path: path.touch(), "expected a file of .safetensors, .pth"),
+        "weights.npz": (lambda path: np.savez(path, **to_torch(random_params())), "numpy.savez"),
     }  # fmt: skip
 
 

@@ -14,7 +14,7 @@ import pytest
 import reference
 from runs import ROOT
 from safetensors.numpy import save_file
-from small_models import MODEL, equal, random_params
+from small_models import MODEL, equal, random_params, write_shards
 
 from benchmarks import input_pipeline
 from convit_jax import VARIANTS, create_model, to_torch
@@ -178,6 +178,7 @@ def test_online_offline_and_without_a_network(server, tmp_path):
     publish(server, "timm/convit_tiny.fb_in1k", CONFIG, params)
     publish(server, "mine/small", {}, random_params())
     publish(server, "mine/empty", {})
+    write_shards(publish(server, "mine/shards", {}), to_torch(random_params()))
     publish(server, "mine/broken", "{", random_params())
     total = float(params["pos_embed"].sum())
     tiny = [12, 7, total, [0.5, 0.4, 0.3], [0.1, 0.2, 0.3], 0.9, list("abcdefg")]
@@ -187,10 +188,11 @@ def test_online_offline_and_without_a_network(server, tmp_path):
 
     answers = ask(
         server, cache, "convit_tiny", "timm/convit_tiny.fb_in1k", f"hf-hub:mine/small@{REVISION}",
-        "mine/empty", "mine/broken", "mine/nothing", "mine/small@v2", "convit_tiny_plus",
+        "mine/shards", "mine/empty", "mine/broken", "mine/nothing", "mine/small@v2",
+        "convit_tiny_plus",
     )  # fmt: skip
-    assert answers[:3] == [tiny, tiny, small]
-    kinds, messages = zip(*answers[3:], strict=True)
+    assert answers[:4] == [tiny, tiny, small, small]
+    kinds, messages = zip(*answers[4:], strict=True)
     assert kinds == ("ValueError",) * 5
     assert "mine/empty: expected model.safetensors or pytorch_model.bin in it" in messages[0]
     assert "config.json: not JSON" in messages[1]

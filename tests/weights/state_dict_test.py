@@ -8,8 +8,7 @@ import numpy as np
 import pytest
 import reference
 
-from benchmarks import peer
-from convit_jax import ConViT, create_model, from_torch, to_torch
+from convit_jax import VARIANTS, ConViT, create_model, from_torch, to_torch
 
 GOLDEN = pathlib.Path(__file__).parents[1] / "golden"
 SMALL = {"image_size": 16, "patch_size": 4, "num_classes": 5, "embed_dim": 16, "mlp_ratio": 2.0}
@@ -51,29 +50,16 @@ def test_logits_and_gradients_equal_the_golden_arrays(name, positional):
         np.testing.assert_allclose(value, grads[key], atol=1e-4 * scale, err_msg=key)
 
 
-@pytest.mark.slow
-@pytest.mark.parametrize(
-    "name",
-    [
-        "convit_tiny",
-        "convit_tiny_plus",
-        "convit_small",
-        "convit_small_plus",
-        "convit_base",
-        "convit_base_plus",
-        "deit_tiny",
-    ],
-)
-def test_logits_equal_timms(name):
-    """With random values in every tensor, at 224 x 224, in float32 with precision 'highest'."""
+def check_against_timm(model, positionals=("blend",)):
+    """Compares logits and converts there and back, with random values in every tensor."""
     _, torch = reference.import_timm()
-    model, theirs = create_model(name), peer.make(name)
+    theirs = reference.timm_like(model)
     reference.randomise(theirs, torch, seed=0)
-    images = np.random.default_rng(0).standard_normal((2, 224, 224, 3), np.float32)
+    images = np.random.default_rng(0).standard_normal((2, *model.image_shape), np.float32)
     with torch.no_grad():
         expected = theirs(reference.timm_images(images, torch)).numpy()
     params = from_torch(theirs.state_dict())
-    for positional in ("blend", "contract")[: 2 if name.startswith("convit_tiny") else 1]:
+    for positional in positionals:
         logits = jax.jit(model.clone(positional=positional).apply)({"params": params}, images)
         np.testing.assert_allclose(logits, expected, atol=2e-5 * np.abs(expected).max())
 
@@ -83,6 +69,26 @@ def test_logits_equal_timms(name):
     for key, tensor in state_dict.items():
         np.testing.assert_array_equal(back[key], tensor.numpy(), err_msg=key)
     theirs.load_state_dict({k: torch.from_numpy(v) for k, v in back.items()}, strict=True)
+
+
+# Grids of 7 x 11 and 11 x 7 patches.
+@pytest.mark.parametrize(("name", "size"), [("convit", (28, 44)), ("deit", (44, 28))])
+def test_logits_of_rectangles_equal_timms(name, size):
+    check_against_timm(MODELS[name].clone(image_size=size))
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("name", "size"),
+    [
+        *((name, (80, 112)) for name in VARIANTS),
+        *((name, (224, 224)) for name in ("convit_tiny", "convit_small", "convit_base")),
+    ],
+)
+def test_logits_equal_timms(name, size):
+    """In float32 with precision 'highest'."""
+    positionals = ("blend", "contract") if name.startswith("convit_tiny") else ("blend",)
+    check_against_timm(create_model(name, image_size=size), positionals)
 
 
 @pytest.mark.parametrize("name", MODELS)
@@ -142,13 +148,17 @@ def test_every_key_that_does_not_fit_is_named():
     bad["head_dist.weight"] = np.zeros((5, 16))
     with pytest.raises(ValueError, match="not the state dict of a ConViT or DeiT") as error:
         from_torch(bad)
-    assert str(error.value).splitlines()[1:] == [
-        "  wrong shape: blocks.0.attn.v.weight: expected (16, 16), got (8, 16)",
+    first, *lines = str(error.value).splitlines()
+    assert "it seems to be a distilled DeiT (dist_token, head_dist)" in first
+    assert lines == [
         "  missing: blocks.1.norm2.bias (16,)",
-        "  wrong shape: blocks.2.attn.qkv.weight: expected (48, 16), got (3, 16, 16)",
         "  missing: head.bias (5,)",
         "  not known: head_dist.weight (5, 16)",
+        "  wrong shape: blocks.0.attn.v.weight: expected (16, 16), got (8, 16)",
+        "  wrong shape: blocks.2.attn.qkv.weight: expected (48, 16), got (3, 16, 16)",
     ]
+    with pytest.raises(ValueError, match=r"norm\.bias: expected floating-point .* got int32"):
+        from_torch({**state_dict, "norm.bias": np.zeros(16, np.int32)})
     with pytest.raises(ValueError, match=r"missing: blocks\.0\.attn\.qkv\.weight"):
         from_torch({"conv1.weight": np.zeros((64, 3, 7, 7))})
 
