@@ -27,5 +27,5 @@ def normalise(images: Array, mean: Sequence[float], std: Sequence[float]) -> Arr
     Returns:
       (B, height, width, channels) float32.
     """
-    shift, scale = jnp.asarray(mean, jnp.float32), jnp.asarray(std, jnp.float32)
+    shift, scale = (jnp.asarray(x, jnp.float32).reshape(1, 1, 1, -1) for x in (mean, std))
     return (images.astype(jnp.float32) / 255 - shift) / scale
