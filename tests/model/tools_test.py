@@ -27,20 +27,18 @@ def test_intermediate_outputs_have_a_layer_axis():
     assert values.shape == (2, 3, 16, 16)
 
 
-@pytest.mark.parametrize("dtype", [jnp.float32, jnp.bfloat16])
-def test_strict_settings_of_jax_are_met(dtype):
+def test_strict_settings_of_jax_are_met():
     """64-bit types, strict promotion of dtypes and of ranks; inference and gradients."""
     rngs = {"dropout": jax.random.key(0)}
     for positional in ("blend", "contract"):
-        model = MODEL.clone(positional=positional, dtype=dtype, drop_path=0.1, attention="xla")
+        model = MODEL.clone(positional=positional, dtype=jnp.bfloat16, drop_path=0.1)
 
         def loss(variables, images, train, model=model):
             return model.apply(variables, images, train=train, rngs=rngs).sum()
 
         gradients = jax.value_and_grad(loss)
         with jax.numpy_dtype_promotion("strict"), jax.numpy_rank_promotion("raise"):
-            for train in (False, True):
-                jax.eval_shape(functools.partial(gradients, train=train), VARIABLES, IMAGES)
+            jax.eval_shape(functools.partial(gradients, train=True), VARIABLES, IMAGES)
         with jax.enable_x64(True):
             images = IMAGES.astype(np.float64)
             shapes = jax.eval_shape(model.init, jax.random.key(0), images)
