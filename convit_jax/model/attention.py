@@ -341,7 +341,10 @@ class GPSA(nn.Module):
             # sum is cheap and is computed again.
             positional_out = sdpa.keep(contract_positional(p_y, p_x, v))
             of_head = share[None, None, :, None]
-            out = (1.0 - of_head) * _wide(content_out) + of_head * _wide(positional_out)
+            content_out, positional_out = (
+                part.astype(jnp.float32) for part in (content_out, positional_out)
+            )
+            out = (1.0 - of_head) * content_out + of_head * positional_out
         out = _project(out, self.dropout, train, self.dtype)
         if not return_attention:
             return out
@@ -352,10 +355,6 @@ class GPSA(nn.Module):
             "gate": share,
             "blended": blended_map(content, position, share),
         }
-
-
-def _wide(x: Array) -> Array:
-    return x.astype(jnp.float32)
 
 
 def _project(out: Array, dropout: float, train: bool, dtype: Any) -> Array:

@@ -22,6 +22,7 @@ def class_attention(
 
     A ConViT of the paper has a class token in its last two layers. Its other layers are GPSA
     layers, where no single map stands for the image. A DeiT has a class token in all layers.
+    Under `jax.jit` the maps of GPSA layers take no memory.
 
     Args:
       model: a ConViT or DeiT, with any `global_pool` and with or without a head.

@@ -17,9 +17,6 @@ from convit_jax.model.positional import Linear
 
 Array = jax.Array
 
-# What a block can return besides the tokens that the next block reads.
-RETURNED = ("attention", "tokens")
-
 
 class Mlp(nn.Module):
     """Two linear layers with an exact (erf) GELU between them: (..., D) -> (..., D).
@@ -91,11 +88,11 @@ class Block(nn.Module):
           offset: (B, H, N, N), added to the attention map, or None.
           grid: (R, C), rows and columns of the patch grid.
           train: whether dropout and stochastic depth are on.
-          returned: some of `RETURNED`.
+          returned: names of the second result's entries.
 
         Returns:
           (B, N, D), and a dictionary of what `returned` names: "attention", the maps of the
-          attention; "tokens", the first result once more, because a scan stacks only the second.
+          attention; "tokens", the first result once more, because a scan stacks the second alone.
           An attention with `queries` set returns fewer tokens, and the block then returns these
           only.
         """

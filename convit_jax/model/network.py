@@ -263,7 +263,7 @@ class ConViT(nn.Module):
             maps.
         """
         grid = self._check_images(images)
-        chosen = check_blocks(return_features or (), self.depth)
+        chosen = None if return_features is None else check_blocks(return_features, self.depth)
         layers = {"gpsa_blocks": self.local_up_to_layer} if self.local_up_to_layer else {}
         layers["blocks"] = self.depth - self.local_up_to_layer
         offsets = check_offsets(attention_offsets, layers)
@@ -282,8 +282,8 @@ class ConViT(nn.Module):
             x += position.astype(self.dtype)
         x = nn.Dropout(self.dropout, deterministic=not train)(x)
 
-        returned = ("attention",) * return_attention + ("tokens",) * bool(chosen)
-        static = (grid, train, returned)
+        asked = {"attention": return_attention, "tokens": chosen is not None}
+        static = (grid, train, tuple(name for name, wanted in asked.items() if wanted))
         rates = np.linspace(0, self.drop_path, self.depth, dtype=np.float32)
         rates, plain_rates = np.split(rates, [self.local_up_to_layer])
         found = {}
@@ -298,10 +298,12 @@ class ConViT(nn.Module):
         outputs: list[Any] = [self._classify(x, norm)]
         if return_attention:
             outputs.append({group: of_group["attention"] for group, of_group in found.items()})
-        if return_features is not None:
+        if chosen is not None:
             tokens = [layer for of_group in found.values() for layer in of_group["tokens"]]
-            maps = [feature_map(tokens[block], grid) for block in chosen]
-            outputs.append(tuple(norm(_float32(m)) if norm_features else m for m in maps))
+            features = [feature_map(tokens[block], grid) for block in chosen]
+            if norm_features:
+                features = [norm(feature.astype(jnp.float32)) for feature in features]
+            outputs.append(tuple(features))
         return tuple(outputs) if len(outputs) > 1 else outputs[0]
 
     def _check_images(self, images: Array) -> Grid:
@@ -407,15 +409,11 @@ class ConViT(nn.Module):
 
     def _classify(self, x: Array, norm: nn.LayerNorm) -> Array:
         """Pools and normalises (B, 1 + N, D) and applies the head; returns float32."""
-        x = _float32(x)
+        x = x.astype(jnp.float32)
         x = norm(x[:, 0] if self.global_pool == "token" else x)  # no other token is read
         if self.global_pool == "avg":
             x = x[:, 1:].mean(axis=1)
         return Linear(self.num_classes, name="head")(x) if self.num_classes else x
-
-
-def _float32(x: Array) -> Array:
-    return x.astype(jnp.float32)
 
 
 def _uniform_init(bound: float) -> nn.initializers.Initializer:

@@ -27,5 +27,6 @@ def normalise(images: Array, mean: Sequence[float], std: Sequence[float]) -> Arr
     Returns:
       (B, height, width, channels) float32.
     """
-    shift, scale = (jnp.asarray(x, jnp.float32).reshape(1, 1, 1, -1) for x in (mean, std))
+    of_channel = (1,) * (images.ndim - 1) + (-1,)
+    shift, scale = (jnp.asarray(x, jnp.float32).reshape(of_channel) for x in (mean, std))
     return (images.astype(jnp.float32) / 255 - shift) / scale

@@ -37,6 +37,10 @@ def test_features_are_those_of_timms_forward_intermediates(family):
 def test_features_of_blocks_that_the_model_lacks_are_refused():
     images = np.zeros((1, 16, 16, 3), np.float32)
     variables = {"params": random_params()}
+    shapes = jax.eval_shape(
+        functools.partial(MODEL.apply, return_features=(), return_attention=True), variables, images
+    )
+    assert (len(shapes), shapes[2]) == (3, ())
     for blocks, message in (
         ((0, 3), "return_features: expected blocks 0 to 2, or -3 to -1 from the last, got 3"),
         ([-4], "or -3 to -1 from the last, got -4"),
