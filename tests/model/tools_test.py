@@ -39,12 +39,12 @@ def test_strict_settings_of_jax_are_met():
         gradients = jax.value_and_grad(loss)
         with jax.numpy_dtype_promotion("strict"), jax.numpy_rank_promotion("raise"):
             jax.eval_shape(functools.partial(gradients, train=True), VARIABLES, IMAGES)
-        with jax.enable_x64(True):
-            images = IMAGES.astype(np.float64)
-            shapes = jax.eval_shape(model.init, jax.random.key(0), images)
-            found = jax.eval_shape(functools.partial(gradients, train=True), shapes, images)
-            leaves = jax.tree.leaves((shapes, found))
-            assert {leaf.dtype for leaf in leaves} == {np.dtype("float32")}
+    with jax.enable_x64(True):
+        images = IMAGES.astype(np.float64)
+        shapes = jax.eval_shape(model.init, jax.random.key(0), images)
+        found = jax.eval_shape(functools.partial(gradients, train=True), shapes, images)
+        leaves = jax.tree.leaves((shapes, found))
+        assert {leaf.dtype for leaf in leaves} == {np.dtype("float32")}
 
 
 def test_pixels_are_refused_with_the_way_out():
