@@ -13,7 +13,7 @@ import importlib
 from typing import TYPE_CHECKING, Any
 
 from convit_jax.model.attention import GPSA, SelfAttention
-from convit_jax.model.attention_maps import class_attention
+from convit_jax.model.attention_maps import attention_gradients, class_attention
 from convit_jax.model.network import ConViT
 from convit_jax.model.variants import VARIANTS, create_model
 
@@ -28,6 +28,7 @@ __all__ = [
     "VARIANTS",
     "ConViT",
     "SelfAttention",
+    "attention_gradients",
     "class_attention",
     "create_model",
     "from_torch",

@@ -68,8 +68,23 @@ def blended_map(content: Array, positional: Array, share: Array) -> Array:
     Returns:
       (B, H, N, N), float32; every row sums to 1.
     """
-    share = share[:, None, None]
-    return (1.0 - share) * content + share * positional
+    share = share[None, :, None, None]
+    return (1.0 - share) * content + share * positional[None]
+
+
+def shifted_map(attention: Array, offset: Array | None) -> Array:
+    """Returns an attention map plus an offset of its shape, (B, H, N, N); None adds nothing.
+
+    Raises:
+      ValueError: if the shapes differ.
+    """
+    if offset is None:
+        return attention
+    if offset.shape != attention.shape:
+        raise ValueError(
+            f"attention offset: expected the map's shape {attention.shape}, got {offset.shape}"
+        )
+    return attention + offset.astype(attention.dtype)
 
 
 def choose_forms(
@@ -194,6 +209,7 @@ class SelfAttention(nn.Module):
         grid: Grid | None = None,
         train: bool = False,
         return_attention: bool = False,
+        offset: Array | None = None,
     ) -> Array | tuple[Array, dict[str, Array]]:
         """Attends from all tokens, or from the first `queries`, to all tokens.
 
@@ -202,13 +218,16 @@ class SelfAttention(nn.Module):
           grid: ignored; it is here so that `SelfAttention` and `GPSA` are called alike.
           train: whether dropout is on. A rate above 0 then needs the rng stream "dropout".
           return_attention: whether to return the attention map too.
+          offset: (B, H, N, N), added to the attention map before dropout. The gradient with respect
+            to an offset of zeros is the gradient with respect to the map. The map is then written
+            out, whatever `attention` says. The map that is returned is without the offset.
 
         Returns:
           (B, N, D) in `dtype`; with `return_attention`, also {"content": (B, H, N, N) float32}.
           With `queries` the shapes are (B, queries, D) and (B, H, queries, N).
 
         Raises:
-          ValueError: if num_heads does not divide D.
+          ValueError: if num_heads does not divide D, or `offset` has another shape than the map.
         """
         batch, size, width = x.shape
         _check_heads(self.num_heads, width)
@@ -218,9 +237,10 @@ class SelfAttention(nn.Module):
         qkv = qkv.reshape(batch, size, 3, self.num_heads, head)
         q, k, v = qkv[:, : self.queries, 0], qkv[:, :, 1], qkv[:, :, 2]
 
-        if train and self.attn_dropout:
-            drop = nn.Dropout(self.attn_dropout, deterministic=False, name="attn_drop")
-            out = sdpa.keep(sdpa.apply_map(drop(sdpa.content_map(q, k, scale)), v))
+        if offset is not None or (train and self.attn_dropout):
+            content = shifted_map(sdpa.content_map(q, k, scale), offset)
+            drop = nn.Dropout(self.attn_dropout, deterministic=not train, name="attn_drop")
+            out = sdpa.keep(sdpa.apply_map(drop(content), v))
         else:
             attention = (
                 "xla"
@@ -279,7 +299,12 @@ class GPSA(nn.Module):
 
     @nn.compact
     def __call__(
-        self, x: Array, grid: Grid, train: bool = False, return_attention: bool = False
+        self,
+        x: Array,
+        grid: Grid,
+        train: bool = False,
+        return_attention: bool = False,
+        offset: Array | None = None,
     ) -> Array | tuple[Array, dict[str, Array]]:
         """Attends from every patch to every patch.
 
@@ -288,6 +313,10 @@ class GPSA(nn.Module):
           grid: (R, C), the static patch grid; R C must be N.
           train: whether dropout is on. A rate above 0 then needs the rng stream "dropout".
           return_attention: whether to compute and return the attention maps too.
+          offset: (B, H, N, N), added to the blended map before dropout. The gradient with respect
+            to an offset of zeros is the gradient with respect to the map. The map is then written
+            out, whatever `attention` and `positional` say. The maps that are returned are without
+            the offset.
 
         Returns:
           (B, N, D) in `dtype`. With `return_attention`, also a dictionary of float32 arrays:
@@ -295,7 +324,8 @@ class GPSA(nn.Module):
           "blended" (B, H, N, N).
 
         Raises:
-          ValueError: if num_heads does not divide D, or the grid does not have N patches.
+          ValueError: if num_heads does not divide D, the grid does not have N patches, or `offset`
+            has another shape than the map.
         """
         batch, size, width = x.shape
         _check_heads(self.num_heads, width)
@@ -311,7 +341,7 @@ class GPSA(nn.Module):
         v = linear(width, kernel_init=v_init, name="v")(x)
         v = v.reshape(batch, size, self.num_heads, head)
 
-        gate = self.param("gate", nn.initializers.ones, (self.num_heads,))
+        gate = self.param("gate", nn.initializers.ones, (self.num_heads,), jnp.float32)
         share = jax.nn.sigmoid(gate.astype(jnp.float32))
         p_y, p_x = PositionalAttention(
             self.num_heads, self.locality_strength, self.use_local_init, name="pos_proj"
@@ -320,9 +350,9 @@ class GPSA(nn.Module):
         attention, positional = choose_forms(
             self.attention, self.positional, size, self.attn_dropout, dtype=self.dtype, width=head
         )
-        if positional == "blend":
+        if positional == "blend" or offset is not None:
             content = sdpa.content_map(q, k, scale)
-            blended = blended_map(content, positional_map(p_y, p_x), share)
+            blended = shifted_map(blended_map(content, positional_map(p_y, p_x), share), offset)
             drop = nn.Dropout(self.attn_dropout, deterministic=not train, name="attn_drop")
             out = sdpa.keep(sdpa.apply_map(drop(blended), v))
         else:
@@ -330,7 +360,11 @@ class GPSA(nn.Module):
             # The gradient of the gates reads both parts, so rematerialisation keeps them. Their
             # sum is cheap and is computed again.
             positional_out = sdpa.keep(contract_positional(p_y, p_x, v))
-            out = (1.0 - share[:, None]) * content_out + share[:, None] * positional_out
+            of_head = share[None, None, :, None]
+            content_out, positional_out = (
+                part.astype(jnp.float32) for part in (content_out, positional_out)
+            )
+            out = (1.0 - of_head) * content_out + of_head * positional_out
         out = _project(out, self.dropout, train, self.dtype)
         if not return_attention:
             return out

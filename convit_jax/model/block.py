@@ -1,6 +1,6 @@
 """A transformer block: attention and MLP on residual branches, with stochastic depth.
 
-Shapes: B batch, N tokens (or patches), D width.
+Shapes: B batch, N tokens (or patches), H heads, D width.
 """
 
 from collections.abc import Callable
@@ -72,37 +72,50 @@ class Block(nn.Module):
 
     @nn.compact
     def __call__(
-        self, x: Array, drop_path: Array, grid: Grid, train: bool, return_attention: bool
-    ) -> tuple[Array, dict[str, Array]]:
+        self,
+        x: Array,
+        drop_path: Array,
+        offset: Array | None,
+        grid: Grid,
+        train: bool,
+        returned: tuple[str, ...],
+    ) -> tuple[Array, dict[str, Any]]:
         """Applies the block.
 
         Args:
           x: (B, N, D).
           drop_path: scalar, rate of stochastic depth in this layer.
+          offset: (B, H, N, N), added to the attention map, or None.
           grid: (R, C), rows and columns of the patch grid.
           train: whether dropout and stochastic depth are on.
-          return_attention: whether to return the attention maps too.
+          returned: names of the second result's entries.
 
         Returns:
-          (B, N, D), and the maps of the attention, {} without `return_attention`. An attention
-          with `queries` set returns fewer tokens, and the block then returns these only.
+          (B, N, D), and a dictionary of what `returned` names: "attention", the maps of the
+          attention; "tokens", the first result once more, because a scan stacks the second alone.
+          An attention with `queries` set returns fewer tokens, and the block then returns these
+          only.
         """
         # The fast variance, E[x^2] - E[x]^2, loses digits by cancellation where the mean is large.
-        norm = functools.partial(
-            nn.LayerNorm, epsilon=1e-6, use_fast_variance=False, dtype=self.dtype
-        )
+        norm = functools.partial(nn.LayerNorm, epsilon=1e-6, use_fast_variance=False)
+
+        def normed(x: Array, name: str) -> Array:
+            return norm(name=name)(x.astype(jnp.float32)).astype(self.dtype)
 
         def residual(x: Array, branch: Array) -> Array:
             if train and self.use_drop_path:
                 branch = drop_samples(branch, drop_path, self.make_rng("dropout"))
             return x + branch
 
-        branch = self.attention(name="attn")(norm(name="norm1")(x), grid, train, return_attention)
-        branch, maps = branch if return_attention else (branch, {})
+        attention, with_maps = self.attention(name="attn"), "attention" in returned
+        branch = attention(normed(x, "norm1"), grid, train, with_maps, offset)
+        branch, maps = branch if with_maps else (branch, {})
         x = residual(x[:, : branch.shape[1]], branch)
         hidden = int(x.shape[-1] * self.mlp_ratio)
-        branch = Mlp(hidden, self.dropout, self.dtype, name="mlp")(norm(name="norm2")(x), train)
-        return residual(x, branch), maps
+        branch = Mlp(hidden, self.dropout, self.dtype, name="mlp")(normed(x, "norm2"), train)
+        x = residual(x, branch)
+        found = {"attention": maps, "tokens": x}
+        return x, {name: found[name] for name in returned}
 
 
 def drop_samples(branch: Array, rate: Array, rng: Array) -> Array:

@@ -9,7 +9,7 @@ Shapes: B batch, N patches, H heads, D width, L layers of a group, R and C rows 
 patches.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping, Sequence
 import dataclasses
 import functools
 import math
@@ -23,6 +23,7 @@ import numpy as np
 from convit_jax.model.attention import GPSA, Grid, SelfAttention
 from convit_jax.model.block import Block
 from convit_jax.model.image_size import pair
+from convit_jax.model.intermediates import check_blocks, check_offsets, feature_map
 from convit_jax.model.positional import Linear, linear_init
 from convit_jax.model.sdpa import ATTENTION_OUTPUT, AttentionFn
 
@@ -191,7 +192,7 @@ class ConViT(nn.Module):
           ValueError: if patch_size does not divide the size.
         """
         patch = pair(self.patch_size)
-        if min(patch) < 1 or min(image) < 1 or image[0] % patch[0] or image[1] % patch[1]:
+        if any(side < 1 for side in (*patch, *image)) or image[0] % patch[0] or image[1] % patch[1]:
             raise ValueError(
                 f"image_size: expected a multiple of patch_size={self.patch_size}, got {image}"
             )
@@ -222,8 +223,14 @@ class ConViT(nn.Module):
 
     @nn.compact
     def __call__(
-        self, images: Array, train: bool = False, return_attention: bool = False
-    ) -> Array | tuple[Array, dict[str, dict[str, Array]]]:
+        self,
+        images: Array,
+        train: bool = False,
+        return_attention: bool = False,
+        return_features: Sequence[int] | None = None,
+        norm_features: bool = False,
+        attention_offsets: Mapping[str, Array] | None = None,
+    ) -> Array | tuple[Any, ...]:
         """Classifies images.
 
         Args:
@@ -232,21 +239,37 @@ class ConViT(nn.Module):
             stream "dropout".
           return_attention: whether to compute and return the attention maps of every layer too.
             The maps are those of this forward pass: each layer computes them from its own input.
-            The last block then computes all tokens, so the logits differ by rounding and dropout
-            draws other random numbers.
+          return_features: numbers of blocks whose outputs to return too, such as (3, 6, 9). Blocks
+            are counted from 0; -1 is the last block.
+          norm_features: whether the final norm is applied to these outputs.
+          attention_offsets: arrays added to the attention maps, to differentiate by or to change
+            the maps. Keys and shapes are those of the maps: "gpsa_blocks" (L, B, H, N, N), added
+            to the blended maps, and "blocks" (L, B, H, 1 + N, 1 + N). A group may be left out.
 
         Returns:
           Logits (B, num_classes) float32, or features (B, D) float32 with num_classes=0. With
-          global_pool="none" their shapes are (B, 1 + N, num_classes) and (B, 1 + N, D). With
-          `return_attention`, also {"gpsa_blocks": maps of `GPSA`, "blocks": maps of
-          `SelfAttention`}, each map with a leading layer axis L.
+          global_pool="none" their shapes are (B, 1 + N, num_classes) and (B, 1 + N, D).
+          With `return_attention` or `return_features` a tuple: logits, then maps, then features.
+          The maps are {"gpsa_blocks": maps of `GPSA`, "blocks": maps of `SelfAttention`}, each map
+          with a leading layer axis L. The features are one (B, R, C, D) for each of the blocks, in
+          the order asked for, without the class token; float32 with `norm_features`, else `dtype`.
+
+          With any of these options the last block computes all tokens, so the logits differ by
+          rounding and dropout draws other random numbers.
 
         Raises:
-          ValueError: if the images do not have the shape that the model was made for.
+          ValueError: if the images do not have the shape that the model was made for or are not
+            floating point, the model has no such block, or an offset has another shape than its
+            maps.
         """
         grid = self._check_images(images)
+        chosen = None if return_features is None else check_blocks(return_features, self.depth)
+        layers = {"gpsa_blocks": self.local_up_to_layer} if self.local_up_to_layer else {}
+        layers["blocks"] = self.depth - self.local_up_to_layer
+        offsets = check_offsets(attention_offsets, layers)
         x = self._embed_patches(images)
-        token = self.param("cls_token", linear_init, (1, 1, self.embed_dim)).astype(self.dtype)
+        token = self.param("cls_token", linear_init, (1, 1, self.embed_dim), jnp.float32)
+        token = token.astype(self.dtype)
 
         def prepend_token(x: Array) -> Array:
             tokens = jnp.broadcast_to(token, (x.shape[0], *token.shape[1:]))
@@ -255,28 +278,45 @@ class ConViT(nn.Module):
         if self.cls_pos_embed:
             x = prepend_token(x)
         if self.use_pos_embed:
-            x += self.param("pos_embed", linear_init, (1, *x.shape[1:])).astype(self.dtype)
+            position = self.param("pos_embed", linear_init, (1, *x.shape[1:]), jnp.float32)
+            x += position.astype(self.dtype)
         x = nn.Dropout(self.dropout, deterministic=not train)(x)
 
-        static = (grid, train, return_attention)
+        asked = {"attention": return_attention, "tokens": chosen is not None}
+        static = (grid, train, tuple(name for name, wanted in asked.items() if wanted))
         rates = np.linspace(0, self.drop_path, self.depth, dtype=np.float32)
         rates, plain_rates = np.split(rates, [self.local_up_to_layer])
-        maps = {}
+        found = {}
         if self.local_up_to_layer:
             blocks = self._scanned_blocks("gpsa_blocks", self._gpsa(), len(rates))
-            x, maps["gpsa_blocks"] = blocks(x, rates, *static)
+            x, found["gpsa_blocks"] = blocks(x, rates, offsets.get("gpsa_blocks"), *static)
         if not self.cls_pos_embed:
             x = prepend_token(x)
-        x, maps["blocks"] = self._plain_blocks(x, plain_rates, *static)
+        x, found["blocks"] = self._plain_blocks(x, plain_rates, offsets.get("blocks"), *static)
 
-        logits = self._classify(x)
-        return (logits, maps) if return_attention else logits
+        norm = nn.LayerNorm(epsilon=1e-6, use_fast_variance=False, name="norm")
+        outputs: list[Any] = [self._classify(x, norm)]
+        if return_attention:
+            outputs.append({group: of_group["attention"] for group, of_group in found.items()})
+        if chosen is not None:
+            tokens = [layer for of_group in found.values() for layer in of_group["tokens"]]
+            features = [feature_map(tokens[block], grid) for block in chosen]
+            if norm_features:
+                features = [norm(feature.astype(jnp.float32)) for feature in features]
+            outputs.append(tuple(features))
+        return tuple(outputs) if len(outputs) > 1 else outputs[0]
 
     def _check_images(self, images: Array) -> Grid:
         height, width, channels = self.image_shape
         shape = images.shape
         if len(shape) != 4 or shape[3] != channels:
             raise ValueError(f"images: expected (batch, height, width, {channels}), got {shape}")
+        if not jnp.issubdtype(images.dtype, jnp.floating):
+            raise ValueError(
+                f"images: expected floating point, normalised, got {images.dtype}. "
+                "convit_jax.model.normalise.normalise(pixels, IMAGENET_MEAN, IMAGENET_STD) "
+                "makes it of uint8"
+            )
         if self.use_pos_embed and shape[1:3] != (height, width):
             raise ValueError(
                 f"images: expected {height} x {width} pixels (image_size, which the position "
@@ -312,7 +352,7 @@ class ConViT(nn.Module):
                 block,
                 policy=_REMAT_POLICIES[self.remat],
                 prevent_cse=prevent_cse,
-                static_argnums=(3, 4, 5),
+                static_argnums=(4, 5, 6),
             )
         return block
 
@@ -323,35 +363,41 @@ class ConViT(nn.Module):
         # computation. Unrolled layers and a loop of one iteration have no such boundary.
         blocks = nn.scan(
             self._block(prevent_cse=bool(self.unroll) or length == 1),
-            variable_axes={"params": 0},
+            variable_axes={"params": 0, "intermediates": 0},
             split_rngs={"params": True, "dropout": True},
-            in_axes=(0, nn.broadcast, nn.broadcast, nn.broadcast),
+            in_axes=(0, 0, nn.broadcast, nn.broadcast, nn.broadcast),
             length=length,
             unroll=self.unroll,
         )
         return blocks(attention=attention, name=name, **self._block_options())
 
     def _plain_blocks(
-        self, x: Array, rates: np.ndarray, grid: Grid, train: bool, return_attention: bool
-    ) -> tuple[Array, dict[str, Array]]:
-        """Applies the plain blocks: (B, 1 + N, D) -> (B, 1 + N, D) and their stacked maps.
+        self,
+        x: Array,
+        rates: np.ndarray,
+        offsets: Array | None,
+        grid: Grid,
+        train: bool,
+        returned: tuple[str, ...],
+    ) -> tuple[Array, dict[str, Any]]:
+        """Applies the plain blocks: (B, 1 + N, D) -> (B, 1 + N, D) and what they return, stacked.
 
-        With global_pool="token" and without `return_attention` only the class token is returned,
-        (B, 1, D).
+        If only the class token is read, only that is returned, (B, 1, D).
         """
-        static = (grid, train, return_attention)
-        attention, maps = self._self_attention(), []
+        static = (grid, train, returned)
+        attention, results = self._self_attention(), []
+        scanned, last = (None, None) if offsets is None else (offsets[:-1], offsets[-1])
         if len(rates) > 1:
             blocks = self._scanned_blocks("blocks", attention, len(rates) - 1)
-            x, found = blocks(x, rates[:-1], *static)
-            maps.append(found)
-        if self.global_pool == "token" and not return_attention:
+            x, found = blocks(x, rates[:-1], scanned, *static)
+            results.append(found)
+        if self.global_pool == "token" and offsets is None and not returned:
             attention = functools.partial(attention, queries=1)
         block = self._block(prevent_cse=True)
         block = block(attention=attention, name="last_block", **self._block_options())
-        x, found = block(x, rates[-1], *static)
-        maps.append(jax.tree.map(lambda a: a[None], found))
-        return x, jax.tree.map(lambda *a: jnp.concatenate(a), *maps)
+        x, found = block(x, rates[-1], last, *static)
+        results.append(jax.tree.map(lambda a: a[None], found))
+        return x, jax.tree.map(lambda *a: jnp.concatenate(a), *results)
 
     def _block_options(self) -> dict[str, Any]:
         return {
@@ -361,13 +407,10 @@ class ConViT(nn.Module):
             "dtype": self.dtype,
         }
 
-    def _classify(self, x: Array) -> Array:
+    def _classify(self, x: Array, norm: nn.LayerNorm) -> Array:
         """Pools and normalises (B, 1 + N, D) and applies the head; returns float32."""
-        norm = nn.LayerNorm(epsilon=1e-6, use_fast_variance=False, name="norm")
-        if self.global_pool == "token":
-            x = norm(x[:, 0].astype(jnp.float32))  # no other token is read
-        else:
-            x = norm(x.astype(jnp.float32))
+        x = x.astype(jnp.float32)
+        x = norm(x[:, 0] if self.global_pool == "token" else x)  # no other token is read
         if self.global_pool == "avg":
             x = x[:, 1:].mean(axis=1)
         return Linear(self.num_classes, name="head")(x) if self.num_classes else x

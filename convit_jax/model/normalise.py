@@ -39,5 +39,6 @@ def normalise(images: Array, mean: Sequence[float], std: Sequence[float]) -> Arr
     Returns:
       (B, height, width, channels) float32.
     """
-    shift, scale = jnp.asarray(mean, jnp.float32), jnp.asarray(std, jnp.float32)
+    of_channel = (1,) * (images.ndim - 1) + (-1,)
+    shift, scale = (jnp.asarray(x, jnp.float32).reshape(of_channel) for x in (mean, std))
     return (images.astype(jnp.float32) / 255 - shift) / scale

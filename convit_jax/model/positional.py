@@ -40,7 +40,7 @@ def positional_factors(kernel: Array, grid: Grid) -> tuple[Array, Array]:
 
     def factor(linear: Array, size: int) -> Array:
         position = jnp.arange(size, dtype=jnp.float32)
-        offset = position[None, :] - position[:, None]  # key minus query
+        offset = (position[None, :] - position[:, None])[None]  # key minus query
         return jax.nn.softmax(linear * offset + wd * offset**2, axis=-1)
 
     rows, columns = grid
@@ -132,5 +132,5 @@ class PositionalAttention(nn.Module):
         """Returns the factors P_y (H, R, R) and P_x (H, C, C) for a grid (R, C)."""
         init = local_kernel_init(self.locality_strength, self.use_local_init)
         kernel = self.param("kernel", init, (3, self.num_heads))
-        self.param("bias", nn.initializers.zeros, (self.num_heads,))
+        self.param("bias", nn.initializers.zeros, (self.num_heads,), jnp.float32)
         return positional_factors(kernel, grid)
