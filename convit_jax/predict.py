@@ -17,6 +17,7 @@ import numpy as np
 from convit_jax.data import class_names
 from convit_jax.data.folders.listing import EXTENSIONS, walk
 from convit_jax.data.images.decode import decode
+from convit_jax.data.images.reading import AS_SHOWN
 from convit_jax.data.images.transforms import EvalTransform
 from convit_jax.model.normalise import normalise
 from convit_jax.weights.loaded import Loaded
@@ -62,7 +63,7 @@ class Predictor:
             )
         self.names = class_names.readable(loaded.class_names, model.num_classes)
         self.batch_size = batch_size
-        self._transform = EvalTransform(model.image_shape[:2], loaded.crop_pct)
+        self._transform = EvalTransform(model.image_shape[:2], loaded.crop_pct, AS_SHOWN)
         self._grey = model.in_channels == 1
         self._shape = (batch_size, *model.image_shape)
 
@@ -75,7 +76,7 @@ class Predictor:
         self._forward = jax.jit(forward).lower(self._params, images).compile()
 
     def pixels(self, data: bytes) -> np.ndarray:
-        """Decodes an image file, and resizes and crops it as in evaluation.
+        """Decodes an image file as viewers show it, and resizes and crops it as in evaluation.
 
         A model with one input channel gets the image in grey.
 
@@ -92,7 +93,7 @@ class Predictor:
             return self._transform(data)
         from PIL import Image
 
-        grey = np.asarray(Image.fromarray(decode(data)).convert("L"))
+        grey = np.asarray(Image.fromarray(decode(data, AS_SHOWN)).convert("L"))
         return self._transform(grey[..., None])
 
     def top(self, images: Sequence[np.ndarray], count: int) -> list[list[Prediction]]:

@@ -16,6 +16,7 @@ import tqdm
 
 from convit_jax.data.batches.chunks import Batch, EvalChunks
 from convit_jax.data.batches.workers import iterate
+from convit_jax.data.fit import reading
 from convit_jax.data.images import transforms
 from convit_jax.data.source import describe
 from convit_jax.model.network import ConViT
@@ -91,7 +92,7 @@ def _evaluate(
     batch = _abstract_batch(prepared.share.batch_size, model, mesh)
     compiled = step.lower(params, batch).compile()
     log.info("%d x %d: compiled in %.1f s", *size, time.perf_counter() - start)
-    transform = transforms.EvalTransform(size, config.augment.eval_crop)
+    transform = transforms.EvalTransform(size, config.augment.eval_crop, reading(config))
     chunks = EvalChunks(prepared.source, transform, prepared.share, config.data.skip_corrupt)
     start = time.perf_counter()
     with contextlib.closing(iterate(chunks, workers=prepared.workers)) as batches:

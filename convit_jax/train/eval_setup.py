@@ -17,7 +17,7 @@ from convit_jax.data import class_mapping
 from convit_jax.data.batches.chunks import Share
 from convit_jax.data.batches.workers import num_workers
 from convit_jax.data.class_mapping import ClassMapping
-from convit_jax.data.fit import check_fit
+from convit_jax.data.fit import check_fit, settle_reading
 from convit_jax.data.identity import Identity
 from convit_jax.data.source import Source
 from convit_jax.model import image_size
@@ -108,6 +108,7 @@ def prepare(
     mesh = sharding.make_mesh()
     config, loaded, of_run = processes.on_all(lambda: _weights(config, workdir, choices))
     source = processes.on_all(lambda: setup.open_split(config, "test", workdir, whole=not of_run))
+    settle_reading(config, source)
     data = {"test": Identity.of(source)}
     same_run.check_processes(config, data)
     if workdir is not None and of_run:

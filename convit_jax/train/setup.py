@@ -122,10 +122,11 @@ def prepare(config: ml_collections.ConfigDict, workdir: Workdir, profile: bool =
     mesh = sharding.make_mesh(config.mesh.fsdp)
     model = make_model(config)
     model.check_classifies("training")
-    train_transform, eval_transform = make_transforms(config, model)
+    make_transforms(config, model)  # raises its errors now
     changed, sources, data = processes.on_all(lambda: _open_data(config, workdir, model, mesh))
     same_run.check_processes(config, data)
     train_source, test_source = sources
+    train_transform, eval_transform = make_transforms(config, model)  # the data settled the rest
     model = make_model(config, train_source.num_classes)
     draws = draws_per_epoch(len(train_source), config.data.repeats)
     steps_per_epoch = draws / config.train.batch_size
@@ -169,7 +170,8 @@ def _open_data(
 ) -> tuple[list[str], list[Source], dict[str, Identity]]:
     """Opens both splits, and checks that they fit the configuration and the run in the workdir.
 
-    If `config` leaves the batch size open, it is set. So is the run's own rule of held-out images.
+    What `config` leaves open is set: the batch size, and how images are read. So are the run's own
+    rules of held-out images and of reading.
 
     Returns:
       What changed since the last start, the sources of both splits, and their identities.
@@ -178,6 +180,7 @@ def _open_data(
     found = same_run.config_of_run(workdir)
     same_run.keep_division(found, config)
     sources = [open_split(config, split, workdir) for split in SPLITS]
+    fit.settle_reading(config, sources[0])
     if config.train.batch_size is None:
         config.train.batch_size = (
             found.train.batch_size if found else _fitting_batch(config, len(sources[0]), mesh)
@@ -252,8 +255,9 @@ def make_transforms(
     """Makes the transforms that the host applies to images, in training and in evaluation."""
     size, options = model.image_shape[:2], config.augment.to_dict()
     crop_pct = options.pop("eval_crop")
-    train_transform = transforms.TrainTransform(size, crop_pct=crop_pct, **options)
-    return train_transform, transforms.EvalTransform(size, crop_pct=crop_pct)
+    reading = fit.reading(config)
+    train_transform = transforms.TrainTransform(size, crop_pct=crop_pct, reading=reading, **options)
+    return train_transform, transforms.EvalTransform(size, crop_pct, reading)
 
 
 def open_split(
