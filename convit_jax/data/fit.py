@@ -5,7 +5,7 @@ import logging
 import ml_collections
 
 from convit_jax.data import class_names
-from convit_jax.data.images.reading import Reading
+from convit_jax.data.images.reading import AS_TIMM, Reading
 from convit_jax.data.source import Source, first_example
 from convit_jax.model.network import ConViT
 
@@ -34,7 +34,7 @@ def settle_reading(config: ml_collections.ConfigDict, source: Source) -> None:
 
 def reading(config: ml_collections.ConfigDict) -> Reading:
     """Returns how images are read; what is not settled is read as timm reads it."""
-    return Reading(bool(config.data.exif), config.data.alpha or Reading.alpha)
+    return Reading(bool(config.data.exif), config.data.alpha or AS_TIMM.alpha)
 
 
 def check_fit(

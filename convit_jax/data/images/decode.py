@@ -11,17 +11,16 @@ import numpy as np
 
 from convit_jax.data.corrupt import CorruptImageError
 from convit_jax.data.images.opencv import opencv
-from convit_jax.data.images.reading import Reading, check_size, orientation, read, turned
+from convit_jax.data.images.reading import AS_TIMM, Reading, check_size, orientation, read, turned
 
 _SEGMENT = struct.Struct(">BBH")  # start of a JPEG segment: 0xFF, marker, length from here on
 _PNG = b"\x89PNG\r\n\x1a\n"
 _SIZE = struct.Struct(">II")  # width and height, from byte 16 of a PNG
 _FRAME = struct.Struct(">HHB")  # from byte 5 of a frame segment: height, width, components
 Read = Callable[[int], np.ndarray]  # takes n, returns the top n rows or more
-_TIMM = Reading()
 
 
-def decode(data: bytes, reading: Reading = _TIMM) -> np.ndarray:
+def decode(data: bytes, reading: Reading = AS_TIMM) -> np.ndarray:
     """Decodes an image to (height, width, 3) uint8; by default to timm's pixels.
 
     Raises:
@@ -76,7 +75,7 @@ def _decode_png(data: bytes) -> np.ndarray | None:
     return None if pixels is None else cv2.cvtColor(pixels, cv2.COLOR_BGR2RGB)
 
 
-def open_image(image: bytes | np.ndarray, reading: Reading = _TIMM) -> tuple[int, int, Read]:
+def open_image(image: bytes | np.ndarray, reading: Reading = AS_TIMM) -> tuple[int, int, Read]:
     """Returns the height and width of an image and a function that decodes its upper rows.
 
     A baseline JPEG file of one scan is decoded only as far down as asked; damage further down is

@@ -47,6 +47,7 @@ class Reading:
 
 
 AS_SHOWN = Reading(exif=True, alpha="white")  # what viewers show
+AS_TIMM = Reading()
 
 
 def read(data: bytes, reading: Reading) -> np.ndarray:
@@ -189,6 +190,6 @@ def _first(value: Any) -> Any:
 def _say_range() -> None:
     """Logs the rule of the range, once in each process."""
     log.warning(
-        "images of 32 bits a pixel without SMinSampleValue and SMaxSampleValue: each is scaled from "
-        "its own least value, black, to its greatest, white"
+        "images of 32 bits a pixel without SMinSampleValue and SMaxSampleValue: each is scaled "
+        "from its own least value, black, to its greatest, white"
     )

@@ -16,7 +16,7 @@ from convit_jax.data.images.decode import open_image
 from convit_jax.data.images.opencv import opencv
 from convit_jax.data.images.pad_crop import NUMBERS, pad_and_crop, pad_crop_flip
 from convit_jax.data.images.random_numbers import Given, Uniform
-from convit_jax.data.images.reading import Reading
+from convit_jax.data.images.reading import AS_TIMM, Reading
 from convit_jax.data.images.span import Span
 from convit_jax.model.image_size import pair
 
@@ -102,7 +102,7 @@ class TrainTransform:
     pad_crop: int = 0
     backend: str = "fast"
     crop_pct: float = 0.875
-    reading: Reading = Reading()
+    reading: Reading = AS_TIMM
 
     def __post_init__(self) -> None:
         _check_size(self.size)
@@ -209,7 +209,7 @@ class EvalTransform:
 
     size: int | tuple[int, int]
     crop_pct: float = 0.875
-    reading: Reading = Reading()
+    reading: Reading = AS_TIMM
 
     def __post_init__(self) -> None:
         _check_size(self.size)
