@@ -217,7 +217,7 @@ def test_a_long_axis_is_not_resized_as_a_whole():
     assert span.last - span.first < 10
     data = encode(Image.fromarray(np.repeat(np.arange(250, dtype=np.uint8), 800)[:, None]))
     pixels = EvalTransform(48, 0.9)(data)  # the whole would have 10.6 million rows
-    assert np.unique(pixels).tolist() == [125]
+    assert {*np.unique(pixels).tolist()} == {124, 125}
 
 
 def png_of(width, height):
