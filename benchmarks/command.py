@@ -78,7 +78,7 @@ def _parser(description: str) -> argparse.ArgumentParser:
         "unroll=12. Repeat the flag to compare several sets of options; without a value it stands "
         "for the model's defaults. timm takes the sizes from the first set. (default: the model's "
         "defaults; scaling: also positional=contract)",
-        nargs="*", action="append", type=_option, metavar="KEY=VALUE")  # fmt: skip
+        nargs="*", action="append", type=option, metavar="KEY=VALUE")  # fmt: skip
     add("--dtype", "type of matrix products (default: float32)", choices=("float32", "bfloat16"),
         default="float32")  # fmt: skip
     add("--memory", "measure peak memory (default: yes); takes about 15 s a measurement on a CPU",
@@ -94,7 +94,7 @@ def _image_size(text: str) -> tuple[int, int]:
     return int(height), int(width or height)
 
 
-def _option(text: str) -> tuple[str, Any]:
+def option(text: str) -> tuple[str, Any]:
     key, separator, value = text.partition("=")
     if not separator:
         raise argparse.ArgumentTypeError(f"expected KEY=VALUE, got {text!r}")

@@ -29,6 +29,9 @@ FORWARD, STEP, WHOLE_STEP = WORK = ("forward", "step", "whole step")
 Result = TypeVar("Result")
 OURS, TIMM, COMPILED = "ours", "timm", "timm, compiled"
 
+# Options that turn a ConViT into a DeiT; only its attention and class token differ.
+DEIT = {"local_up_to_layer": 0, "cls_pos_embed": True, "qkv_bias": True}
+
 
 @dataclasses.dataclass(frozen=True)
 class Spec:
@@ -61,17 +64,25 @@ class Contender:
     """A forward pass or training step that is ready to run.
 
     Attributes:
-      run: runs it once and waits for the result.
+      launch: starts one pass; an accelerator may still be computing when it returns.
+      wait: waits for what `launch` returned last.
       compile_seconds: time of tracing and compiling; for torch.compile, the time of the first call;
         None without a compiler.
       planned_bytes: memory that the compiler plans for temporaries and outputs; None if unknown.
       release: frees what a run leaves behind, such as gradients.
     """
 
-    run: Callable[[], object]
+    launch: Callable[[], Any]
+    wait: Callable[[Any], object]
     compile_seconds: float | None = None
     planned_bytes: int | None = None
     release: Callable[[], object] = lambda: None
+
+    def run(self, passes: int = 1) -> None:
+        """Runs passes one after the other and waits for the last."""
+        for _ in range(passes - 1):
+            self.launch()
+        self.wait(self.launch())
 
 
 def make(spec: Spec) -> Contender:
@@ -95,7 +106,12 @@ def attempt(work: Callable[[Spec], Result], spec: Spec) -> Result | str:
     try:
         return work(spec)
     except (ValueError, RuntimeError) as error:
-        return f"{type(error).__name__}: {next(iter(str(error).strip().splitlines()), '')}"
+        return reason(error)
+
+
+def reason(error: Exception) -> str:
+    """Returns the type of an error and the first line of its text."""
+    return f"{type(error).__name__}: {next(iter(str(error).strip().splitlines()), '')}"
 
 
 def warmed(spec: Spec) -> Contender:
@@ -145,7 +161,7 @@ def _our_forward(spec: Spec) -> Contender:
     images = sharding.put_batch({"image": images}, program.mesh)["image"]
     arguments = ({"params": params}, images)
     forward, seconds, planned = _compile(jax.jit(model.apply), *arguments)
-    return Contender(lambda: forward(*arguments).block_until_ready(), seconds, planned)
+    return Contender(lambda: forward(*arguments), jax.block_until_ready, seconds, planned)
 
 
 def _our_step(spec: Spec) -> Contender:
@@ -160,11 +176,12 @@ def _our_step(spec: Spec) -> Contender:
     states = [_state(program)]
     step, seconds, planned = _compile(program.jitted_step(), states[0], batch)
 
-    def run() -> None:
+    def launch() -> TrainState:
         state, _ = step(states.pop(), batch)
-        states.append(jax.block_until_ready(state))
+        states.append(state)
+        return state
 
-    return Contender(run, seconds, planned)
+    return Contender(launch, jax.block_until_ready, seconds, planned)
 
 
 def _timms(spec: Spec) -> Contender:
@@ -174,7 +191,6 @@ def _timms(spec: Spec) -> Contender:
     model = peer.like(sizes, drop_path_rate=sizes.drop_path).to(device)
     images = torch.randn(spec.batch, 3, *sizes.image_shape[:2], device=device)
     autocast = torch.autocast(device.type, torch.bfloat16, enabled=spec.dtype == "bfloat16")
-    release = model.zero_grad
     called = torch.compile(model) if spec.who == COMPILED else model
     if spec.what == FORWARD:
 
@@ -185,16 +201,16 @@ def _timms(spec: Spec) -> Contender:
         model.train()
         work = _torch_step(model, called, images, sizes.num_classes, autocast)
 
-    def run() -> None:
-        work()
+    def wait(_: None) -> None:
         if device.type == "cuda":
             torch.cuda.synchronize()
 
+    contender = Contender(work, wait, release=model.zero_grad)
     if spec.who != COMPILED:
-        return Contender(run, release=release)
+        return contender
     start = time.perf_counter()
-    run()
-    return Contender(run, time.perf_counter() - start, release=release)
+    contender.run()
+    return dataclasses.replace(contender, compile_seconds=time.perf_counter() - start)
 
 
 def _torch_step(model, called, images, num_classes: int, autocast) -> Callable[[], None]:

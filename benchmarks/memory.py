@@ -52,6 +52,15 @@ def peak_bytes(run: Callable[[], object]) -> int:
     return _resident_peak() - before
 
 
+def torch_peak_bytes(contender: contenders.Contender) -> int:
+    """Returns what a pass of a torch model allocates on the GPU at its peak, above the model."""
+    _, torch = peer.import_timm()
+    torch.cuda.reset_peak_memory_stats()
+    before = torch.cuda.memory_allocated()
+    contender.run()
+    return torch.cuda.max_memory_allocated() - before
+
+
 def _resident_peak() -> int:
     status = pathlib.Path("/proc/self/status").read_text()
     return int(re.search(r"VmHWM:\s+(\d+) kB", status)[1]) * 1024
@@ -83,10 +92,7 @@ def _measure(spec: contenders.Spec) -> Memory:
     else:
         _, torch = peer.import_timm()
         if torch.cuda.is_available():
-            torch.cuda.reset_peak_memory_stats()
-            before = torch.cuda.memory_allocated()
-            contender.run()
-            return Memory(torch.cuda.max_memory_allocated() - before, None)
+            return Memory(torch_peak_bytes(contender), None)
     return Memory(peak_bytes(contender.run), contender.planned_bytes)
 
 

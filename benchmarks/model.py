@@ -18,22 +18,15 @@ process of its own. benchmarks.memory says what it counts, and benchmarks.conten
 
 import argparse
 import dataclasses
-import os
-import pathlib
-import platform
 import time
 from typing import Any
 
 import jax
-import jaxlib
 import numpy as np
 
-from benchmarks import command, contenders, memory, peer, scaling, timing
-from benchmarks.contenders import COMPILED, FORWARD, TIMM, Contender, Spec
+from benchmarks import command, contenders, machine, memory, scaling, timing
+from benchmarks.contenders import COMPILED, DEIT, FORWARD, TIMM, Contender, Spec
 from convit_jax.model import flops
-
-# Options that turn a ConViT into a DeiT; only its attention and class token differ.
-_DEIT = {"local_up_to_layer": 0, "cls_pos_embed": True, "qkv_bias": True}
 
 
 def _ready(specs: dict[Any, Spec]) -> dict[Any, Contender]:
@@ -106,7 +99,7 @@ def deit(flags: argparse.Namespace) -> None:
     for case in command.cases(flags):
         for what in flags.work:
             convits = command.specs(flags, case, what)
-            deits = command.specs(flags, case, what, **_DEIT)
+            deits = command.specs(flags, case, what, **DEIT)
             specs = {("ConViT", who): spec for who, spec in convits.items()}
             specs |= {("DeiT", who): spec for who, spec in deits.items()}
             ready = _ready(specs)
@@ -134,7 +127,7 @@ def scale(flags: argparse.Namespace) -> None:
         for who, seconds in times.items():
             held = _memory(flags, specs[who])
             record = dataclasses.asdict(case) | {"who": who, "dtype": flags.dtype}
-            record |= {"device": _device(), "date": time.strftime("%Y-%m-%d")}
+            record |= {"device": machine.device(), "date": time.strftime("%Y-%m-%d")}
             record |= {"seconds": np.percentile(seconds, [25, 50, 75]).round(5).tolist()}
             if held:
                 record |= {"peak_bytes": held.peak, "planned_bytes": held.planned}
@@ -165,29 +158,12 @@ def _print_growth(records: list[scaling.Record]) -> None:
         print(f"{subject[0]}, {subject[2]}: from {height // 2} to {height} pixels {growth}")
 
 
-def _device() -> str:
-    if jax.default_backend() != "cpu":
-        return f"{jax.device_count()} {jax.devices()[0].device_kind}"
-    info = pathlib.Path("/proc/cpuinfo")
-    names = [x for x in info.read_text().splitlines() if "model name" in x] if info.exists() else []
-    name = names[0].split(": ", 1)[1] if names else platform.machine()
-    return f"{os.cpu_count()} cores of {name}"
-
-
 def main(arguments: list[str] | None = None) -> None:
     parts = command.parse(__doc__, arguments)
     flags = next(iter(parts.values()))
-    # By default JAX takes three quarters of a GPU's memory at the start, and a program that was
-    # compiled before would seem to compile in no time.
-    os.environ.setdefault("XLA_PYTHON_CLIENT_PREALLOCATE", "false")
-    jax.config.update("jax_enable_compilation_cache", False)
-    # Otherwise torch.compile starts worker processes while other contenders are timed.
-    os.environ.setdefault("TORCHINDUCTOR_COMPILE_THREADS", "1")
-    versions = f"jax {jax.__version__}, jaxlib {jaxlib.__version__}"
-    if flags.peer != "none":
-        timm, torch = peer.import_timm()
-        versions += f", timm {timm.__version__}, torch {torch.__version__}"
-    print(f"{time.strftime('%Y-%m-%d')}, {_device()}, {flags.dtype}, {versions}")
+    machine.set_up()
+    versions = machine.versions(flags.peer != "none")
+    print(f"{time.strftime('%Y-%m-%d')}, {machine.device()}, {flags.dtype}, {versions}")
     for part, filled in parts.items():
         print(f"\n{part}")
         {"speed": speed, "deit": deit, "scaling": scale}[part](filled)

@@ -21,12 +21,13 @@ def get_config() -> ml_collections.ConfigDict:
         embed_dim=64,
         depth=4,
         local_up_to_layer=3,
+        drop_path=0.0,
     )
     config.data.update(source="digits", repeats=1, mean=(0.305,), std=(0.376,))
     config.augment.update(
         crop="pad", pad_crop=1, flip=0.0, randaugment_ops=0, color_jitter=0.0, eval_crop=1.0
     )
     config.mixup.update(mixup=0.0, cutmix=0.0, erase_prob=0.0)
-    config.train.update(epochs=100.0, batch_size=128, eval_every=10.0)
-    config.optim.lr = 8e-3
+    config.train.update(epochs=70.0, batch_size=128, eval_every=10.0)
+    config.optim.lr = 1.6e-2
     return config

@@ -13,6 +13,7 @@ import importlib
 from typing import TYPE_CHECKING, Any
 
 from convit_jax.model.attention import GPSA, SelfAttention
+from convit_jax.model.attention_maps import class_attention
 from convit_jax.model.network import ConViT
 from convit_jax.model.variants import VARIANTS, create_model
 
@@ -27,6 +28,7 @@ __all__ = [
     "VARIANTS",
     "ConViT",
     "SelfAttention",
+    "class_attention",
     "create_model",
     "from_torch",
     "load",

@@ -62,6 +62,9 @@ class Key:
     may_be_none: bool = False
 
 
+DEFAULT_MODEL = "convit_base"  # where neither model.name nor weights decide
+
+
 def _option(doc: str, type_: Any, name: str) -> Key:
     """Returns a key of the model that is open by default: the variant or the data decide it."""
     return Key(None, doc, type_, may_change=name in options_of_kind("computation"))
@@ -93,7 +96,11 @@ KEYS: dict[str, Key] = {
         above=0,
         may_change=True,
     ),
-    "init_from": Key("", "weights to start from, any source of convit_jax.load; empty is random"),
+    "init_from": Key(
+        "",
+        "weights to start from, any source of convit_jax.load; they decide the keys of model that "
+        "are open; empty is random",
+    ),
     "init_ema": Key(False, "whether to start from the averaged weights of init_from"),
     "init_new_head": Key(False, "whether to replace the head of init_from, for other classes"),
     "init_resize_pos_embed": Key(
@@ -102,14 +109,27 @@ KEYS: dict[str, Key] = {
     "init_adapt_channels": Key(
         False, "whether to sum or repeat RGB weights of init_from for other in_channels"
     ),
-    # The options of convit_jax.ConViT. Where the default is None, the model's name decides.
-    "model.name": Key("convit_base", "model, one of convit_jax.VARIANTS", choices=tuple(VARIANTS)),
+    # The options of convit_jax.ConViT. Where a value is None, the model's name decides, or the
+    # weights of init_from if the name is None too.
+    "model.name": Key(
+        None,
+        "model, one of convit_jax.VARIANTS; None means the model of init_from, or convit_base "
+        "without weights",
+        str, choices=tuple(VARIANTS),
+    ),
     "model.num_classes": _option("number of classes; None means the data's", int, "num_classes"),
-    "model.image_size": Key(224, "pixels, 224 or 224x320 (height x width)", type=object),
+    "model.image_size": Key(
+        224,
+        "pixels, 224 or 224x320 (height x width); None means the size of init_from, or 224 without "
+        "weights",
+        type=object, may_be_none=True,
+    ),
     "model.drop_path": Key(0.1, "rate of stochastic depth in the last block, rising from 0"),
     "model.dropout": Key(0.0, "dropout rate of attention outputs and in MLPs"),
     "model.attn_dropout": Key(0.0, "dropout rate of attention maps"),
-    "model.in_channels": _option("number of channels of the images", int, "in_channels"),
+    "model.in_channels": _option(
+        "number of channels of the images; 1 reads image files in grey", int, "in_channels"
+    ),
     "model.patch_size": _option("side of a patch in pixels", int, "patch_size"),
     "model.embed_dim": _option("width of the model", int, "embed_dim"),
     "model.depth": _option("number of blocks", int, "depth"),
@@ -237,9 +257,25 @@ KEYS: dict[str, Key] = {
     # The optimiser, AdamW.
     "optim.lr": Key(
         5e-4,
-        "peak learning rate for 512 images per step; scaled by batch_size / 512",
+        "peak learning rate; for 512 images per step if optim.scale_lr",
         above=0,
         may_change=True,  # the error of a loss that is not finite advises to lower it
+    ),
+    "optim.scale_lr": Key(
+        True, "whether the peak is optim.lr x batch_size / 512, as in DeiT, or optim.lr itself"
+    ),
+    "optim.layer_decay": Key(
+        1.0,
+        "factor of the learning rate from each block to the block before it, as in timm; 1 is off",
+        above=0,
+    ),
+    "optim.freeze": Key(
+        "",
+        "parameters not to train: backbone (all but the head), gates, positional, or regular "
+        "expressions of whole names such as gpsa_blocks/.*, separated by commas",
+    ),
+    "optim.freeze_epochs": Key(
+        0.0, "epochs after which optim.freeze ends; 0 freezes for the whole run", least=0
     ),
     "optim.warmup_lr": Key(1e-6, "learning rate at the start; not scaled, as in the original"),
     "optim.min_lr": Key(1e-5, "learning rate at the end; not scaled"),
@@ -333,7 +369,7 @@ def _misfits(
         expected = reference.get_type(leaf)
         if expected is ml_collections.ConfigDict and isinstance(value, expected):
             yield from _misfits(value, reference[leaf], f"{name}.")
-        elif name == "model.image_size":
+        elif name == "model.image_size" and value is not None:
             try:
                 image_size.parse(value, name)
             except ValueError as error:
@@ -499,6 +535,6 @@ def differences(
 def _values(config: ml_collections.ConfigDict) -> dict[str, Any]:
     """Returns every key with its value; equal image sizes, such as 8 and "8x8", become equal."""
     values = dict(_leaves(config.to_dict()))
-    size = image_size.parse(config.model.image_size, "model.image_size")
-    values["model.image_size"] = image_size.text(size)
+    if (size := config.model.image_size) is not None:
+        values["model.image_size"] = image_size.text(image_size.parse(size, "model.image_size"))
     return values

@@ -1,4 +1,8 @@
-"""Sets up eight CPU devices and quick compilation before any test imports jax."""
+"""Sets up eight CPU devices and quick compilation before any test imports jax.
+
+With JAX_PLATFORMS=cuda,cpu in the environment the tests run on a GPU instead, with XLA's defaults.
+Those of several devices do not pass on one GPU.
+"""
 
 import os
 import pathlib
@@ -11,14 +15,18 @@ sys.path[:0] = [str(_TESTS.parent), str(_TESTS)]
 
 import compiling  # noqa: E402
 
-os.environ["JAX_PLATFORMS"] = "cpu"
-os.environ["XLA_FLAGS"] = compiling.flags(devices=8)
+if os.environ.setdefault("JAX_PLATFORMS", "cpu") == "cpu":
+    os.environ["XLA_FLAGS"] = compiling.flags(devices=8)
+
+# Programs are stored, so that neither a later test nor a process that a test starts compiles them
+# again. Workers of pytest-xdist find the variable set by the process that started them.
+if "JAX_COMPILATION_CACHE_DIR" not in os.environ:
+    _PROGRAMS = tempfile.TemporaryDirectory(prefix="programs")
+    os.environ["JAX_COMPILATION_CACHE_DIR"] = _PROGRAMS.name
+os.environ["JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS"] = "0.1"
+# With a limit of its size JAX locks the folder: no process reads what another one has half written.
+os.environ["JAX_COMPILATION_CACHE_MAX_SIZE"] = str(8 * 2**30)
 
 import jax  # noqa: E402
 
 jax.config.update("jax_default_matmul_precision", "highest")
-
-# Programs are cached, so that no later test and no restart of a run compiles them again.
-_PROGRAMS = tempfile.TemporaryDirectory(prefix="programs")
-jax.config.update("jax_compilation_cache_dir", _PROGRAMS.name)
-jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.1)

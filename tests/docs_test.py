@@ -133,10 +133,8 @@ def prepared(tmp_path_factory):
 def _environment(folder: pathlib.Path) -> dict[str, str]:
     return os.environ | {
         "JAX_PLATFORMS": "cpu",
-        # One device, as a user has; programs that compile quickly, and once for all pages.
+        # One device, as a user has; programs that compile quickly.
         "XLA_FLAGS": compiling.flags(),
-        "JAX_COMPILATION_CACHE_DIR": str(folder / "programs"),
-        "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0.1",
         # Names are looked for in this cache of huggingface.co only.
         "HF_HOME": str(folder / "hub"),
         "HF_HUB_OFFLINE": "1",

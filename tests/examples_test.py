@@ -1,22 +1,37 @@
-"""The notebooks of examples/: committed with their output, and they run from top to bottom.
+"""The notebooks of examples/, committed with their output, and the server.
 
 Running them is slow: `pytest -m slow tests/examples_test.py`.
 """
 
+import io
 import json
 import os
 import pathlib
 import re
+import subprocess
 import sys
 from typing import Any
+import urllib.error
+import urllib.request
 
+from PIL import Image
 import pytest
 from runs import ROOT
+from small_models import MODEL, random_params
+
+from convit_jax.weights import safetensors
+from convit_jax.weights.loaded import Loaded
 
 NOTEBOOKS = sorted((ROOT / "examples").glob("*.ipynb"))
 # A slash that starts a word: of "/home/me", and not of "runs/mine", "img/s" or "https://".
 ABSOLUTE_PATH = re.compile(r"(?<![\w.:/-])/\w+/")
-SECONDS_PER_CELL = 1800  # the longest takes two minutes on two busy cores
+SECONDS_PER_CELL = 1800  # the longest takes a minute on two busy cores
+# Training that a test shortens: what a cell says, and what is run instead.
+SHORTER = {
+    r"_batches\([1-9]00\)": "_batches(20)",
+    r"train\.update\(epochs=18\.0": "train.update(epochs=3.0",
+    r"train\.epochs=50": "train.epochs=5",
+}
 
 notebooks = pytest.mark.parametrize("path", NOTEBOOKS, ids=lambda path: path.stem)
 
@@ -43,6 +58,8 @@ def text(cell: dict[str, Any]) -> str:
 
 def test_there_are_notebooks():
     assert [path.stem for path in NOTEBOOKS] == ["finetune_on_a_folder", "gpsa_in_your_model"]
+    sources = "".join(path.read_text() for path in NOTEBOOKS)
+    assert all(re.search(long, sources) for long in SHORTER)
 
 
 @notebooks
@@ -69,6 +86,9 @@ def test_notebook_runs(path: pathlib.Path, tmp_path: pathlib.Path, monkeypatch):
     import nbformat
 
     executed = nbformat.read(path, as_version=4)
+    for cell in code_cells(executed):
+        for long, short in SHORTER.items():
+            cell["source"] = re.sub(long, short, cell["source"])
     client = nbclient.NotebookClient(
         executed,
         kernel_name="python3",
@@ -80,6 +100,48 @@ def test_notebook_runs(path: pathlib.Path, tmp_path: pathlib.Path, monkeypatch):
     committed = json.loads(path.read_text())
     for new, old in zip(code_cells(executed), code_cells(committed), strict=True):
         assert kinds(new) == kinds(old), new["source"]
+
+
+@pytest.mark.slow
+def test_the_server_answers(tmp_path: pathlib.Path):
+    """examples/serve.py, on a port that is free."""
+    safetensors.save_weights(
+        tmp_path / "small.safetensors",
+        Loaded(MODEL, random_params(), class_names=("a", "b", "c", "d", "e")),
+    )
+    command = [sys.executable, "-W", "error", str(ROOT / "examples" / "serve.py")]
+    server = subprocess.Popen(
+        [*command, str(tmp_path / "small.safetensors"), "0"],
+        env=environment(), stderr=subprocess.PIPE, text=True,
+    )  # fmt: skip
+    try:
+        assert server.stderr is not None
+        address = None
+        for line in server.stderr:
+            if address := re.search(r"http://127\.0\.0\.1:\d+", line):
+                break
+        assert address
+
+        def ask(data: bytes) -> tuple[int, Any]:
+            request = urllib.request.Request(address[0], data=data, method="POST")
+            try:
+                with urllib.request.urlopen(request, timeout=60) as answer:
+                    return answer.status, json.load(answer)
+            except urllib.error.HTTPError as error:
+                with error:
+                    return error.code, json.load(error)
+
+        photo = io.BytesIO()
+        Image.new("RGB", (40, 30), "red").save(photo, "JPEG")
+        status, found = ask(photo.getvalue())
+        assert status == 200
+        assert sorted(prediction["name"] for prediction in found) == list("abcde")
+        assert sum(prediction["probability"] for prediction in found) == pytest.approx(1)
+        status, found = ask(b"no image")
+        assert (status, list(found)) == (400, ["error"])
+    finally:
+        server.terminate()
+        server.communicate(timeout=60)
 
 
 def use_kernel_of_this_python(folder: pathlib.Path, monkeypatch) -> None:

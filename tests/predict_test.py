@@ -2,6 +2,7 @@
 
 import json
 import pathlib
+import shutil
 import subprocess
 import sys
 
@@ -19,7 +20,8 @@ from convit_jax import predict
 from convit_jax.cli import predict as command
 from convit_jax.data import class_names
 from convit_jax.data.images import transforms
-from convit_jax.weights import safetensors
+from convit_jax.predict import attention
+from convit_jax.weights import digest, safetensors
 from convit_jax.weights.load import read_weights
 from convit_jax.weights.loaded import Loaded
 
@@ -162,6 +164,103 @@ def test_names_size_and_channels_are_the_weights(tmp_path, photos, capsys):
     np.testing.assert_array_equal(turned, pixels)
     with pytest.raises(ValueError, match="needs one vector of logits an image"):
         predict.Predictor(read_weights(path, num_classes=0), 1)
+
+
+def test_preprocessing_belongs_to_the_weights(tmp_path, photos):
+    model = convit_jax.ConViT(
+        embed_dim=32, depth=2, local_up_to_layer=1, image_size=(32, 48), in_channels=3
+    )
+    loaded = Loaded(model, {}, mean=(0.5, 0.4, 0.3), std=(0.1, 0.2, 0.3), crop_pct=0.9)
+    preprocess, photo = predict.Preprocess(loaded), PHOTOS[0]
+    pixels = transforms.EvalTransform((32, 48), 0.9)(photo.read_bytes()).astype(np.float32)
+    expected = (pixels / 255 - np.float32(loaded.mean)) / np.float32(loaded.std)
+    picture = Image.open(photo)
+    found = preprocess(photo, str(photo), photo.read_bytes(), picture, np.asarray(picture))
+    assert found.dtype == np.float32
+    np.testing.assert_allclose(found, np.stack([expected] * 5), rtol=1e-5, atol=1e-5)
+    grey = np.asarray(picture.convert("L"))
+    np.testing.assert_array_equal(*preprocess(grey[..., None], np.stack([grey] * 3, axis=2)))
+    with pytest.raises(ValueError, match="expected one or more"):
+        preprocess()
+    with pytest.raises(ValueError, match="not a readable image"):
+        preprocess(photos / "broken.jpg")
+    with pytest.raises(FileNotFoundError, match="nothing"):
+        preprocess(tmp_path / "nothing.jpg")
+    five = Loaded(model.clone(in_channels=5), {}, "five.pth")
+    with pytest.raises(ValueError, match=r"five\.pth: expected 1 or 3 input channels, got 5"):
+        predict.Preprocess(five)
+
+
+def imagesize(path):
+    with Image.open(path) as image:
+        return image.size
+
+
+def test_attention_and_what_json_was_made_with(exported, photos, tmp_path, capsys):
+    loaded = read_weights(exported)
+    good = [str(photos / "china.jpg"), str(photos / "deeper" / "grey.png")]
+    shutil.copy(photos / "flower.jpg", photos / "deeper" / "china.jpg")
+    folder = tmp_path / "new" / "maps"
+    arguments = ["--weights", exported, *good, str(photos / "deeper" / "china.jpg"), "--json"]
+    assert command.main([*arguments, "--attention", str(folder), "--heads", "--batch=2"]) == 0
+    lines = [json.loads(line) for line in capsys.readouterr().out.splitlines()]
+    names = ["china.jpg.attention.png", "grey.png.attention.png", "china.jpg-2.attention.png"]
+    assert [line["attention"] for line in lines] == [str(folder / name) for name in names]
+    gate = 1 / (1 + np.exp(-loaded.params["gpsa_blocks"]["attn"]["gate"]))
+    for line in lines:
+        np.testing.assert_allclose(line["gates"], gate, rtol=1e-5)
+        weights = {"source": exported, "sha256": digest.digest(loaded.params)}
+        assert (line["weights"], line["preprocessing"]) == (weights, loaded.preprocessing)
+        # One layer with a class token: the picture, the mean and 4 heads of 4 x 32 pixels.
+        assert imagesize(line["attention"]) == (6 * 128 + 5 * 4, 128)
+    assert command.main(["--weights", exported, good[0], "--attention", str(folder)]) == 0
+    out = capsys.readouterr().out.splitlines()
+    assert out[0] == "gates (share of the positional attention in each head)"
+    assert out[1].startswith("  layer  1  ")
+    assert out[-1] == f"  {folder / names[0]}"
+    assert imagesize(out[-1].strip()) == (2 * 128 + 4, 128)
+    with pytest.raises(SystemExit):
+        command.main(["--weights", exported, good[0], "--heads"])
+    assert "--heads: expected with --attention" in capsys.readouterr().err
+
+    pixels = np.zeros((112, 168, 1), np.uint8)
+    for dark in (0.0, np.nan):  # no attention to any patch; weights that are not finite
+        drawn = np.asarray(attention.draw(pixels, np.full((1, 4, 2, 3), dark)))
+        assert drawn[:, 172:].max() < 10
+    maps = np.full((1, 4, 2, 3), 0.01)
+    maps[0, :, 1, 2] = 0.5  # the lower right patch
+    drawn = np.asarray(attention.draw(pixels, maps)).sum(axis=-1)
+    assert drawn.shape == (112, 2 * 168 + 4)
+    hottest = np.unravel_index(drawn[:, 172:].argmax(), (112, 168))
+    assert hottest[0] >= 56
+    assert hottest[1] >= 112
+
+
+def test_memory_does_not_grow_with_the_number_of_files(photos):
+    """Files are taken from the list as they are needed: at most three batches are under way."""
+
+    class Stub:
+        batch_size = 2
+
+        def pixels(self, data):
+            return np.zeros((1, 1, 3), np.uint8)
+
+        batch = staticmethod(np.stack)
+
+        def top(self, images, count):
+            return [[predict.Prediction("x", 0, 1.0)] for _ in images]
+
+    taken = []
+
+    def paths():
+        for number in range(50):
+            taken.append(number)
+            yield str(photos / "china.jpg")
+
+    for number, (_, predictions) in enumerate(predict.predict_files(Stub(), paths())):
+        assert predictions[0].name == "x"
+        assert len(taken) - number <= 3 * Stub.batch_size
+    assert number == 49
 
 
 def test_what_is_found(photos):

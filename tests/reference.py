@@ -4,6 +4,7 @@ import numpy as np
 import pytest
 
 from benchmarks import peer
+from convit_jax import ConViT, create_model, from_torch
 
 
 def softmax(scores: np.ndarray) -> np.ndarray:
@@ -113,3 +114,32 @@ def randomise(model, torch, seed: int) -> None:
 def timm_images(images: np.ndarray, torch):
     """(B, height, width, channels) numpy -> (B, channels, height, width) torch."""
     return torch.from_numpy(np.ascontiguousarray(images.transpose(0, 3, 1, 2)))
+
+
+def timm_pair(family: str, image_size: tuple[int, int] = (12, 20)) -> tuple:
+    """Returns (timm's model, ours, variables of ours): the same random weights, none of them zero.
+
+    The models are small: two GPSA blocks and one plain block, or three plain blocks for "deit";
+    patches of 4 pixels, 4 heads, a width of 16, 5 classes. timm's writes its attention maps out.
+    """
+    _, torch = import_timm()
+    sizes = {"patch_size": 4, "depth": 3, "num_classes": 5}
+    ours = {"image_size": image_size, "embed_dim": 16, "num_heads": 4, **sizes}
+    grid = (image_size[0] // 4, image_size[1] // 4)
+    if family == "convit":
+        from timm.models.convit import ConVit
+
+        theirs = ConVit(img_size=image_size, embed_dim=4, num_heads=4, local_up_to_layer=2, **sizes)
+        model = ConViT(**ours, local_up_to_layer=2)
+        for block in theirs.blocks[:2]:  # timm computes the positions of square grids only
+            positions = relative_positions(grid).astype(np.float32)
+            block.attn.rel_indices = torch.from_numpy(positions)[None]
+    else:
+        from timm.models.vision_transformer import VisionTransformer
+
+        theirs = VisionTransformer(img_size=image_size, embed_dim=16, num_heads=4, **sizes)
+        model = create_model("deit_tiny", **ours)
+        for block in theirs.blocks:
+            block.attn.fused_attn = False
+    randomise(theirs.eval(), torch, seed=0)
+    return theirs, model, {"params": from_torch(theirs.state_dict())}

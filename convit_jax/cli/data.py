@@ -22,7 +22,7 @@ from convit_jax.data.open import SPLITS
 from convit_jax.data.pictures import contact_sheet
 from convit_jax.data.source import Source, Subset, check_images, describe
 from convit_jax.storage import whole_file
-from convit_jax.train import setup
+from convit_jax.train import init_from, setup
 
 _NAMED = 50  # most classes that are all named
 _DRAWN = 32  # training images of a contact sheet
@@ -87,6 +87,7 @@ def _prepare(tars: str, data_dir: str) -> None:
 def _check(config: ml_collections.ConfigDict, pictures: pathlib.Path | None) -> None:
     if pictures is not None and not pictures.absolute().parent.is_dir():
         raise FileNotFoundError(f"--pictures: no such folder: {pictures.absolute().parent}")
+    init_from.settle_new_model(config)
     model = setup.make_model(config)
     sources = {split: setup.open_split(config, split, None) for split in SPLITS}
     settle_reading(config, sources["train"])

@@ -164,8 +164,17 @@ def sizes(text: str) -> tuple[tuple[int, int], ...]:
 
 def positive(text: str) -> int:
     """Parses the value of a flag: a whole number, 1 or more."""
-    if not text.isdecimal() or int(text) < 1:
-        raise argparse.ArgumentTypeError(f"expected 1 or more, got {text}")
+    return _at_least(1, text)
+
+
+def not_negative(text: str) -> int:
+    """Parses the value of a flag: a whole number, 0 or more."""
+    return _at_least(0, text)
+
+
+def _at_least(least: int, text: str) -> int:
+    if not text.isdecimal() or int(text) < least:
+        raise argparse.ArgumentTypeError(f"expected {least} or more, got {text}")
     return int(text)
 
 

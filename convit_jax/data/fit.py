@@ -4,12 +4,32 @@ import logging
 
 import ml_collections
 
+from convit_jax import recipe
 from convit_jax.data import class_names
 from convit_jax.data.images.reading import AS_TIMM, Reading
 from convit_jax.data.source import Source, first_example
 from convit_jax.model.network import ConViT
+from convit_jax.model.normalise import of_channels
 
 log = logging.getLogger(__name__)
+
+
+def fit_normalisation(config: ml_collections.ConfigDict, channels: int) -> None:
+    """Averages the recipe's RGB mean and deviation, for a model of one channel, and logs them.
+
+    Other values than the recipe's are left as they are.
+
+    Args:
+      config: the configuration; data.mean and data.std are changed.
+      channels: number of channels of the model.
+    """
+    if channels != 1:
+        return
+    for key in ("mean", "std"):
+        if config.data[key] == recipe.KEYS[f"data.{key}"].default:
+            config.data[key] = of_channels(config.data[key], 1)
+            log.info("data.%s=%s: the recipe's for RGB, averaged for one channel",
+                     key, config.data[key])  # fmt: skip
 
 
 def settle_reading(config: ml_collections.ConfigDict, source: Source) -> None:
@@ -64,11 +84,12 @@ def check_fit(
             f"model.num_classes: expected {source.num_classes} as in {name}, got {num_classes}"
         )
     image = first_example(source, config.data.skip_corrupt)["image"]
-    channels = 3 if isinstance(image, bytes) else image.shape[-1]
-    if model.in_channels != channels:
-        raise ValueError(
-            f"model.in_channels: expected {channels} as in {name}, got {model.in_channels}"
-        )
+    # Files are decoded to RGB or to grey.
+    possible = (3, 1) if isinstance(image, bytes) else (image.shape[-1],)
+    channels = model.in_channels
+    if channels not in possible:
+        expected = " or ".join(map(str, possible))
+        raise ValueError(f"model.in_channels: expected {expected} as in {name}, got {channels}")
     height, width, _ = model.image_shape
     if not isinstance(image, bytes) and not any_size and image.shape[:2] != (height, width):
         raise ValueError(

@@ -48,6 +48,11 @@ Grid = tuple[int, int]
 
 POSITIONAL_FORMS = ("blend", "contract")
 
+# On a CPU, forward and backward of one layer: blending takes 0.73 to 0.90 of the time of the
+# contraction on 4 x 4 and 6 x 6 patches, the same on 8 x 8, 1.1 to 3 times as much from 10 x 10
+# to 14 x 14 (heads of 16 and 48 channels).
+CONTRACT_FROM = 64
+
 
 def blended_map(content: Array, positional: Array, share: Array) -> Array:
     """Returns the attention map A of equation 7: content and positional maps mixed by the gates.
@@ -72,30 +77,40 @@ def choose_forms(
     positional: str,
     tokens: int,
     attn_dropout: float = 0.0,
+    *,
+    dtype: Any = jnp.float32,
+    width: int = 64,
     backend: str | None = None,
 ) -> tuple[str | AttentionFn, str]:
     """Replaces "auto" in `GPSA.attention` and `GPSA.positional` by the implementation to use.
 
     The two options depend on each other: blending needs the content map written out, so
     positional="blend" implies attention="xla". Where both forms are possible, the positional part
-    is contracted on a CPU and blended on other backends. The contraction multiplies by matrices
-    of the size of the grid's axes; those of a 14 x 14 grid leave most of a 128 x 128 matrix unit
-    idle. benchmarks/README.md has the measurements.
+    is contracted on a CPU from `CONTRACT_FROM` patches on, and blended otherwise. The contraction
+    multiplies by matrices of the size of the grid's axes; those of a 14 x 14 grid leave most of a
+    128 x 128 matrix unit idle. benchmarks/README.md has the measurements.
 
     Args:
       attention: `GPSA.attention`.
       positional: `GPSA.positional`.
       tokens: N.
       attn_dropout: `GPSA.attn_dropout`.
+      dtype: `GPSA.dtype`.
+      width: K.
       backend: "cpu", "gpu" or "tpu"; None means JAX's default backend.
 
     Returns:
       (attention, positional), neither of them "auto".
     """
-    attention = sdpa.choose(attention, tokens, attn_dropout) if positional != "blend" else "xla"
+    if positional == "blend":
+        return "xla", positional
+    attention = sdpa.choose(
+        attention, tokens, attn_dropout, dtype=dtype, width=width, backend=backend
+    )
     if positional == "auto":
         is_cpu = (backend or jax.default_backend()) == "cpu"
-        contract = attention != "xla" or (is_cpu and not attn_dropout)
+        large = is_cpu and tokens >= CONTRACT_FROM
+        contract = attention != "xla" or (large and not attn_dropout)
         positional = "contract" if contract else "blend"
     return attention, positional
 
@@ -207,8 +222,13 @@ class SelfAttention(nn.Module):
             drop = nn.Dropout(self.attn_dropout, deterministic=False, name="attn_drop")
             out = sdpa.keep(sdpa.apply_map(drop(sdpa.content_map(q, k, scale)), v))
         else:
-            attention = sdpa.choose(self.attention, size, self.attn_dropout)
-            attention = "xla" if self.queries else attention
+            attention = (
+                "xla"
+                if self.queries
+                else sdpa.choose(
+                    self.attention, size, self.attn_dropout, dtype=self.dtype, width=head
+                )
+            )
             out = sdpa.attention_fn(attention)(q, k, v, scale=scale)
         out = _project(out, self.dropout, train, self.dtype)
         return (out, {"content": sdpa.content_map(q, k, scale)}) if return_attention else out
@@ -298,7 +318,7 @@ class GPSA(nn.Module):
         )(grid)
 
         attention, positional = choose_forms(
-            self.attention, self.positional, size, self.attn_dropout
+            self.attention, self.positional, size, self.attn_dropout, dtype=self.dtype, width=head
         )
         if positional == "blend":
             content = sdpa.content_map(q, k, scale)

@@ -37,7 +37,10 @@ def forward_flops(model: ConViT) -> float:
         return 3 * keys * width**2 + 2 * queries * keys * width + queries * (width**2 + mlp)
 
     gpsa_block = block(patches, patches)
-    _, positional = choose_forms(model.attention, model.positional, patches, model.attn_dropout)
+    _, positional = choose_forms(
+        model.attention, model.positional, patches, model.attn_dropout,
+        dtype=model.dtype, width=width // model.num_heads,
+    )  # fmt: skip
     if positional == "contract":
         gpsa_block += patches * (rows + columns) * width
     patch_embed = model.image_shape[0] * model.image_shape[1] * model.in_channels * width

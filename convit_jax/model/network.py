@@ -127,6 +127,7 @@ class ConViT(nn.Module):
         self._check_options()
         super().__post_init__()
 
+    @nn.nowrap
     def _check_options(self) -> None:
         if self.num_heads < 1 or self.embed_dim % self.num_heads:
             raise ValueError(
@@ -155,10 +156,11 @@ class ConViT(nn.Module):
             raise ValueError(f"remat: expected one of {REMAT}, got {self.remat!r}")
         if self.num_classes < 0:
             raise ValueError(f"num_classes: expected 0 or more, got {self.num_classes}")
-        self._grid(self.image_shape[:2])
+        self.grid_of(self.image_shape[:2])
         # The attention module checks its options when it is made.
         (self._gpsa() if self.local_up_to_layer else self._self_attention())(parent=None)
 
+    @nn.nowrap
     def check_classifies(self, who: str) -> None:
         """Raises ValueError unless the model returns one vector of logits for each image.
 
@@ -179,10 +181,15 @@ class ConViT(nn.Module):
     @property
     def grid(self) -> Grid:
         """Rows and columns of the patch grid of an image of `image_size`."""
-        return self._grid(self.image_shape[:2])
+        return self.grid_of(self.image_shape[:2])
 
-    def _grid(self, image: tuple[int, int]) -> Grid:
-        """Returns rows and columns of the patch grid of an image of size (height, width)."""
+    @nn.nowrap
+    def grid_of(self, image: tuple[int, int]) -> Grid:
+        """Returns rows and columns of the patch grid of an image of size (height, width).
+
+        Raises:
+          ValueError: if patch_size does not divide the size.
+        """
         patch = pair(self.patch_size)
         if min(patch) < 1 or min(image) < 1 or image[0] % patch[0] or image[1] % patch[1]:
             raise ValueError(
@@ -190,6 +197,7 @@ class ConViT(nn.Module):
             )
         return image[0] // patch[0], image[1] // patch[1]
 
+    @nn.nowrap
     def _self_attention(self) -> functools.partial[SelfAttention]:
         return functools.partial(
             SelfAttention,
@@ -202,6 +210,7 @@ class ConViT(nn.Module):
             dtype=self.dtype,
         )
 
+    @nn.nowrap
     def _gpsa(self) -> functools.partial[GPSA]:
         return functools.partial(
             GPSA,
@@ -240,7 +249,8 @@ class ConViT(nn.Module):
         token = self.param("cls_token", linear_init, (1, 1, self.embed_dim)).astype(self.dtype)
 
         def prepend_token(x: Array) -> Array:
-            return jnp.concatenate([jnp.broadcast_to(token, (len(x), *token.shape[1:])), x], axis=1)
+            tokens = jnp.broadcast_to(token, (x.shape[0], *token.shape[1:]))
+            return jnp.concatenate([tokens, x], axis=1)
 
         if self.cls_pos_embed:
             x = prepend_token(x)
@@ -272,7 +282,7 @@ class ConViT(nn.Module):
                 f"images: expected {height} x {width} pixels (image_size, which the position "
                 f"embedding was made for), got {shape[1]} x {shape[2]}"
             )
-        return self._grid((shape[1], shape[2]))
+        return self.grid_of((shape[1], shape[2]))
 
     def _embed_patches(self, images: Array) -> Array:
         """Embeds patches: (B, height, width, channels) -> (B, N, D), patches in row-major order.
@@ -281,7 +291,7 @@ class ConViT(nn.Module):
         as fast on a CPU. The kernel keeps a convolution's shape, (height, width, channels, D).
         """
         (height, width), (batch, *_, channels) = pair(self.patch_size), images.shape
-        rows, columns = self._grid((images.shape[1], images.shape[2]))
+        rows, columns = self.grid_of((images.shape[1], images.shape[2]))
         patches = images.reshape(batch, rows, height, columns, width, channels).swapaxes(2, 3)
         init = _uniform_init(1 / math.sqrt(height * width * channels))
         x = nn.DenseGeneral(

@@ -16,6 +16,18 @@ IMAGENET_MEAN = (0.485, 0.456, 0.406)
 IMAGENET_STD = (0.229, 0.224, 0.225)
 
 
+def of_channels(values: Sequence[float], channels: int) -> tuple[float, ...]:
+    """Fits means or deviations to other input channels, in the way of `weights.adapt`.
+
+    Returns the mean of the values for one channel, and the values in turn for more channels.
+    """
+    if len(values) == channels:
+        return tuple(values)
+    if channels == 1:
+        return (sum(values) / len(values),)
+    return tuple(values[i % len(values)] for i in range(channels))
+
+
 def normalise(images: Array, mean: Sequence[float], std: Sequence[float]) -> Array:
     """Returns (x / 255 - mean) / std for each channel.
 

@@ -17,6 +17,7 @@ Shapes: B batch, N tokens, M keys where their number differs from N, H heads, K 
 
 from collections.abc import Callable
 import functools
+from typing import Any
 
 import jax
 from jax.ad_checkpoint import checkpoint_name
@@ -38,15 +39,51 @@ ATTENTION_OUTPUT = "attention_output"
 _LARGEST_MAP = 1024
 _CHUNK = 256  # queries at a time
 
+# What cuDNN's fused attention takes; a head may be twice as wide since Hopper.
+_CUDNN_DTYPES = (jnp.dtype(jnp.bfloat16), jnp.dtype(jnp.float16))
+_CUDNN_WIDTH = 128
 
-def choose(attention: str | AttentionFn, tokens: int, attn_dropout: float) -> str | AttentionFn:
+
+def choose(
+    attention: str | AttentionFn,
+    tokens: int,
+    attn_dropout: float,
+    *,
+    dtype: Any = jnp.float32,
+    width: int = 64,
+    backend: str | None = None,
+) -> str | AttentionFn:
     """Replaces "auto" by an implementation and returns any other value unchanged.
 
-    Dropout acts on the attention map, and only "xla" writes one out.
+    Dropout acts on the attention map, and only "xla" writes one out. "cudnn" is the choice where
+    the kernel runs: bfloat16 or float16 on an NVIDIA GPU since Ampere. A training step of ConViT
+    took 0.80 of the time there, with all layers (benchmarks/README.md).
+
+    Args:
+      attention: "auto", a name of `IMPLEMENTATIONS` or a function.
+      tokens: N.
+      attn_dropout: dropout rate of the attention map.
+      dtype: dtype of queries, keys and values.
+      width: K.
+      backend: "cpu", "gpu" or "tpu"; None means JAX's default backend.
     """
     if attention != "auto":
         return attention
-    return "chunked" if tokens > _LARGEST_MAP and not attn_dropout else "xla"
+    if attn_dropout:
+        return "xla"
+    if jnp.dtype(dtype) in _CUDNN_DTYPES and width <= _CUDNN_WIDTH and _runs_cudnn(backend):
+        return "cudnn"
+    return "chunked" if tokens > _LARGEST_MAP else "xla"
+
+
+def _runs_cudnn(backend: str | None) -> bool:
+    """Returns whether the devices of a backend run cuDNN's fused attention."""
+    if (backend or jax.default_backend()) not in ("gpu", "cuda"):
+        return False
+    # "9.0" on NVIDIA; AMD's GPUs say another kind of name, and a CPU nothing.
+    capability = getattr(jax.local_devices()[0], "compute_capability", "")
+    major = str(capability).partition(".")[0]
+    return major.isdigit() and int(major) >= 8  # Ampere
 
 
 def attention_fn(attention: str | AttentionFn) -> AttentionFn:
@@ -134,7 +171,7 @@ def cudnn_attention(q: Array, k: Array, v: Array, *, scale: float) -> Array:
       ValueError: if the inputs are neither bfloat16 nor float16, or the backend is not an NVIDIA
         GPU.
     """
-    if q.dtype not in (jnp.bfloat16, jnp.float16):
+    if q.dtype not in _CUDNN_DTYPES:
         raise ValueError(f"attention='cudnn': expected bfloat16 or float16, got {q.dtype}")
     if jax.default_backend() not in ("gpu", "cuda"):
         raise ValueError(
@@ -142,12 +179,16 @@ def cudnn_attention(q: Array, k: Array, v: Array, *, scale: float) -> Array:
             "expected auto, xla or chunked"
         )
     # The kernel takes head widths that are multiples of 8. Padding with zeros changes no score, and
-    # the padded values are cut off.
-    width = q.shape[-1]
-    padding = ((0, 0), (0, 0), (0, 0), (0, -width % 8))
+    # the padded values are cut off. JAX refuses the gradient for an odd number of tokens, so these
+    # are padded too; no query attends to a key beyond the length.
+    batch, tokens, _, width = q.shape
+    padding = ((0, 0), (0, tokens % 2), (0, 0), (0, -width % 8))
+    lengths = jnp.full((batch,), tokens, jnp.int32) if tokens % 2 else None
     q, k, v = (jnp.pad(x, padding) for x in (q, k, v))
-    out = jax.nn.dot_product_attention(q, k, v, scale=scale, implementation="cudnn")
-    return out[..., :width]
+    out = jax.nn.dot_product_attention(
+        q, k, v, scale=scale, key_value_seq_lengths=lengths, implementation="cudnn"
+    )
+    return out[:, :tokens, :, :width]
 
 
 def _heads_first(x: Array) -> Array:

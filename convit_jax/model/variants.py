@@ -38,6 +38,11 @@ def options_of_kind(*kinds: str) -> tuple[str, ...]:
     return tuple(name for name, field in _FIELDS.items() if field.metadata["kind"] in kinds)
 
 
+def default_of(option: str) -> Any:
+    """Returns the default of an option of `ConViT`."""
+    return _FIELDS[option].default
+
+
 def create_model(variant: str, /, **overrides: Any) -> ConViT:
     """Returns one of the paper's models.
 
@@ -71,7 +76,7 @@ def structure_of(name: str) -> dict[str, Any]:
     """
     if name not in VARIANTS:
         raise ValueError(f"variant: expected one of {', '.join(VARIANTS)}, got {name!r}")
-    return {key: _FIELDS[key].default for key in options_of_kind("structure")} | VARIANTS[name]
+    return {key: default_of(key) for key in options_of_kind("structure")} | VARIANTS[name]
 
 
 def variant_of(model: ConViT) -> str | None:

@@ -92,7 +92,9 @@ def _evaluate(
     batch = _abstract_batch(prepared.share.batch_size, model, mesh)
     compiled = step.lower(params, batch).compile()
     log.info("%d x %d: compiled in %.1f s", *size, time.perf_counter() - start)
-    transform = transforms.EvalTransform(size, config.augment.eval_crop, reading(config))
+    transform = transforms.EvalTransform(
+        size, config.augment.eval_crop, model.in_channels == 1, reading(config)
+    )
     chunks = EvalChunks(prepared.source, transform, prepared.share, config.data.skip_corrupt)
     start = time.perf_counter()
     with contextlib.closing(iterate(chunks, workers=prepared.workers)) as batches:

@@ -7,7 +7,6 @@ import dataclasses
 import logging
 import math
 import re
-from typing import Any
 
 import jax
 from jax.sharding import Mesh
@@ -17,14 +16,14 @@ from convit_jax.data import class_mapping
 from convit_jax.data.batches.chunks import Share
 from convit_jax.data.batches.workers import num_workers
 from convit_jax.data.class_mapping import ClassMapping
-from convit_jax.data.fit import check_fit, settle_reading
+from convit_jax.data.fit import check_fit, fit_normalisation, settle_reading
 from convit_jax.data.identity import Identity
 from convit_jax.data.source import Source
 from convit_jax.model import image_size
 from convit_jax.model.network import ConViT
 from convit_jax.model.variants import options_of_kind, variant_of
 from convit_jax.parallel import processes, sharding
-from convit_jax.train import same_run, setup
+from convit_jax.train import init_from, same_run, setup
 from convit_jax.weights.load import read_weights
 from convit_jax.weights.loaded import Loaded
 from convit_jax.workdir.folder import Workdir
@@ -106,7 +105,10 @@ def prepare(
     if choices.predictions and workdir is None:
         raise ValueError("--predictions: expected --workdir, the folder to write them into")
     mesh = sharding.make_mesh()
+    config = config and config.copy_and_resolve_references()
     config, loaded, of_run = processes.on_all(lambda: _weights(config, workdir, choices))
+    init_from.complete(config, loaded)
+    fit_normalisation(config, loaded.model.in_channels)
     source = processes.on_all(lambda: setup.open_split(config, "test", workdir, whole=not of_run))
     settle_reading(config, source)
     data = {"test": Identity.of(source)}
@@ -163,11 +165,9 @@ def _weights(
         raise ValueError(
             f"nothing to evaluate: {there}, and no weights are named (--config.init_from=WEIGHTS)"
         )
-    # The tensor shapes of a DeiT do not tell its number of heads, so the configuration does.
-    model = setup.make_model(config)
-    heads: dict[str, Any] = {} if model.local_up_to_layer else {"num_heads": model.num_heads}
     ema = choices.ema if choices.ema is not None else (config.init_ema or None)
-    return config, read_weights(config.init_from, ema=ema, **heads), False
+    heads = init_from.stated_heads(config)
+    return config, read_weights(config.init_from, ema=ema, heads_if_open=heads), False
 
 
 def _check_model(model: ConViT, loaded: Loaded, any_size: bool) -> None:

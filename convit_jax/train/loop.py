@@ -12,6 +12,7 @@ import jax.numpy as jnp
 from convit_jax.data.batches.workers import iterate
 from convit_jax.data.source import describe
 from convit_jax.model import flops
+from convit_jax.model.variants import variant_of
 from convit_jax.parallel import processes, sharding
 from convit_jax.parallel.signals import Interruption
 from convit_jax.train import evaluation, same_run
@@ -263,7 +264,7 @@ def _describe(run: Run, state: TrainState) -> None:
     sizes = [x.size for x in jax.tree.leaves(state.params)]
     log.info(
         "%s: %s parameters, %s on %s x %s",
-        run.config.model.name,
+        variant_of(run.program.model) or "own model",
         f"{sum(sizes):,}",
         jnp.dtype(run.program.model.dtype).name,
         " x ".join(str(n) for n in run.program.mesh.shape.values() if n > 1) or "1",

@@ -6,7 +6,12 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import ml_collections
+import numpy as np
 import optax
+
+from convit_jax.train.freezing import Frozen
+
+_STACKED = ("gpsa_blocks", "blocks")  # groups with a leading layer axis, in the model's order
 
 LossFn = Callable[[Any, Any, jax.Array], jax.Array]
 
@@ -21,11 +26,12 @@ def learning_rate(
 
     Args:
       config: the section `optim` of the configuration.
-      batch_size: global batch size; scales the peak by batch_size / 512 (DeiT, section 6).
+      batch_size: global batch size; scales the peak by batch_size / 512 (DeiT, section 6), unless
+        `scale_lr` is off.
       steps_per_epoch: number of steps in an epoch.
       total_steps: step at which the rate is `min_lr`.
     """
-    peak = config.lr * batch_size / 512
+    peak = config.lr * (batch_size / 512 if config.scale_lr else 1)
     warmup_steps = config.warmup_epochs * steps_per_epoch
 
     def schedule(step: jax.Array) -> jax.Array:
@@ -47,26 +53,59 @@ def decay_mask(params: Any) -> Any:
     return jax.tree_util.tree_map_with_path(lambda path, _: path[-1].key == "kernel", params)
 
 
+def layer_scales(params: Any, decay: float) -> Any:
+    """Returns a tree of factors of the learning rate, as timm's param_groups_layer_decay.
+
+    The head has the factor 1, and each layer `decay` times that of the layer after it. The layers
+    are: the embeddings and the class token; each block; the head. The last norm belongs to the last
+    block. The factors of stacked blocks have the shape (layers, 1, ...).
+
+    Args:
+      params: the parameters, or their updates.
+      decay: factor from each layer to the layer before it.
+    """
+    counts = [len(params[g]["norm1"]["scale"]) if g in params else 0 for g in _STACKED]
+    depth = sum(counts) + 1
+    first = dict(zip(_STACKED, (1, 1 + counts[0]), strict=True))
+    first |= {"last_block": depth, "norm": depth, "head": depth + 1}
+
+    def scale(path: Any, leaf: jax.Array) -> np.ndarray:
+        group = path[0].key
+        layers = np.array(first.get(group, 0))
+        if group in _STACKED:
+            layers = layers + np.arange(len(leaf)).reshape(-1, *[1] * (leaf.ndim - 1))
+        return np.float32(decay) ** (depth + 1 - layers)
+
+    return jax.tree_util.tree_map_with_path(scale, params)
+
+
+def _by_layer(updates: Any, decay: float) -> Any:
+    return jax.tree.map(jnp.multiply, updates, layer_scales(updates, decay))
+
+
 def make_optimizer(
-    config: ml_collections.ConfigDict, schedule: optax.Schedule
+    config: ml_collections.ConfigDict, schedule: optax.Schedule, frozen: Frozen | None = None
 ) -> optax.GradientTransformation:
     """Returns AdamW with the settings of `config.optim`, after gradient clipping if that is on.
 
     Clipping multiplies the gradients by min(1, clip_norm / norm), where norm is the norm of all
-    gradients together. AdamW's moments are computed from the clipped gradients.
+    gradients together. AdamW's moments are computed from the clipped gradients. The state is that
+    of `optax.adamw`, unless parameters are frozen or `layer_decay` is on.
 
     Args:
       config: the section `optim` of the configuration.
       schedule: learning rate by step.
+      frozen: parameters that are frozen. Their updates are meaningless: `frozen.kept` must follow.
     """
-    adamw = optax.adamw(
-        schedule,
-        b1=config.b1,
-        b2=config.b2,
-        eps=config.eps,
-        weight_decay=config.weight_decay,
-        mask=decay_mask,
-    )
+    adam = optax.scale_by_adam(config.b1, config.b2, config.eps)
+    parts = [
+        adam if frozen is None else frozen.optimizer(adam),
+        optax.add_decayed_weights(config.weight_decay, decay_mask),
+        optax.scale_by_learning_rate(schedule),
+    ]
+    if config.layer_decay != 1:
+        parts.append(optax.stateless(lambda updates, _: _by_layer(updates, config.layer_decay)))
+    adamw = optax.chain(*parts)
     if config.clip_norm == 0:
         return adamw
     return optax.chain(optax.clip_by_global_norm(config.clip_norm), adamw)

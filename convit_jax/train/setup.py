@@ -11,7 +11,7 @@ from jax.sharding import Mesh
 import ml_collections
 
 from convit_jax import recipe
-from convit_jax.data import class_mapping, fit
+from convit_jax.data import fit
 from convit_jax.data.batches.chunks import EvalChunks, Share, TrainChunks, draws_per_epoch
 from convit_jax.data.batches.workers import num_workers, warn_of_small_chunks
 from convit_jax.data.identity import Identity
@@ -23,10 +23,8 @@ from convit_jax.model.attention import choose_forms
 from convit_jax.model.network import ConViT
 from convit_jax.model.variants import create_model
 from convit_jax.parallel import processes, sharding
-from convit_jax.train import same_run
+from convit_jax.train import init_from, same_run
 from convit_jax.train.step import Program
-from convit_jax.weights import adapt
-from convit_jax.weights.load import read_weights
 from convit_jax.workdir.checkpoints import newest_step
 from convit_jax.workdir.folder import Workdir
 
@@ -92,13 +90,20 @@ def make_model(
         dtype = "float32" if backend == "cpu" else "bfloat16"
     options: dict[str, Any] = {} if num_classes is None else {"num_classes": num_classes}
     options |= {name: value for name, value in config.model.items() if value is not None}
-    options["image_size"] = size or image_size.parse(config.model.image_size, "model.image_size")
+    if size is not None:
+        options["image_size"] = size
+    elif "image_size" in options:
+        options["image_size"] = image_size.parse(options["image_size"], "model.image_size")
     model = create_model(
-        options.pop("name"), **options, dtype=jnp.dtype(dtype), remat=config.train.remat
+        options.pop("name", recipe.DEFAULT_MODEL),
+        **options,
+        dtype=jnp.dtype(dtype),
+        remat=config.train.remat,
     )
     attention, positional = choose_forms(
-        model.attention, model.positional, math.prod(model.grid), model.attn_dropout, backend
-    )
+        model.attention, model.positional, math.prod(model.grid), model.attn_dropout,
+        dtype=model.dtype, width=model.embed_dim // model.num_heads, backend=backend,
+    )  # fmt: skip
     return model.clone(attention=attention, positional=positional)
 
 
@@ -120,8 +125,10 @@ def prepare(config: ml_collections.ConfigDict, workdir: Workdir, profile: bool =
     recipe.check(config)
     config = config.copy_and_resolve_references()
     mesh = sharding.make_mesh(config.mesh.fsdp)
+    loaded = processes.on_all(lambda: init_from.settle_model(config, workdir))
     model = make_model(config)
     model.check_classifies("training")
+    fit.fit_normalisation(config, model.in_channels)
     make_transforms(config, model)  # raises its errors now
     changed, sources, data = processes.on_all(lambda: _open_data(config, workdir, model, mesh))
     same_run.check_processes(config, data)
@@ -134,9 +141,9 @@ def prepare(config: ml_collections.ConfigDict, workdir: Workdir, profile: bool =
     program = Program.make(config, model, mesh, steps_per_epoch, total_steps)
     program.augmentation  # noqa: B018  # made now, so that it raises its errors now
     init_params = None
-    if config.init_from and newest_step(workdir.checkpoints) is None:
+    if loaded is not None:
         names = train_source.class_names
-        init_params = processes.on_all(lambda: _init_params(config, model, names))
+        init_params = processes.on_all(lambda: init_from.fit_params(config, model, loaded, names))
     share = Share(config.train.batch_size, jax.process_index(), jax.process_count())
     _warn_of_odd_values(config)
     processes.check_shared_folder(workdir.path)
@@ -208,37 +215,6 @@ def _total_steps(
     return total
 
 
-def _init_params(
-    config: ml_collections.ConfigDict, model: ConViT, class_names: tuple[str, ...]
-) -> dict[str, Any]:
-    """Reads the weights of `config.init_from` and adapts them as the configuration allows."""
-    # The tensor shapes of a DeiT do not tell its number of heads, so the model to train does.
-    loaded = read_weights(config.init_from, ema=config.init_ema, num_heads=model.num_heads)
-    for key in ("mean", "std"):
-        if getattr(loaded, key) != tuple(config.data[key]):
-            log.warning(
-                "data.%s=%s, but %s were probably trained with %s",
-                key, config.data[key], config.init_from, getattr(loaded, key),
-            )  # fmt: skip
-    if not config.init_new_head and not class_mapping.are_same(
-        class_names, loaded.class_names, loaded.model.num_classes
-    ):
-        log.warning(
-            "the head of %s is kept, but its classes are not those of %s in the same order: "
-            "init_new_head=True makes a new head",
-            config.init_from, config.data.source,
-        )  # fmt: skip
-    return adapt.fit_params(
-        loaded.params,
-        model,
-        new_head=config.init_new_head,
-        resize_pos_embed=config.init_resize_pos_embed,
-        adapt_channels=config.init_adapt_channels,
-        seed=config.seed,
-        grid=loaded.model.grid,
-    )
-
-
 def use_compilation_cache(config: ml_collections.ConfigDict, workdir: Workdir | None) -> None:
     """Stores compiled programs in the folder `config.compilation_cache`, for later starts."""
     folder = config.compilation_cache
@@ -255,9 +231,10 @@ def make_transforms(
     """Makes the transforms that the host applies to images, in training and in evaluation."""
     size, options = model.image_shape[:2], config.augment.to_dict()
     crop_pct = options.pop("eval_crop")
-    reading = fit.reading(config)
-    train_transform = transforms.TrainTransform(size, crop_pct=crop_pct, reading=reading, **options)
-    return train_transform, transforms.EvalTransform(size, crop_pct, reading)
+    grey, reading = model.in_channels == 1, fit.reading(config)
+    options |= {"crop_pct": crop_pct, "grey": grey, "reading": reading}
+    train_transform = transforms.TrainTransform(size, **options)
+    return train_transform, transforms.EvalTransform(size, crop_pct, grey, reading)
 
 
 def open_split(
@@ -314,4 +291,10 @@ def _warn_of_odd_values(config: ml_collections.ConfigDict) -> None:
             "the run ends within the warm-up of the learning rate: %g epochs of training, "
             "optim.warmup_epochs=%g",
             epochs, warmup,
+        )  # fmt: skip
+    if epochs <= config.optim.freeze_epochs:
+        log.warning(
+            "optim.freeze=%s stays frozen for the whole run: %g epochs of training, "
+            "optim.freeze_epochs=%g",
+            config.optim.freeze, epochs, config.optim.freeze_epochs,
         )  # fmt: skip

@@ -13,8 +13,9 @@ import optax
 
 from convit_jax.model.network import ConViT
 from convit_jax.parallel import sharding
-from convit_jax.train import optim
+from convit_jax.train import freezing, optim
 from convit_jax.train.augmentation import BatchAugmentation
+from convit_jax.train.freezing import Frozen
 
 
 class TrainState(flax.struct.PyTreeNode):
@@ -47,6 +48,7 @@ class Program:
       optimizer: turns gradients into updates of the parameters.
       schedule: learning rate by step, for the metrics.
       mesh: mesh of all devices.
+      frozen: parameters that are frozen; None trains all.
     """
 
     config: ml_collections.ConfigDict
@@ -54,6 +56,7 @@ class Program:
     optimizer: optax.GradientTransformation
     schedule: optax.Schedule
     mesh: Mesh
+    frozen: Frozen | None = None
 
     @classmethod
     def make(
@@ -64,11 +67,25 @@ class Program:
         steps_per_epoch: float,
         total_steps: int,
     ) -> "Program":
-        """Makes a program from a model, with the recipe's optimiser and schedule."""
+        """Makes a program from a model, with the recipe's optimiser and schedule.
+
+        Raises:
+          ValueError: if the configuration freezes parameters that the model does not have, or says
+            how long without saying which.
+        """
         schedule = optim.learning_rate(
             config.optim, config.train.batch_size, steps_per_epoch, total_steps
         )
-        return cls(config, model, optim.make_optimizer(config.optim, schedule), schedule, mesh)
+        frozen, epochs = None, config.optim.freeze_epochs
+        if config.optim.freeze:
+            images = jnp.zeros((1, *model.image_shape))
+            params = jax.eval_shape(model.init, jax.random.key(0), images)["params"]
+            steps = max(1, round(epochs * steps_per_epoch)) if epochs else None
+            frozen = freezing.find(config.optim.freeze, params, steps)
+        elif epochs:
+            raise ValueError(f"optim.freeze_epochs={epochs:g}: expected optim.freeze with it")
+        optimizer = optim.make_optimizer(config.optim, schedule, frozen)
+        return cls(config, model, optimizer, schedule, mesh, frozen)
 
     @functools.cached_property
     def augmentation(self) -> BatchAugmentation:
@@ -135,8 +152,14 @@ class Program:
         loss, grads = optim.mean_gradients(
             self._loss, state.params, augmented, dropout_key, self.config.train.accum_steps
         )
+        if self.frozen is not None:
+            grads = self.frozen.gradients(state.step, grads)
         updates, opt_state = self.optimizer.update(grads, state.opt_state, state.params)
         params = optax.apply_updates(state.params, updates)
+        ema = optim.update_ema(state.ema, params, self.config.optim.ema_decay)
+        if self.frozen is not None:
+            params = self.frozen.kept(state.step, state.params, params)
+            ema = None if ema is None else self.frozen.kept(state.step, state.ema, ema)
         metrics = {
             "loss": loss,
             "grad_norm": optax.tree.norm(grads),
@@ -146,12 +169,13 @@ class Program:
         if "gpsa_blocks" in params:
             gate = params["gpsa_blocks"]["attn"]["gate"]  # (layers, H)
             metrics["gates"] = jax.nn.sigmoid(gate).mean(axis=-1)
-        ema = optim.update_ema(state.ema, params, self.config.optim.ema_decay)
         return TrainState(state.step + 1, params, opt_state, ema), metrics
 
     def _loss(self, params: Any, batch: tuple[jax.Array, jax.Array], key: jax.Array) -> jax.Array:
         """Returns the mean loss of augmented images and their label distributions."""
         images, labels = batch
+        if self.frozen is not None:
+            params = self.frozen.without_gradient(params)
         # Gather split parameters here. Without this, XLA would move activations between devices.
         params = jax.lax.with_sharding_constraint(params, sharding.replicated(self.mesh))
         logits = self.model.apply({"params": params}, images, train=True, rngs={"dropout": key})

@@ -15,7 +15,7 @@ from convit_jax.model import image_size
 from convit_jax.model.variants import options_of_kind, structure_of
 from convit_jax.weights.infer import Claim
 from convit_jax.workdir import record
-from convit_jax.workdir.checkpoints import best_step, newest_step
+from convit_jax.workdir.checkpoints import best_step, newest_step, read_metrics
 from convit_jax.workdir.folder import Workdir
 
 log = logging.getLogger(__name__)
@@ -107,14 +107,26 @@ def restore(found: Found) -> dict[str, Any]:
     """
     part, item = "ema" if found.ema else "params", (found.path / "state").resolve()
     try:
-        checkpointer = ocp.PyTreeCheckpointer()
-        tree = {part: checkpointer.metadata(item).item_metadata.tree[part]}
+        # A Checkpointer would warn that the folder has no metadata of its own.
+        handler = ocp.PyTreeCheckpointHandler()
+        tree = {part: handler.metadata(item).tree[part]}
         as_numpy = jax.tree.map(lambda _: ocp.RestoreArgs(restore_type=np.ndarray), tree)
         args = ocp.args.PyTreeRestore(item=tree, restore_args=as_numpy, partial_restore=True)
-        return checkpointer.restore(item, args=args)[part]
+        return handler.restore(item, args=args)[part]
     except Exception as error:  # Orbax raises many types for broken files
         first = str(error).partition("\n")[0][:300]
         raise OSError(f"{found.path}: cannot read this checkpoint: {first}") from error
+
+
+def measured(found: Found) -> dict[str, float] | None:
+    """Returns the metrics of a checkpoint's weights, such as "top1"; None if not evaluated."""
+    if found.step is None:
+        return None
+    metrics = read_metrics(found.path.parent, found.step)
+    if metrics is None or not found.ema:
+        return metrics and {k: v for k, v in metrics.items() if not k.startswith("ema_")}
+    averaged = {k.removeprefix("ema_"): v for k, v in metrics.items() if k.startswith("ema_")}
+    return {"images": metrics["images"], **averaged} if "images" in metrics else averaged
 
 
 def describe(workdir: Workdir) -> tuple[Claim, dict[str, Any]]:
@@ -122,7 +134,8 @@ def describe(workdir: Workdir) -> tuple[Claim, dict[str, Any]]:
     config = _config(workdir)
     options = {k: v for k, v in config.model.items() if v is not None}
     options["image_size"] = image_size.parse(config.model.image_size)
-    options = structure_of(options.pop("name")) | options
+    if "name" in options:  # without it, the options are all there
+        options = structure_of(options.pop("name")) | options
     options = {k: v for k, v in options.items() if k not in options_of_kind("computation")}
     extras = {
         "mean": config.data.mean,

@@ -24,7 +24,7 @@ RELEASED = {
     "deit_small": "timm/deit_small_patch16_224.fb_in1k",
     "deit_base": "timm/deit_base_patch16_224.fb_in1k",
 }
-_NAME = re.compile(r"(?:hf[-_]hub:)?(\w[\w.-]*/[\w.-]+)(?:@([\w./-]+))?")
+_NAME = re.compile(r"(?:(?:hf[-_])?hub:)?(\w[\w.-]*/[\w.-]+)(?:@([\w./-]+))?")
 _WEIGHTS = ("model.safetensors", "pytorch_model.bin")
 
 
@@ -62,6 +62,20 @@ def repository_name(source: str) -> str | None:
     return match and (f"{match[1]}@{match[2]}" if match[2] else match[1])
 
 
+def destination(text: str) -> str | None:
+    """Returns ORGANISATION/NAME of "hub:ORGANISATION/NAME"; None without one of the prefixes.
+
+    Raises:
+      ValueError: if another text follows the prefix.
+    """
+    prefix, colon, name = text.partition(":")
+    if not colon or prefix not in ("hub", "hf-hub", "hf_hub"):
+        return None
+    if not re.fullmatch(r"\w[\w.-]*/[\w.-]+", name):
+        raise ValueError(f"DST: expected hub:ORGANISATION/NAME, got {text}")
+    return name
+
+
 def fetch(name: str, *, offline: bool = False) -> Repository:
     """Fetches the weights of a repository, from the local cache if they are there.
 
@@ -93,16 +107,16 @@ def fetch(name: str, *, offline: bool = False) -> Repository:
         config = None if weights is None else _first(download, ("config.json",), offline)[0]
     except errors.RepositoryNotFoundError:  # also raised for private ones
         raise ValueError(
-            f"{name}: no such file or folder here, and no such repository on {_endpoint()} (a "
+            f"{name}: no such file or folder here, and no such repository on {endpoint()} (a "
             "private repository needs $HF_TOKEN)"
         ) from None
     except errors.RevisionNotFoundError:
-        raise ValueError(f"{name}: {_endpoint()} has no such revision of {repo}") from None
+        raise ValueError(f"{name}: {endpoint()} has no such revision of {repo}") from None
     except (errors.HfHubHTTPError, OSError) as error:
-        raise OSError(f"{name}: {_endpoint()}: {str(error).partition(chr(10))[0]}") from error
+        raise OSError(f"{name}: {endpoint()}: {str(error).partition(chr(10))[0]}") from error
     if weights is None and isinstance(missing, errors.LocalEntryNotFoundError):
         offline = offline or huggingface_hub.constants.HF_HUB_OFFLINE
-        why = "offline" if offline else f"{_endpoint()} cannot be reached"
+        why = "offline" if offline else f"{endpoint()} cannot be reached"
         raise OSError(
             f"{name}: no such file or folder here, not in the cache "
             f"({huggingface_hub.constants.HF_HUB_CACHE}), and {why}. Fetch it once with a network, "
@@ -187,5 +201,11 @@ def _first(
     return None, missing
 
 
-def _endpoint() -> str:
+def files_to_publish(folder: pathlib.Path) -> tuple[pathlib.Path, pathlib.Path]:
+    """Returns the paths of weights and configuration of a repository in a folder."""
+    return folder / "model.safetensors", folder / "config.json"
+
+
+def endpoint() -> str:
+    """Returns the address of the server: $HF_ENDPOINT, or huggingface.co."""
     return os.environ.get("HF_ENDPOINT", "https://huggingface.co")

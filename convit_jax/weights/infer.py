@@ -33,6 +33,7 @@ def model_of(
     stated: Claim | None = None,
     variant: str | None = None,
     overrides: Mapping[str, Any] | None = None,
+    heads_if_open: int | None = None,
 ) -> ConViT:
     """Returns the model that the parameters belong to.
 
@@ -42,6 +43,8 @@ def model_of(
       variant: name of `VARIANTS` that the caller states.
       overrides: options of `ConViT` that the caller states. Of the options of kind "changeable"
         only image_size is read, for a patch grid that the weights do not determine.
+      heads_if_open: number of heads if neither the weights nor anything stated determines it; None
+        means that of the paper's DeiT of the same width.
 
     Raises:
       ValueError: if a name is unknown, an option cannot be determined, or the weights contradict a
@@ -65,7 +68,9 @@ def model_of(
     if "mlp_ratio" in known and _hidden(options, known) == _hidden(options, options):
         options["mlp_ratio"] = known["mlp_ratio"]  # several ratios give the same hidden width
     if "num_heads" not in options:
-        options["num_heads"] = known.get("num_heads") or _heads_of_width(options["embed_dim"])
+        options["num_heads"] = (
+            known.get("num_heads") or heads_if_open or _heads_of_width(options["embed_dim"])
+        )
     problems = [
         f"{key}: {claim.who}: {plain(claim.options[key])}; the weights: {plain(options[key])}"
         for claim in claims

@@ -19,6 +19,7 @@ import numpy as np
 
 from convit_jax import extras
 from convit_jax.model.network import ConViT
+from convit_jax.model.normalise import of_channels
 from convit_jax.model.variants import describe
 from convit_jax.weights import adapt, hub, infer, torch_pickle
 from convit_jax.weights.infer import Claim
@@ -79,21 +80,23 @@ def read_weights(
     ema: bool | None = False,
     offline: bool = False,
     checkpoint: str = "best",
+    heads_if_open: int | None = None,
     **overrides: Any,
 ) -> Loaded:
     """Loads weights as `load` does, and what predictions need.
 
-    Takes the arguments of `load` and one more. Raises the errors of `load`.
+    Takes the arguments of `load` and two more. Raises the errors of `load`.
 
     Args:
       ema: as for `load`; or None, which takes what a run hands out: its averaged weights if it has
         any. Of a file, None takes the weights that are not averaged.
       checkpoint: the checkpoint of a run to read: "best", "newest" or a step, see
         `from_workdir.find`.
+      heads_if_open: number of heads of weights that do not determine it, see `infer.model_of`.
     """
     contents = _contents(source, ema=ema, offline=offline, checkpoint=checkpoint)
     try:
-        model = infer.model_of(contents.params, contents.stated, variant, overrides)
+        model = infer.model_of(contents.params, contents.stated, variant, overrides, heads_if_open)
         log.info("%s: %s", source, describe(model))
         wanted = model.clone(**overrides)
         params = adapt.fit_params(
@@ -108,6 +111,8 @@ def read_weights(
         raise ValueError(f"{source}: {error}") from None
     _say_what_is_not_finite(source, contents.params)
     loaded = Loaded(wanted, params, str(source), **contents.extras)
+    if wanted != model:
+        loaded = dataclasses.replace(loaded, metrics=None)  # they are another model's
     return _matched(loaded, same_head=wanted.num_classes == model.num_classes)
 
 
@@ -142,10 +147,11 @@ def _read_folder(path: pathlib.Path, *, ema: bool | None, checkpoint: str) -> Co
 
     workdir = Workdir(path)
     found = from_workdir.find(workdir, ema=ema, wanted=checkpoint)
-    which = {"step": found.step, "ema": found.ema, "chosen": found.chosen}
+    which: dict[str, Any] = {"step": found.step, "ema": found.ema, "chosen": found.chosen}
     if found.step is None:
         contents = _read_file(found.path, ema=False)
         return dataclasses.replace(contents, extras={**contents.extras, **which})
+    which["metrics"] = from_workdir.measured(found)
     stated, others = from_workdir.describe(workdir)
     return Contents(from_workdir.restore(found), stated, {**others, **which})
 
@@ -203,10 +209,5 @@ def _matched(loaded: Loaded, *, same_head: bool) -> Loaded:
             log.warning("%s: %d class names left out, because the model has %d classes",
                         loaded.source, len(names), loaded.model.num_classes)  # fmt: skip
         names = None
-    channels = loaded.model.in_channels
-    if len(mean) != channels:  # in the same way as `adapt.adapt_input_conv`
-        mean, std = (
-            (float(np.mean(v)),) if channels == 1 else tuple(v[i % len(v)] for i in range(channels))
-            for v in (mean, std)
-        )
-    return dataclasses.replace(loaded, class_names=names, mean=tuple(mean), std=tuple(std))
+    mean, std = (of_channels(values, loaded.model.in_channels) for values in (mean, std))
+    return dataclasses.replace(loaded, class_names=names, mean=mean, std=std)

@@ -25,6 +25,8 @@ class Loaded:
       step: step of the checkpoint; None if the weights are not from a checkpoint of a run.
       ema: whether the weights are averaged ones, of a run or of a training checkpoint.
       chosen: what the weights of a run are, such as "the best checkpoint by top-1"; else empty.
+      metrics: what the run measured of these weights on the images that it holds out, such as
+        {"images": 360, "top1": 0.99}; None if they were not evaluated, or adapted since.
     """
 
     model: ConViT
@@ -37,6 +39,23 @@ class Loaded:
     step: int | None = None
     ema: bool = False
     chosen: str = ""
+    metrics: Mapping[str, float] | None = None
+
+    @property
+    def preprocessing(self) -> dict[str, Any]:
+        """What is done to an image before the model sees it, as JSON types.
+
+        The shorter side is resized to floor(image_size / crop_pct), and the centre is cut out.
+        """
+        height, width, channels = self.model.image_shape
+        return {
+            "image_size": [height, width],
+            "channels": channels,
+            "interpolation": "bicubic",
+            "crop_pct": self.crop_pct,
+            "mean": list(self.mean),
+            "std": list(self.std),
+        }
 
 
 @dataclasses.dataclass(frozen=True)

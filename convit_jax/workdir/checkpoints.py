@@ -63,12 +63,22 @@ def best_step(folder: pathlib.Path, metric: str) -> int | None:
     """
     if newest_step(folder) is None:
         return None
-    value = functools.partial(_value, metric)
-    options = ocp.CheckpointManagerOptions(best_fn=value, read_only=True, save_interval_steps=0)
-    with _Manager(folder.resolve(), options=options) as manager:
-        evaluated = {step: manager.metrics(step) for step in manager.all_steps()}
-    values = {step: value(metrics) for step, metrics in evaluated.items() if metrics}
+    steps = (int(path.name) for path in folder.iterdir() if path.name.isdigit())
+    evaluated = {step: read_metrics(folder, step) for step in steps}
+    values = {step: _value(metric, metrics) for step, metrics in evaluated.items() if metrics}
     return max(values, key=lambda step: (values[step], step), default=None)
+
+
+def read_metrics(folder: pathlib.Path, step: int) -> dict[str, float] | None:
+    """Returns the metrics of a checkpoint; None if it has none or their file is broken.
+
+    A CheckpointManager would warn that the folder is only read.
+    """
+    try:
+        metrics = json.loads((folder / str(step) / _METRICS / _METRICS).read_bytes())
+    except (OSError, ValueError):
+        return None
+    return metrics if isinstance(metrics, dict) else None
 
 
 def _value(metric: str, metrics: dict[str, float]) -> float:

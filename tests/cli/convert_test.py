@@ -111,14 +111,16 @@ import jax.export
 import numpy as np
 with open(sys.argv[1], "rb") as file:
     call = jax.export.deserialize(bytearray(file.read())).call
-logits = call(np.load(sys.argv[2]))
+images = np.load(sys.argv[2])
+logits = call(images)
+np.testing.assert_allclose(call(images[1:]), logits[1:], rtol=1e-5, atol=1e-6)  # another size
 np.save(sys.argv[3], logits)
 print(json.dumps([m for m in sys.modules if m.split(".")[0] in ("convit_jax", "flax")]))
 """
 
 
 def test_inference_that_needs_only_jax(export, out, tmp_path):
-    convert(export, out / "model.stablehlo", "--batch", 2, "--image_size", "16x24")
+    convert(export, out / "model.stablehlo", "--image_size", "16x24")
     images = np.random.default_rng(0).standard_normal((2, 16, 24, 3), np.float32)
     np.save(tmp_path / "images.npy", images)
     paths = (out / "model.stablehlo", tmp_path / "images.npy", tmp_path / "logits.npy")
@@ -212,15 +214,34 @@ def test_every_kind_of_bad_file_is_named_and_leaves_nothing(export, out, tmp_pat
 def test_a_bad_destination_is_named_before_anything_is_read(out):
     nothing = out / "nothing.pth"
     for destination, rest, message in (
-        ("x.npz", (), "DST: expected one of .safetensors, .pth, .pt, .stablehlo, got"),
+        ("x.npz", (), "DST: expected one of .safetensors, .pth, .pt, .stablehlo, or hub:"),
         ("x.pth", ("--to", "flax"), "--to: expected torch for .pth, got flax"),
-        ("x.stablehlo", (), "--batch: expected with a DST of .stablehlo"),
         ("x.pth", ("--batch", 2), "--batch: expected with a DST of .stablehlo"),
+        ("x.pth", ("--uint8",), "--uint8: expected with a DST of .stablehlo"),
+        ("x.pth", ("--private",), "--private: expected with a DST of hub:ORGANISATION/NAME"),
         ("no/x.pth", (), "DST: no such folder"),
     ):
         assert message in failure(nothing, out / destination, *rest)
     (out / "x.pth").mkdir()
     assert "DST: is a folder" in failure(nothing, out / "x.pth")
+
+
+def test_flags_of_a_wrong_form_are_named_before_anything_is_read(out, capsys):
+    for flags, message in (
+        ("--image_size 16 24 32", "unrecognized arguments: 24 32; --image_size takes one size"),
+        ("--image_size 16,24,32", "expected a number of pixels such as 224, or HEIGHTxWIDTH"),
+        ("--image_size 24x", "expected a number of pixels such as 224, or HEIGHTxWIDTH"),
+        ("--image_size 0", "expected a number of pixels such as 224, or HEIGHTxWIDTH"),
+        ("--num_classes -1", "expected 0 or more, got -1"),
+        ("--in_channels 0", "argument --in_channels: expected 1 or more, got 0"),
+        ("--num_heads 0", "argument --num_heads: expected 1 or more, got 0"),
+        ("--batch 0", "argument --batch: expected 1 or more, got 0"),
+        ("--variant convit", "argument --variant: invalid choice: 'convit' (choose from"),
+    ):
+        with pytest.raises(SystemExit) as ended:
+            convert(out / "nothing.pth", out / "x.pth", *flags.split())
+        assert ended.value.code == 2
+        assert message in capsys.readouterr().err
 
 
 @pytest.mark.parametrize("suffix", ["safetensors", "pth", "stablehlo"])
@@ -237,9 +258,8 @@ def test_a_full_disk_leaves_what_was_there(export, out, suffix):
         "resource.setrlimit(resource.RLIMIT_FSIZE, (4096, 4096))\n"
         "convert.main(sys.argv[1:])\n"
     )
-    batch = ("--batch", "1") if suffix == "stablehlo" else ()
     done = subprocess.run(
-        [sys.executable, "-c", code, str(export), str(path), *batch],
+        [sys.executable, "-c", code, str(export), str(path)],
         cwd=ROOT, env=ENV, capture_output=True, text=True, timeout=1200,
     )  # fmt: skip
     assert done.returncode == 1

@@ -135,7 +135,7 @@ def test_part_of_the_data_for_the_same_number_of_images(imagenet, tmp_path):
 def test_what_does_not_fit_is_refused(imagenet, tmp_path):
     cases = [
         ({"model.num_classes": 8}, ValueError, "expected 1000 as in tfds:imagenet2012, got 8"),
-        ({"model.in_channels": 1}, ValueError, "model.in_channels: expected 3 as in tfds:imagenet"),
+        ({"model.in_channels": 2}, ValueError, "in_channels: expected 3 or 1 as in tfds:imagenet"),
         ({"train.batch_size": 64}, ValueError, "expected at most the 32 images of tfds:imagenet"),
         ({"data.dir": str(tmp_path / "no")}, FileNotFoundError, r"convit data prepare"),
         ({"data.source": f"folder:{tmp_path}"}, (ValueError, OSError), str(tmp_path)),

@@ -2,6 +2,7 @@
 
 import functools
 import re
+import types
 
 import jax
 import jax.numpy as jnp
@@ -213,6 +214,7 @@ def test_chunked_holds_no_map(backward):
 
 def test_which_one_is_chosen():
     assert choose_forms("auto", "auto", 196, backend="cpu") == ("xla", "contract")
+    assert choose_forms("auto", "auto", 16, backend="cpu") == ("xla", "blend")
     assert choose_forms("auto", "auto", 196, backend="tpu") == ("xla", "blend")
     assert choose_forms("auto", "auto", 196, backend="gpu") == ("xla", "blend")
     assert choose_forms("auto", "auto", 4096, backend="tpu") == ("chunked", "contract")
@@ -221,7 +223,27 @@ def test_which_one_is_chosen():
     assert choose_forms("cudnn", "auto", 196, backend="gpu") == ("cudnn", "contract")
 
 
-def test_cudnn_says_what_it_needs():
+@pytest.mark.parametrize("capability", ["9.0", "8.0", "7.5", "gfx942", None])
+def test_cudnn_is_chosen_where_its_kernel_runs(capability, monkeypatch):
+    device = types.SimpleNamespace(compute_capability=capability)
+    monkeypatch.setattr(jax, "local_devices", lambda: [device])
+
+    def chosen(dtype=jnp.bfloat16, attn_dropout=0.0, width=48, positional="auto", backend="gpu"):
+        return choose_forms(
+            "auto", positional, 196, attn_dropout, dtype=dtype, width=width, backend=backend
+        )
+
+    runs = capability in ("9.0", "8.0")
+    assert chosen() == (("cudnn", "contract") if runs else ("xla", "blend"))
+    assert chosen(jnp.float32) == ("xla", "blend")
+    assert chosen(width=136) == ("xla", "blend")
+    assert chosen(attn_dropout=0.1) == ("xla", "blend")
+    assert chosen(positional="blend") == ("xla", "blend")
+    assert chosen(backend="tpu") == ("xla", "blend")
+
+
+def test_cudnn_says_what_it_needs(monkeypatch):
+    monkeypatch.setattr(jax, "default_backend", lambda: "cpu")
     x = jnp.zeros((1, 4, 2, 8))
     with pytest.raises(ValueError, match="expected bfloat16 or float16, got float32"):
         sdpa.cudnn_attention(x, x, x, scale=1.0)
@@ -230,18 +252,38 @@ def test_cudnn_says_what_it_needs():
         sdpa.cudnn_attention(low, low, low, scale=1.0)
 
 
-def test_cudnn_pads_heads_to_what_the_kernel_takes(monkeypatch):
+@pytest.mark.skipif(jax.default_backend() != "gpu", reason="the kernel needs a GPU")
+@pytest.mark.parametrize("width", [48, 52])  # of a head; 52 is padded
+@pytest.mark.parametrize("tokens", [196, 197])
+def test_the_cudnn_kernel_equals_xla(tokens, width):
+    """bfloat16 has 8 bits of mantissa; the largest value is a few units."""
+    q, k, v, cotangent = jax.random.normal(
+        jax.random.key(0), (4, 2, tokens, 9, width), jnp.bfloat16
+    )
+
+    def value_and_grads(attention, *inputs):
+        out, back = jax.vjp(functools.partial(attention, scale=width**-0.5), *inputs)
+        return out, *back(cotangent.astype(out.dtype))
+
+    found = jax.jit(functools.partial(value_and_grads, sdpa.cudnn_attention))(q, k, v)
+    wide = (x.astype(jnp.float32) for x in (q, k, v))
+    for low, high in zip(found, value_and_grads(sdpa.xla_attention, *wide), strict=True):
+        np.testing.assert_allclose(np.float32(low), high, atol=0.02, rtol=0.02)
+
+
+@pytest.mark.parametrize("tokens", [6, 7])
+def test_cudnn_pads_heads_and_tokens_to_what_the_kernel_takes(tokens, monkeypatch):
     """The kernel itself needs a GPU, so XLA's attention replaces it here."""
     plain, seen = jax.nn.dot_product_attention, []
 
-    def kernel(q, k, v, *, scale, implementation):
+    def kernel(q, k, v, *, scale, key_value_seq_lengths, implementation):
         seen.append((q.shape, implementation))
-        return plain(q, k, v, scale=scale)
+        return plain(q, k, v, scale=scale, key_value_seq_lengths=key_value_seq_lengths)
 
     monkeypatch.setattr(jax, "default_backend", lambda: "gpu")
     monkeypatch.setattr(jax.nn, "dot_product_attention", kernel)
-    q, k, v = jax.random.normal(jax.random.key(0), (3, 2, 6, 2, 12), jnp.bfloat16)
+    q, k, v = jax.random.normal(jax.random.key(0), (3, 2, tokens, 2, 12), jnp.bfloat16)
     out = sdpa.cudnn_attention(q, k, v, scale=0.3)
-    assert seen == [((2, 6, 2, 16), "cudnn")]
+    assert seen == [((2, tokens + tokens % 2, 2, 16), "cudnn")]
     expected = sdpa.xla_attention(q, k, v, scale=0.3)
     np.testing.assert_allclose(np.float32(out), np.float32(expected), atol=0.02)

@@ -26,7 +26,9 @@ def old_run(tmp_path):
         Image.fromarray(np.zeros((8, 8, 3), np.uint8)).save(tmp_path / file)
     config = finetune.get_config()
     config.data.update(source=f"folder:{tmp_path / 'images'}", workers=0)
-    config.model.update(image_size=32, depth=2, embed_dim=32, local_up_to_layer=1)
+    config.model.update(
+        name="convit_base", image_size=32, depth=2, embed_dim=32, local_up_to_layer=1
+    )
     config.train.batch_size = 8
     config.init_from = ""
     saved = recipe.to_json(config) | {"format_version": 2}

@@ -9,7 +9,9 @@ import numpy as np
 import optax
 import pytest
 import reference
+import small_models
 
+from benchmarks import peer
 from convit_jax import ConViT, recipe, to_torch
 from convit_jax.parallel import sharding
 from convit_jax.train import optim
@@ -23,6 +25,11 @@ MODEL = ConViT(
 
 def test_schedule_has_the_recipes_end_points():
     schedule = optim.learning_rate(OPTIM, 1024, steps_per_epoch=10, total_steps=3000)
+    unscaled = OPTIM.copy_and_resolve_references()
+    unscaled.update(lr=1e-3, scale_lr=False)
+    steps = np.arange(0, 3000, 100)
+    same = optim.learning_rate(unscaled, 16, steps_per_epoch=10, total_steps=3000)(steps)
+    np.testing.assert_array_equal(same, schedule(steps))
     assert schedule(0) == pytest.approx(1e-6)
     assert schedule(25) == pytest.approx((1e-6 + 1e-3) / 2, rel=1e-5)  # middle of the warm-up
     peak = 1e-5 + (1e-3 - 1e-5) * (1 + np.cos(np.pi * 50 / 3000)) / 2
@@ -136,6 +143,49 @@ def test_updates_equal_torchs_adamw(clip_norm):
         adamw.step()
     for ours, tensor in zip(jax.tree.leaves(params), theirs, strict=True):
         np.testing.assert_allclose(ours, tensor.numpy(), atol=1e-6)
+
+
+def test_layers_have_timms_rates():
+    reference.import_timm()
+    from timm.optim import param_groups_layer_decay
+
+    convit = ConViT(image_size=16, patch_size=4, embed_dim=16, depth=5, local_up_to_layer=2)
+    for model in (convit, small_models.DEIT):
+        theirs = peer.like(model)
+        groups = param_groups_layer_decay(theirs, layer_decay=0.7)
+        scales = {id(p): group["lr_scale"] for group in groups for p in group["params"]}
+        params = small_models.random_params(model)
+        ours = jax.tree.map(
+            lambda scale, p: np.broadcast_to(scale, p.shape),
+            optim.layer_scales(params, 0.7),
+            params,
+        )
+        found = {name: set(np.unique(x)) for name, x in to_torch(ours).items()}
+        expected = {name: {np.float32(scales[id(p)])} for name, p in theirs.named_parameters()}
+        assert found.keys() == expected.keys()
+        for name, values in found.items():
+            np.testing.assert_allclose(list(values), list(expected[name]), rtol=1e-6, err_msg=name)
+        assert len(set(map(float, scales.values()))) == model.depth + 2
+
+    config = OPTIM.copy_and_resolve_references()
+    grads = jax.tree.map(np.ones_like, params)
+    updates = []
+    for config.layer_decay in (1.0, 0.7):
+        optimizer = optim.make_optimizer(config, optax.constant_schedule(0.1))
+        update = jax.jit(optimizer.update)
+        updates.append(jax.device_get(update(grads, jax.jit(optimizer.init)(params), params)[0]))
+    scaled = jax.tree.map(np.multiply, updates[0], optim.layer_scales(params, 0.7))
+    jax.tree.map(functools.partial(np.testing.assert_allclose, rtol=1e-6), updates[1], scaled)
+    # Without it, the state is optax's own, as in the checkpoints of earlier versions.
+    config.layer_decay = 1.0
+    plain, state = (
+        jax.eval_shape(optimizer.init, params)
+        for optimizer in (
+            optax.adamw(lambda step: 0.1, mask=optim.decay_mask),
+            optim.make_optimizer(config, lambda step: 0.1),
+        )
+    )
+    assert jax.tree.structure(state) == jax.tree.structure(plain)
 
 
 @pytest.mark.parametrize("version", ["ModelEmaV2", "ModelEmaV3"])

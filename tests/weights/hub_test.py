@@ -1,5 +1,6 @@
 """Weights by name: from a server like huggingface.co, and from the local cache."""
 
+import base64
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 import json
 import os
@@ -7,16 +8,21 @@ import subprocess
 import sys
 import threading
 
+from huggingface_hub import constants
 import numpy as np
 import pytest
+import reference
 from runs import ROOT
 from safetensors.numpy import save_file
 from small_models import MODEL, equal, random_params
 
 from benchmarks import input_pipeline
 from convit_jax import VARIANTS, create_model, to_torch
+from convit_jax.cli import convert
 from convit_jax.weights import adapt, hub
 from convit_jax.weights.load import read_weights
+from convit_jax.weights.loaded import Loaded
+from convit_jax.weights.safetensors import save_weights
 
 REVISION = "0123456789abcdef0123456789abcdef01234567"
 # Run in a process of its own that uses the test's server: prints a line for each name.
@@ -68,6 +74,41 @@ class Handler(BaseHTTPRequestHandler):
         if body:
             self.wfile.write(content)
 
+    def do_POST(self):
+        """Makes repositories and takes commits, as huggingface_hub asks for them."""
+        body = self.rfile.read(int(self.headers.get("Content-Length", 0)))
+        parts = self.path.partition("?")[0].strip("/").split("/")
+        token = self.headers.get("Authorization", "").removeprefix("Bearer ")
+        status = {"writer": 200, "reader": 403}.get(token, 401)
+        here, answer = f"http://127.0.0.1:{self.server.server_port}", {}
+        if status != 200:
+            answer = {"error": "no"}
+        elif parts[:3] == ["api", "repos", "create"]:
+            asked = json.loads(body)
+            name = f"{asked['organization']}/{asked['name']}"
+            (self.server.root / name).mkdir(parents=True, exist_ok=True)
+            self.server.visibility[name] = asked.get("visibility")
+            answer = {"url": f"{here}/{name}"}
+        elif parts[-2] == "preupload":
+            files = json.loads(body)["files"]
+            answer["files"] = [
+                {"path": f["path"], "uploadMode": "regular", "shouldIgnore": False} for f in files
+            ]
+        elif parts[-2] == "commit":
+            for line in map(json.loads, body.splitlines()):
+                if line["key"] == "file":
+                    content = base64.b64decode(line["value"]["content"])
+                    path = self.server.root.joinpath(*parts[2:4], line["value"]["path"])
+                    path.write_bytes(content)
+            url = f"{here}/{'/'.join(parts[2:4])}/commit/{REVISION}"
+            answer = {"commitUrl": url, "commitOid": REVISION}
+        content = json.dumps(answer).encode()  # the rest is validate-yaml, which wants nothing
+        self.send_response(status)
+        self.send_header("Content-Type", "application/json")
+        self.send_header("Content-Length", str(len(content)))
+        self.end_headers()
+        self.wfile.write(content)
+
     def log_message(self, *_):
         pass
 
@@ -75,7 +116,7 @@ class Handler(BaseHTTPRequestHandler):
 @pytest.fixture
 def server(tmp_path):
     server = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
-    server.root, server.requests = tmp_path / "server", []
+    server.root, server.requests, server.visibility = tmp_path / "server", [], {}
     server.root.mkdir()
     thread = threading.Thread(target=server.serve_forever)
     thread.start()
@@ -176,6 +217,76 @@ def test_online_offline_and_without_a_network(server, tmp_path):
     assert "and http://127.0.0.1:9 cannot be reached. Fetch it once" in answers[1][1]
 
 
+@pytest.fixture
+def mine(tmp_path):
+    """Weights to publish."""
+    loaded = Loaded(MODEL, random_params(), class_names=tuple("abcde"), mean=(0.5, 0.4, 0.3))
+    save_weights(tmp_path / "mine.safetensors", loaded)
+    return tmp_path / "mine.safetensors"
+
+
+def test_publishing_and_what_stands_in_its_way(server, mine, tmp_path, monkeypatch, capsys):
+    def publish(token, name="mine/new", endpoint=f"http://127.0.0.1:{server.server_port}"):
+        """Returns the message with which the command ends; None if it succeeds."""
+        monkeypatch.setenv("HF_TOKEN", token)
+        monkeypatch.setenv("HF_ENDPOINT", endpoint)
+        template = f"{endpoint}/{{repo_id}}/resolve/{{revision}}/{{filename}}"
+        monkeypatch.setattr(constants, "ENDPOINT", endpoint)  # the library read $HF_ENDPOINT before
+        monkeypatch.setattr(constants, "HUGGINGFACE_CO_URL_TEMPLATE", template)
+        try:
+            convert.main([str(mine), f"hub:{name}", "--private"])
+        except SystemExit as error:
+            return str(error)
+        return None
+
+    monkeypatch.setattr(constants, "HF_TOKEN_PATH", str(tmp_path / "no_token"))
+    assert "no token: set $HF_TOKEN to one that may write, or run `hf auth login`" in publish("")
+    assert "mine/new: http://127.0.0.1" in publish("wrong")
+    assert "does not know the token (401)" in publish("wrong")
+    assert "does not let this token write there (403): it needs write access" in publish("reader")
+    assert "DST: expected hub:ORGANISATION/NAME, got hub:nothing" in publish("writer", "nothing")
+    nowhere = publish("writer", endpoint="http://127.0.0.1:9")
+    assert nowhere.startswith("error: mine/new: http://127.0.0.1:9: ")
+    assert server.visibility == {}
+
+    assert publish("writer") is None
+    assert server.visibility == {"mine/new": "private"}
+    folder = server.root / "mine" / "new"
+    written = sorted(file.name for file in folder.iterdir())
+    assert written == ["README.md", "config.json", "model.safetensors"]
+    # A second time the model card stays, which its owner may have edited.
+    (folder / "README.md").write_text("edited")
+    (folder / "config.json").unlink()
+    assert publish("writer") is None
+    assert (folder / "README.md").read_text() == "edited"
+    assert "its model card stays as it was" in capsys.readouterr().err
+    again = read_weights(folder)
+    equal(again.params, random_params())
+    assert (again.class_names, again.mean) == (tuple("abcde"), (0.5, 0.4, 0.3))
+
+
+# Publishes sys.argv[2] as sys.argv[3], and prints the logits of timm's model of that name.
+PUSH = """
+import json, sys
+from convit_jax.cli import convert
+convert.main([sys.argv[2], f"hub:{sys.argv[3]}"])
+from benchmarks import peer
+timm, torch = peer.import_timm()
+model = timm.create_model(f"hf-hub:{sys.argv[3]}", pretrained=True).eval()
+with torch.inference_mode():
+    print(json.dumps(model(torch.ones(1, 3, 16, 16)).tolist()))
+"""
+
+
+@pytest.mark.slow
+def test_timm_reads_what_was_published_by_its_name(server, mine, tmp_path):
+    reference.import_timm()
+    name, token = "mine/new", {"HF_TOKEN": "writer"}
+    (logits,) = ask(server, tmp_path / "cache", str(mine), name, script=PUSH, **token)
+    here = MODEL.apply({"params": random_params()}, np.ones((1, 16, 16, 3), np.float32))
+    np.testing.assert_allclose(here, logits, atol=2e-5 * np.abs(logits).max())
+
+
 def test_a_repository_that_was_copied_into_a_folder(tmp_path, caplog):
     model = create_model("convit_tiny", num_classes=7, image_size=32)
     config = {**CONFIG, "pretrained_cfg": {**CONFIG["pretrained_cfg"], "interpolation": "bilinear"}}
@@ -222,7 +333,7 @@ def test_the_lines_of_the_page_on_weights(server, tmp_path):
     (tmp_path / "photo.jpg").write_bytes(input_pipeline.photos()[0])
     page = (ROOT / "docs" / "weights.md").read_text()
     lines = page.partition("to a class:\n\n```python\n")[2].partition("```")[0]
-    assert len([line for line in lines.splitlines() if line]) == 8
+    assert len([line for line in lines.splitlines() if line]) == 7
     done = ask(server, tmp_path / "cache", script=lines, cwd=tmp_path)
     assert len(done) == 1
     assert 0 <= done[0] < 1000
@@ -233,6 +344,8 @@ def test_names():
     assert released == {f"{kind}_{size}" for kind in ("convit", "deit")
                         for size in ("tiny", "small", "base")}  # fmt: skip
     assert hub.repository_name("hf_hub:a/b@v1.0") == "a/b@v1.0"
+    assert hub.repository_name("hub:a/b") == hub.destination("hub:a/b") == "a/b"
+    assert hub.destination("runs/mine.pth") is None
     for path in ("a", "a/b/c", "/a/b", "./a", "../a", "a/b c"):
         assert hub.repository_name(path) is None
 

@@ -229,19 +229,28 @@ def test_a_workdir(tmp_path, log):
             }
             metrics = metrics and dict(zip(("top1", "ema_top1"), metrics, strict=True))
             checkpoints.save(step, state, dict, metrics=metrics)
+    log.clear()
     loaded = read_weights(run)
+    assert [r.getMessage() for r in log.records if r.levelno >= logging.WARNING] == []  # Orbax's
     assert "weights of step 1, the best checkpoint by top-1" in log.text
     equal(loaded.params, random_params(made, seed=1))
     assert loaded.class_names == tuple("0123456789")
     assert (loaded.mean, loaded.std, loaded.crop_pct) == (config.data.mean, config.data.std, 1.0)
+    assert loaded.metrics == {"top1": 0.3}
     assert loaded.model == made.clone(drop_path=config.model.drop_path)
+    assert read_weights(run, num_classes=3).metrics is None  # those of another head
+    for dtype in (jnp.float32, jnp.bfloat16):  # features are float32 in any case
+        model, variables = convit_jax.load(run, num_classes=0, dtype=dtype)
+        images = jax.ShapeDtypeStruct((2, 8, 8, 1), dtype)
+        found = jax.eval_shape(model.apply, variables, images)
+        assert (found.shape, found.dtype) == ((2, 16), jnp.float32)
     assert "the run has averaged weights too; not used" in log.text
     assert (loaded.step, loaded.ema, loaded.chosen) == (1, False, "the best checkpoint by top-1")
     for ema in (True, None):  # None is what the run hands out
         log.clear()
         averaged = read_weights(run, ema=ema)
         equal(averaged.params, random_params(made, seed=12))
-        assert (averaged.step, averaged.ema) == (2, True)
+        assert (averaged.step, averaged.ema, averaged.metrics) == (2, True, {"top1": 0.8})
         assert (
             "averaged weights of step 2, the best checkpoint by top-1 of the averaged weights\n"
             in log.text

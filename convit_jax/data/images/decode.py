@@ -50,6 +50,13 @@ def _decode_jpeg(data: bytes) -> np.ndarray | None:
         return None
 
 
+def to_grey(pixels: np.ndarray) -> np.ndarray:
+    """Returns the pixels of Pillow's convert("L"): (height, width, 3) -> (height, width, 1)."""
+    from PIL import Image
+
+    return np.asarray(Image.fromarray(pixels).convert("L"))[..., None]
+
+
 def is_plain_png(data: bytes) -> bool:
     """Returns whether the bytes are a PNG of 8-bit grey or RGB pixels, and nothing else.
 
@@ -75,7 +82,9 @@ def _decode_png(data: bytes) -> np.ndarray | None:
     return None if pixels is None else cv2.cvtColor(pixels, cv2.COLOR_BGR2RGB)
 
 
-def open_image(image: bytes | np.ndarray, reading: Reading = AS_TIMM) -> tuple[int, int, Read]:
+def open_image(
+    image: bytes | np.ndarray, grey: bool = False, reading: Reading = AS_TIMM
+) -> tuple[int, int, Read]:
     """Returns the height and width of an image and a function that decodes its upper rows.
 
     A baseline JPEG file of one scan is decoded only as far down as asked; damage further down is
@@ -83,6 +92,7 @@ def open_image(image: bytes | np.ndarray, reading: Reading = AS_TIMM) -> tuple[i
 
     Args:
       image: an encoded image, or pixels (height, width, 1 or 3) uint8.
+      grey: whether an encoded image becomes grey, with one channel.
       reading: how an encoded image is read.
 
     Raises:
@@ -94,17 +104,16 @@ def open_image(image: bytes | np.ndarray, reading: Reading = AS_TIMM) -> tuple[i
         if image.dtype != np.uint8 or image.ndim != 3 or image.shape[2] not in (1, 3):
             got = f"{image.dtype} of shape {image.shape}"
             raise ValueError(f"image: expected uint8 (height, width, 1 or 3), got {got}")
-        pixels = image
-    elif not isinstance(image, bytes):
+        return *image.shape[:2], lambda rows: image
+    if not isinstance(image, bytes):
         raise ValueError(f"image: expected bytes or an array, got {type(image).__name__}")
-    elif (place := _height_in_header(image)) is not None and (
-        not reading.exif or orientation(image) == 1
-    ):
+    finish = to_grey if grey else lambda pixels: pixels
+    place = _height_in_header(image)
+    if place is not None and (not reading.exif or orientation(image) == 1):
         height, width = (int.from_bytes(image[i : i + 2]) for i in (place, place + 2))
         check_size(width, height)
-        return height, width, lambda rows: _decode_rows(image, place, height, rows)
-    else:
-        pixels = decode(image, reading)
+        return height, width, lambda rows: finish(_decode_rows(image, place, height, rows))
+    pixels = finish(decode(image, reading))
     return *pixels.shape[:2], lambda rows: pixels
 
 

@@ -58,14 +58,18 @@ def read(data: bytes, reading: Reading) -> np.ndarray:
       ImageError: if a package is missing that reads this format.
     """
     try:
-        picture = _open(data)
-        pixels = _rgb(picture, reading)
-        return turned(pixels, _orientation(picture)) if reading.exif else pixels
+        return pixels_of(_open(data), reading)
     except (MemoryError, ImageError):
         raise  # the machine's fault, or said already
     except Exception as error:  # Pillow's decoders raise a dozen kinds of errors
         what = f"{len(data)} bytes that start with {bytes(data[:4])!r}"
         raise CorruptImageError(f"not a readable image ({what}): {error}") from error
+
+
+def pixels_of(picture: "Image.Image", reading: Reading) -> np.ndarray:
+    """Returns the pixels of an opened picture: (height, width, 3) uint8."""
+    pixels = _rgb(picture, reading)
+    return turned(pixels, _orientation(picture)) if reading.exif else pixels
 
 
 def check_size(width: int, height: int) -> None:

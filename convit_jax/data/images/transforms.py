@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from convit_jax.data.images import randaugment
-from convit_jax.data.images.decode import open_image
+from convit_jax.data.images.decode import open_image, to_grey
 from convit_jax.data.images.opencv import opencv
 from convit_jax.data.images.pad_crop import NUMBERS, pad_and_crop, pad_crop_flip
 from convit_jax.data.images.random_numbers import Given, Uniform
@@ -69,9 +69,9 @@ class TrainTransform:
 
     A call takes (image, rng). The image is the bytes of a file or (height, width, 1 or 3) uint8.
     The generator `rng` is the only source of randomness. The call returns (*size, channels) uint8,
-    with as many channels as the array has, or 3 for the bytes of a file. It raises ValueError if
-    the image cannot be read, if crop "pad" needs another size, or if the image has one channel and
-    its colours are to be changed.
+    with as many channels as the array has, or 3 for the bytes of a file (1 with `grey`). It raises
+    ValueError if the image cannot be read, or if crop "pad" needs another size. The colours of an
+    image of one channel are changed as those of its RGB copy, which becomes grey again.
 
     Attributes:
       size: size of the output in pixels, the side of a square or (height, width).
@@ -87,6 +87,7 @@ class TrainTransform:
       pad_crop: width of the borders in pixels, with crop "pad".
       backend: "fast" or "exact".
       crop_pct: argument of `EvalTransform`, with crop "none".
+      grey: whether files are decoded to one channel.
       reading: how the bytes of a file are read; by default as timm reads them.
     """
 
@@ -102,6 +103,7 @@ class TrainTransform:
     pad_crop: int = 0
     backend: str = "fast"
     crop_pct: float = 0.875
+    grey: bool = False
     reading: Reading = AS_TIMM
 
     def __post_init__(self) -> None:
@@ -119,17 +121,16 @@ class TrainTransform:
         _check("randaugment_magnitude", magnitude, "0 to 10", 0 <= magnitude <= 10)
 
     def __call__(self, image: bytes | np.ndarray, rng: np.random.Generator | Given) -> np.ndarray:
-        height, width, read = open_image(image, self.reading)
+        height, width, read = open_image(image, self.grey, self.reading)
         if self.crop == "random_resized":
             top, left, h, w = random_box(height, width, rng, self.scale, self.ratio)
             pixels = read(top + h)[top : top + h, left : left + w]
         elif self.crop == "pad":
             pixels = pad_and_crop(self._of_size(read(height)), rng, self.pad_crop)
         else:
-            pixels = EvalTransform(self.size, self.crop_pct, self.reading)(image)
+            pixels = EvalTransform(self.size, self.crop_pct, self.grey, self.reading)(image)
         flip = rng.random() < self.flip
         ops = self._draw_ops(rng)
-        self._check_channels(pixels)
         finish = _finish_fast if self.backend == "fast" else _finish_exact
         return finish(pixels, pair(self.size), flip, ops)
 
@@ -146,10 +147,8 @@ class TrainTransform:
 
     def pixels(self, image: bytes | np.ndarray) -> np.ndarray:
         """Decodes an image for `of_chunk`; raises ValueError as a call does."""
-        height, _, read = open_image(image, self.reading)
-        pixels = self._of_size(read(height))
-        self._check_channels(pixels)
-        return pixels
+        height, _, read = open_image(image, self.grey, self.reading)
+        return self._of_size(read(height))
 
     def of_chunk(self, images: np.ndarray, numbers: np.ndarray) -> np.ndarray:
         """Transforms many images at once, with crop "pad"; faster than a call for each.
@@ -166,13 +165,6 @@ class TrainTransform:
                 if ops := self._draw_ops(Given(row)):
                     image[...] = finish(image, pair(self.size), False, ops)
         return out
-
-    def _check_channels(self, pixels: np.ndarray) -> None:
-        if pixels.shape[2] != 3 and (self.randaugment_ops or self.color_jitter):
-            raise ValueError(
-                "RandAugment and colour jitter: expected 3 channels, got an image of "
-                f"{pixels.shape[2]}; set randaugment_ops and color_jitter to 0"
-            )
 
     def _draw_ops(self, rng: np.random.Generator | Given) -> list[randaugment.Op]:
         if self.randaugment_ops:
@@ -204,11 +196,13 @@ class EvalTransform:
     Attributes:
       size: size of the output in pixels, the side of a square or (height, width).
       crop_pct: side of the output over the side of the resized image.
+      grey: whether files are decoded to one channel.
       reading: how the bytes of a file are read; by default as timm reads them.
     """
 
     size: int | tuple[int, int]
     crop_pct: float = 0.875
+    grey: bool = False
     reading: Reading = AS_TIMM
 
     def __post_init__(self) -> None:
@@ -216,7 +210,7 @@ class EvalTransform:
         _check_crop_pct(self.crop_pct)
 
     def __call__(self, image: bytes | np.ndarray) -> np.ndarray:
-        height, width, read = open_image(image, self.reading)
+        height, width, read = open_image(image, self.grey, self.reading)
         h, w = pair(self.size)
         resized_h, resized_w = self._resized(height, width)
         if (height, width) == (resized_h, resized_w) == (h, w):
@@ -250,9 +244,12 @@ def _finish_fast(
     if flip:
         pixels = opencv().flip(pixels, 1)
     pixels = np.ascontiguousarray(pixels).reshape(shape)  # OpenCV drops a single channel
+    if not ops:
+        return pixels
+    changed = np.repeat(pixels, 3, axis=2) if shape[2] == 1 else pixels
     for op in ops:
-        pixels = randaugment.apply_fast(pixels, op)
-    return pixels
+        changed = randaugment.apply_fast(changed, op)
+    return to_grey(changed) if shape[2] == 1 else changed
 
 
 def _finish_exact(
@@ -266,9 +263,12 @@ def _finish_exact(
         picture = picture.resize(size[::-1], Image.Resampling.BICUBIC)
     if flip:
         picture = picture.transpose(Image.Transpose.FLIP_LEFT_RIGHT)
+    if not ops:
+        return _to_array(picture)
+    changed = picture.convert("RGB") if picture.mode == "L" else picture
     for op in ops:
-        picture = randaugment.apply_exact(picture, op)
-    return _to_array(picture)
+        changed = randaugment.apply_exact(changed, op)
+    return _to_array(changed.convert(picture.mode))
 
 
 def _resize_fast(pixels: np.ndarray, size: tuple[int, int]) -> np.ndarray:

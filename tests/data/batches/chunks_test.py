@@ -220,13 +220,9 @@ def test_evaluation_leaves_corrupt_images_out(count):
 
 
 def test_a_mistake_in_the_configuration_is_never_skipped():
-    """Images of another size, and one channel with RandAugment."""
-    for size, options, message in (
-        (4, {"color_jitter": 0.0, "randaugment_ops": 0}, "crop 'pad': expected images of"),
-        (2, {}, "expected 3 channels"),
-    ):
-        transform = TrainTransform(size, crop="pad", pad_crop=1, **options)
-        mistaken = TrainChunks(numbered(), transform, Share(30), seed=0, skip_corrupt=True)
-        with pytest.raises(ImageError, match=rf"image \d+: .*{message}") as caught:
-            mistaken[0]
-        assert not isinstance(caught.value, CorruptImageError)
+    """Images of another size."""
+    transform = TrainTransform(4, crop="pad", pad_crop=1)
+    mistaken = TrainChunks(numbered(), transform, Share(30), seed=0, skip_corrupt=True)
+    with pytest.raises(ImageError, match=r"image \d+: .*crop 'pad': expected images of") as caught:
+        mistaken[0]
+    assert not isinstance(caught.value, CorruptImageError)

@@ -117,13 +117,13 @@ def test_orientations_are_those_of_pillow_or_ignored(kind):
         data = encode(Image.fromarray(RGB).convert(mode), kind, exif=exif(number))
         expected = ImageOps.exif_transpose(opened(data)).convert("RGB")
         np.testing.assert_array_equal(decode(data, AS_SHOWN), expected)
-        height, width, rows = open_image(data, AS_SHOWN)
+        height, width, rows = open_image(data, reading=AS_SHOWN)
         assert (height, width) == expected.size[::-1]
         np.testing.assert_array_equal(rows(3)[:3], np.asarray(expected)[:3])
         plain = np.asarray(opened(data).convert("RGB"))  # Pillow itself turns TIFF
         np.testing.assert_array_equal(decode(data), plain)
         np.testing.assert_array_equal(open_image(data)[2](3)[:3], plain[:3])
-        turned = EvalTransform(8, 1.0, AS_SHOWN)(data)
+        turned = EvalTransform(8, 1.0, reading=AS_SHOWN)(data)
         upright = EvalTransform(8, 1.0)(np.asarray(expected))
         np.testing.assert_array_equal(turned, upright)
 

@@ -373,9 +373,24 @@ def test_images_that_do_not_suit_the_options_are_refused():
         ValueError, match=r"'pad': expected images of \(8, 8\) pixels, got \(9, 8\)"
     ):
         TrainTransform(8, crop="pad")(np.zeros((9, 8, 3), np.uint8), rng)
-    for options in ({}, {"randaugment_ops": 0}):
-        with pytest.raises(ValueError, match="expected 3 channels, got an image of 1"):
-            TrainTransform(8, crop="pad", **options)(np.zeros((8, 8, 1), np.uint8), rng)
+
+
+def test_one_channel_is_augmented_as_its_rgb_copy():
+    data = encode(photo("china", 48, 64), "PNG")
+    grey = np.asarray(Image.open(io.BytesIO(data)).convert("L"))[..., None]
+    copy = np.repeat(grey, 3, axis=2)
+    for backend in ("fast", "exact"):
+        for seed in range(8):
+            transform = TrainTransform(32, backend=backend, grey=True)
+            ours, same, rgb = (
+                transform(x, np.random.default_rng(seed)) for x in (data, grey, copy)
+            )
+            np.testing.assert_array_equal(ours, same)
+            assert ours.shape == (32, 32, 1)
+            expected = np.asarray(Image.fromarray(rgb).convert("L"))
+            np.testing.assert_array_equal(ours[..., 0], expected)
+    evaluated = transforms.EvalTransform(32, grey=True)(data)
+    np.testing.assert_array_equal(evaluated, transforms.EvalTransform(32)(grey))
 
 
 @pytest.mark.parametrize(
