@@ -29,7 +29,7 @@ from convit_jax.model.variants import VARIANTS, options_of_kind
 
 # Version of saved configurations. It grows when the form or meaning of a key changes, not when a
 # key with a default is added. `from_json` reads every earlier version.
-FORMAT_VERSION = 3
+FORMAT_VERSION = 4
 
 
 @dataclasses.dataclass(frozen=True)
@@ -184,6 +184,19 @@ KEYS: dict[str, Key] = {
         "whether training takes other images in place of corrupt ones, and evaluation leaves "
         "corrupt ones out",
         may_change=True,
+    ),
+    "data.exif": Key(
+        None,
+        "whether images are turned upright, as their EXIF orientation says; None means yes for "
+        "class folders, and no, as timm does, for tfds data sets and folders of ImageNet's classes",
+        bool,
+    ),
+    "data.alpha": Key(
+        None,
+        "transparent pixels: white puts the image over white, drop shows the colours stored under "
+        "them, as timm does; None means white where data.exif=None means yes, else drop",
+        str,
+        choices=("white", "drop"),
     ),
     "data.workers": Key(
         None, "processes that make batches; None means one per CPU that it may use, 0 for digits",
@@ -415,6 +428,8 @@ def from_json(saved: Mapping[str, Any], where: str) -> ml_collections.ConfigDict
             _set(config, name, tuple(value) if isinstance(value, list) else value)
         if version < 3:  # earlier versions knew no other rule
             config.data.held_out = "spread"
+        if version < 4:  # earlier versions read images by Pillow's convert("RGB")
+            config.data.exif, config.data.alpha = False, "drop"
         size = config.model.image_size
         if version < 2 and isinstance(size, tuple):  # a tuple in version 1
             config.model.image_size = size[0] if size[0] == size[-1] else image_size.text(size)
@@ -445,6 +460,24 @@ def keep_division(saved: ml_collections.ConfigDict, config: ml_collections.Confi
     return [f"data.held_out: {rule!r}, as the run has it, not {asked!r}: its splits stay the same"]
 
 
+def keep_reading(saved: ml_collections.ConfigDict, config: ml_collections.ConfigDict) -> list[str]:
+    """Gives a configuration the run's way to read images where it leaves that open.
+
+    Args:
+      saved: configuration of the run.
+      config: configuration of the present start; data.exif and data.alpha are changed if None.
+
+    Returns:
+      A text about each change.
+    """
+    texts = []
+    for key in ("exif", "alpha"):
+        if config.data[key] is None and saved.data[key] is not None:
+            config.data[key] = saved.data[key]
+            texts.append(f"data.{key}: {saved.data[key]!r}, as the run has it")
+    return texts
+
+
 def changes_since(saved: Mapping[str, Any], config: ml_collections.ConfigDict) -> list[str]:
     """Describes what this version computes otherwise than the version that saved a run.
 
@@ -463,6 +496,11 @@ def changes_since(saved: Mapping[str, Any], config: ml_collections.ConfigDict) -
         changes.append(
             "augment.crop=pad: the random numbers of crops, flips and colours are others now; "
             "their distribution is the same"
+        )
+    if version < 4 and config.data.source.startswith("folder:"):
+        changes.append(
+            "grey images of more than 8 bits, if there are any: they were white where they were "
+            "above 255 of 65,535; now they are scaled"
         )
     return changes
 

@@ -157,6 +157,11 @@ def test_names_size_and_channels_are_the_weights(tmp_path, photos, capsys):
     pixels = predictor.pixels(PHOTOS[0].read_bytes())
     grey = np.asarray(Image.open(PHOTOS[0]).convert("L"))[..., None]
     np.testing.assert_array_equal(pixels, transforms.EvalTransform((32, 48))(grey))
+    orientation = Image.Exif()
+    orientation[0x0112] = 3  # upside down
+    Image.fromarray(grey[::-1, ::-1, 0]).save(tmp_path / "turned.png", exif=orientation)
+    turned = predictor.pixels((tmp_path / "turned.png").read_bytes())
+    np.testing.assert_array_equal(turned, pixels)
     with pytest.raises(ValueError, match="needs one vector of logits an image"):
         predict.Predictor(read_weights(path, num_classes=0), 1)
 

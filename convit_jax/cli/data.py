@@ -17,6 +17,7 @@ from convit_jax.cli import options
 from convit_jax.data.batches.chunks import Batch, EvalChunks, Share, TrainChunks, Transform
 from convit_jax.data.batches.workers import iterate, num_workers
 from convit_jax.data.corrupt import MEND, CorruptImageError
+from convit_jax.data.fit import settle_reading
 from convit_jax.data.open import SPLITS
 from convit_jax.data.pictures import contact_sheet
 from convit_jax.data.source import Source, Subset, check_images, describe
@@ -88,8 +89,9 @@ def _check(config: ml_collections.ConfigDict, pictures: pathlib.Path | None) -> 
         raise FileNotFoundError(f"--pictures: no such folder: {pictures.absolute().parent}")
     init_from.settle_new_model(config)
     model = setup.make_model(config)
-    train_transform, eval_transform = setup.make_transforms(config, model)
     sources = {split: setup.open_split(config, split, None) for split in SPLITS}
+    settle_reading(config, sources["train"])
+    train_transform, eval_transform = setup.make_transforms(config, model)
     for split, source in sources.items():
         print(f"{split}: {describe(source)}")
         print(f"  classes {_listed(source.class_names)}")

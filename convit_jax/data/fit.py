@@ -1,10 +1,12 @@
-"""Checks that a data set and a model fit each other."""
+"""Checks that a data set and a model fit each other, and settles how the images are read."""
 
 import logging
 
 import ml_collections
 
 from convit_jax import recipe
+from convit_jax.data import class_names
+from convit_jax.data.images.reading import AS_TIMM, Reading
 from convit_jax.data.source import Source, first_example
 from convit_jax.model.network import ConViT
 from convit_jax.model.normalise import of_channels
@@ -28,6 +30,31 @@ def fit_normalisation(config: ml_collections.ConfigDict, channels: int) -> None:
             config.data[key] = of_channels(config.data[key], 1)
             log.info("data.%s=%s: the recipe's for RGB, averaged for one channel",
                      key, config.data[key])  # fmt: skip
+
+
+def settle_reading(config: ml_collections.ConfigDict, source: Source) -> None:
+    """Sets data.exif and data.alpha where the configuration leaves them open.
+
+    Images of class folders are then read as viewers show them. Those of tfds data sets, and of
+    folders with ImageNet's classes, are read as timm reads them, so that results can be compared.
+
+    Args:
+      config: the configuration, see `convit_jax.recipe`; changed.
+      source: the images of a split.
+    """
+    imagenet = {*source.class_names} <= class_names.imagenet().keys()
+    folder = config.data.source.startswith("folder:")
+    shown = folder and not imagenet
+    for key, value in (("exif", shown), ("alpha", "white" if shown else "drop")):
+        if config.data[key] is None:
+            config.data[key] = value
+            if folder:
+                log.info("data.%s: %r, as %s", key, value, "viewers do" if shown else "timm does")
+
+
+def reading(config: ml_collections.ConfigDict) -> Reading:
+    """Returns how images are read; what is not settled is read as timm reads it."""
+    return Reading(bool(config.data.exif), config.data.alpha or AS_TIMM.alpha)
 
 
 def check_fit(

@@ -14,7 +14,7 @@ from typing import Any, Protocol
 
 import numpy as np
 
-from convit_jax.data.corrupt import CorruptImageError
+from convit_jax.data.corrupt import CorruptImageError, ImageError
 from convit_jax.data.images.decode import decode
 
 Example = dict[str, Any]
@@ -97,6 +97,7 @@ def check_images(source: Source, count: int = 32) -> tuple[float, list[str]]:
 
     Raises:
       ValueError: if an array in memory is not an image.
+      ImageError: if a package is missing that reads an image.
     """
     start, damage = time.perf_counter(), []
     indices = np.unique(np.linspace(0, len(source) - 1, count).astype(int))
@@ -118,6 +119,8 @@ def check_images(source: Source, count: int = 32) -> tuple[float, list[str]]:
             decode(image)
         except CorruptImageError as error:
             damage.append(f"{example['name']}: {error}")
+        except ImageError as error:
+            raise ImageError(f"{example['name']}: {error}") from None
     return len(indices) / (time.perf_counter() - start), damage
 
 

@@ -8,6 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from convit_jax.data.images.decode import to_grey
+from convit_jax.data.images.reading import AS_SHOWN, pixels_of
 from convit_jax.data.images.transforms import EvalTransform
 from convit_jax.model.normalise import normalise
 from convit_jax.weights.loaded import Loaded
@@ -40,7 +41,9 @@ class Preprocess:
                 f"{loaded.source}: expected 1 or 3 input channels, got {model.in_channels}"
             )
         self._grey = model.in_channels == 1
-        self._transform = EvalTransform(model.image_shape[:2], loaded.crop_pct, self._grey)
+        self._transform = EvalTransform(
+            model.image_shape[:2], loaded.crop_pct, self._grey, AS_SHOWN
+        )
         self._mean, self._std = loaded.mean, loaded.std
 
     def __call__(self, *pictures: "Picture") -> np.ndarray:
@@ -65,7 +68,7 @@ class Preprocess:
         if isinstance(picture, (str, os.PathLike)):
             picture = pathlib.Path(picture).read_bytes()
         if not isinstance(picture, (bytes, np.ndarray)):
-            picture = np.asarray(picture.convert("RGB"))
+            picture = pixels_of(picture, AS_SHOWN)
         if isinstance(picture, np.ndarray):
             one_channel = picture.ndim == 3 and picture.shape[2] == 1
             if self._grey and not one_channel:

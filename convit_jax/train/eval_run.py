@@ -16,6 +16,7 @@ import tqdm
 
 from convit_jax.data.batches.chunks import Batch, EvalChunks
 from convit_jax.data.batches.workers import iterate
+from convit_jax.data.fit import reading
 from convit_jax.data.images import transforms
 from convit_jax.data.source import describe
 from convit_jax.model.network import ConViT
@@ -92,7 +93,7 @@ def _evaluate(
     compiled = step.lower(params, batch).compile()
     log.info("%d x %d: compiled in %.1f s", *size, time.perf_counter() - start)
     transform = transforms.EvalTransform(
-        size, config.augment.eval_crop, grey=model.in_channels == 1
+        size, config.augment.eval_crop, model.in_channels == 1, reading(config)
     )
     chunks = EvalChunks(prepared.source, transform, prepared.share, config.data.skip_corrupt)
     start = time.perf_counter()

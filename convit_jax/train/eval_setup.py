@@ -16,7 +16,7 @@ from convit_jax.data import class_mapping
 from convit_jax.data.batches.chunks import Share
 from convit_jax.data.batches.workers import num_workers
 from convit_jax.data.class_mapping import ClassMapping
-from convit_jax.data.fit import check_fit, fit_normalisation
+from convit_jax.data.fit import check_fit, fit_normalisation, settle_reading
 from convit_jax.data.identity import Identity
 from convit_jax.data.source import Source
 from convit_jax.model import image_size
@@ -110,6 +110,7 @@ def prepare(
     init_from.complete(config, loaded)
     fit_normalisation(config, loaded.model.in_channels)
     source = processes.on_all(lambda: setup.open_split(config, "test", workdir, whole=not of_run))
+    settle_reading(config, source)
     data = {"test": Identity.of(source)}
     same_run.check_processes(config, data)
     if workdir is not None and of_run:

@@ -37,14 +37,15 @@ def config_of_run(workdir: Workdir) -> ml_collections.ConfigDict | None:
 def keep_division(
     found: ml_collections.ConfigDict | None, config: ml_collections.ConfigDict
 ) -> None:
-    """Gives a configuration the rule by which a run holds out images.
+    """Gives a configuration the rules by which a run holds out images and reads them.
 
     Args:
       found: configuration of the run; None if there is no run.
       config: configuration of the present start; changed.
     """
-    for text in recipe.keep_division(found, config) if found is not None else ():
-        log.info("%s", text)
+    if found is not None:
+        for text in recipe.keep_division(found, config) + recipe.keep_reading(found, config):
+            log.info("%s", text)
 
 
 def check_config(

@@ -129,10 +129,11 @@ def prepare(config: ml_collections.ConfigDict, workdir: Workdir, profile: bool =
     model = make_model(config)
     model.check_classifies("training")
     fit.fit_normalisation(config, model.in_channels)
-    train_transform, eval_transform = make_transforms(config, model)
+    make_transforms(config, model)  # raises its errors now
     changed, sources, data = processes.on_all(lambda: _open_data(config, workdir, model, mesh))
     same_run.check_processes(config, data)
     train_source, test_source = sources
+    train_transform, eval_transform = make_transforms(config, model)  # the data settled the rest
     model = make_model(config, train_source.num_classes)
     draws = draws_per_epoch(len(train_source), config.data.repeats)
     steps_per_epoch = draws / config.train.batch_size
@@ -176,7 +177,8 @@ def _open_data(
 ) -> tuple[list[str], list[Source], dict[str, Identity]]:
     """Opens both splits, and checks that they fit the configuration and the run in the workdir.
 
-    If `config` leaves the batch size open, it is set. So is the run's own rule of held-out images.
+    What `config` leaves open is set: the batch size, and how images are read. So are the run's own
+    rules of held-out images and of reading.
 
     Returns:
       What changed since the last start, the sources of both splits, and their identities.
@@ -185,6 +187,7 @@ def _open_data(
     found = same_run.config_of_run(workdir)
     same_run.keep_division(found, config)
     sources = [open_split(config, split, workdir) for split in SPLITS]
+    fit.settle_reading(config, sources[0])
     if config.train.batch_size is None:
         config.train.batch_size = (
             found.train.batch_size if found else _fitting_batch(config, len(sources[0]), mesh)
@@ -228,9 +231,10 @@ def make_transforms(
     """Makes the transforms that the host applies to images, in training and in evaluation."""
     size, options = model.image_shape[:2], config.augment.to_dict()
     crop_pct = options.pop("eval_crop")
-    options |= {"crop_pct": crop_pct, "grey": model.in_channels == 1}
+    grey, reading = model.in_channels == 1, fit.reading(config)
+    options |= {"crop_pct": crop_pct, "grey": grey, "reading": reading}
     train_transform = transforms.TrainTransform(size, **options)
-    return train_transform, transforms.EvalTransform(size, crop_pct, train_transform.grey)
+    return train_transform, transforms.EvalTransform(size, crop_pct, grey, reading)
 
 
 def open_split(

@@ -15,7 +15,8 @@ from convit_jax.data.source import Example, check_index, hashes
 
 log = logging.getLogger(__name__)
 
-_SINCE_FORMAT_3 = (".jfif", ".gif")  # earlier versions did not read them
+# Versions before format 3 did not read these.
+_SINCE_FORMAT_3 = (".jfif", ".gif", ".avif", ".heic", ".heif")
 
 
 @dataclasses.dataclass(frozen=True, eq=False, repr=False)

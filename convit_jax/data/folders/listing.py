@@ -4,9 +4,11 @@ import collections
 import dataclasses
 import os
 
-# Those of torchvision's ImageFolder, and .jfif (a JPEG) and .gif (its first frame is read).
+# Those of torchvision's ImageFolder, .jfif (a JPEG), .gif (its first frame is read) and the kinds
+# that phones write: .avif, .heic and .heif.
 EXTENSIONS = (
     ".jpg", ".jpeg", ".jfif", ".png", ".gif", ".ppm", ".bmp", ".pgm", ".tif", ".tiff", ".webp",
+    ".avif", ".heic", ".heif",
 )  # fmt: skip
 # What archives and operating systems leave behind, in lower case. Hidden names begin with a dot.
 LEFTOVERS = frozenset({

@@ -1,48 +1,53 @@
 """Decodes images: JPEG by simplejpeg, PNG by OpenCV, all else by Pillow.
 
-The pixels are Pillow's in any case. What the faster decoders cannot read goes to Pillow.
+The pixels are Pillow's in any case. What the faster decoders cannot read goes to Pillow, by
+`convit_jax.data.images.reading`.
 """
 
 from collections.abc import Callable
-import io
 import struct
 
 import numpy as np
 
 from convit_jax.data.corrupt import CorruptImageError
 from convit_jax.data.images.opencv import opencv
+from convit_jax.data.images.reading import AS_TIMM, Reading, check_size, orientation, read, turned
 
 _SEGMENT = struct.Struct(">BBH")  # start of a JPEG segment: 0xFF, marker, length from here on
 _PNG = b"\x89PNG\r\n\x1a\n"
+_SIZE = struct.Struct(">II")  # width and height, from byte 16 of a PNG
 _FRAME = struct.Struct(">HHB")  # from byte 5 of a frame segment: height, width, components
 Read = Callable[[int], np.ndarray]  # takes n, returns the top n rows or more
 
 
-def decode(data: bytes) -> np.ndarray:
-    """Decodes an image to (height, width, 3) uint8, the pixels of Pillow's convert("RGB").
+def decode(data: bytes, reading: Reading = AS_TIMM) -> np.ndarray:
+    """Decodes an image to (height, width, 3) uint8; by default to timm's pixels.
 
     Raises:
-      CorruptImageError: if the bytes are not an image, or the image is damaged.
+      CorruptImageError: if the bytes are not an image, or the image is damaged or too large.
+      ImageError: if a package is missing that reads this format.
     """
+    if data[:2] == b"\xff\xd8":
+        pixels = _decode_jpeg(data)
+    else:
+        pixels = _decode_png(data) if is_plain_png(data) else None
+    if pixels is None:
+        return read(data, reading)
+    return turned(pixels, orientation(data)) if reading.exif else pixels
+
+
+def _decode_jpeg(data: bytes) -> np.ndarray | None:
+    """Decodes a grey or colour JPEG; None if it is damaged, but perhaps Pillow can read it."""
     import simplejpeg
 
-    if data[:2] == b"\xff\xd8":
-        try:
-            if simplejpeg.decode_jpeg_header(data)[2] not in ("CMYK", "YCCK"):
-                return simplejpeg.decode_jpeg(data)
-        except (ValueError, RuntimeError):
-            pass  # damaged, but perhaps Pillow can read it
-    elif is_plain_png(data) and (pixels := _decode_png(data)) is not None:
-        return pixels
-    from PIL import Image
-
     try:
-        return np.asarray(Image.open(io.BytesIO(data)).convert("RGB"))
-    except MemoryError:
-        raise  # the machine's fault, not the image's
-    except Exception as error:  # Pillow's decoders raise a dozen kinds of errors
-        what = f"{len(data)} bytes that start with {bytes(data[:4])!r}"
-        raise CorruptImageError(f"not a readable image ({what}): {error}") from error
+        height, width, colours, _ = simplejpeg.decode_jpeg_header(data)
+        check_size(width, height)
+        return None if colours in ("CMYK", "YCCK") else simplejpeg.decode_jpeg(data)
+    except CorruptImageError:
+        raise
+    except (ValueError, RuntimeError):
+        return None
 
 
 def to_grey(pixels: np.ndarray) -> np.ndarray:
@@ -67,6 +72,7 @@ def _decode_png(data: bytes) -> np.ndarray | None:
     OpenCV checks more than Pillow: what it refuses, Pillow may still read.
     """
     cv2 = opencv()
+    check_size(*_SIZE.unpack_from(data, 16))
     try:
         pixels = cv2.imdecode(
             np.frombuffer(data, np.uint8), cv2.IMREAD_COLOR | cv2.IMREAD_IGNORE_ORIENTATION
@@ -76,7 +82,9 @@ def _decode_png(data: bytes) -> np.ndarray | None:
     return None if pixels is None else cv2.cvtColor(pixels, cv2.COLOR_BGR2RGB)
 
 
-def open_image(image: bytes | np.ndarray, grey: bool = False) -> tuple[int, int, Read]:
+def open_image(
+    image: bytes | np.ndarray, grey: bool = False, reading: Reading = AS_TIMM
+) -> tuple[int, int, Read]:
     """Returns the height and width of an image and a function that decodes its upper rows.
 
     A baseline JPEG file of one scan is decoded only as far down as asked; damage further down is
@@ -85,9 +93,11 @@ def open_image(image: bytes | np.ndarray, grey: bool = False) -> tuple[int, int,
     Args:
       image: an encoded image, or pixels (height, width, 1 or 3) uint8.
       grey: whether an encoded image becomes grey, with one channel.
+      reading: how an encoded image is read.
 
     Raises:
       CorruptImageError: if a file is seen to be damaged. The returned function raises it too.
+      ImageError: if a package is missing that reads this format.
       ValueError: if `image` is neither.
     """
     if isinstance(image, np.ndarray):
@@ -98,10 +108,12 @@ def open_image(image: bytes | np.ndarray, grey: bool = False) -> tuple[int, int,
     if not isinstance(image, bytes):
         raise ValueError(f"image: expected bytes or an array, got {type(image).__name__}")
     finish = to_grey if grey else lambda pixels: pixels
-    if (place := _height_in_header(image)) is not None:
+    place = _height_in_header(image)
+    if place is not None and (not reading.exif or orientation(image) == 1):
         height, width = (int.from_bytes(image[i : i + 2]) for i in (place, place + 2))
+        check_size(width, height)
         return height, width, lambda rows: finish(_decode_rows(image, place, height, rows))
-    pixels = finish(decode(image))
+    pixels = finish(decode(image, reading))
     return *pixels.shape[:2], lambda rows: pixels
 
 

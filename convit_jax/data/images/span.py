@@ -10,13 +10,17 @@ if TYPE_CHECKING:
     from PIL import Image
 
 
+_LONGEST = 2**16  # longest axis that is resized whole, a quarter of a GB at most
+
+
 @dataclasses.dataclass(frozen=True)
 class Span:
     """One axis of "resize, then crop": the input pixels to read, and the arguments for Pillow.
 
     Pillow can compute the crop alone, from a box with fractional ends, but it stores the ends in
     float32. If they are exact in float32, as with 256 pixels for any shorter side, then the pixels
-    of the crop are exact too. Otherwise the whole axis is resized and then cropped.
+    of the crop are exact too. Otherwise the whole axis is resized and then cropped, unless it
+    would be very long.
 
     Attributes:
       first, last: the input pixels [first, last) are read.
@@ -41,7 +45,8 @@ class Span:
         start, stop = skip * scale, (skip + keep) * scale
         held = (scale, start, stop, stop - start)
         # scale * resized is exact if scale fits into 24 bits.
-        if scale * resized != size or any(float(np.float32(x)) != x for x in held):
+        exact = scale * resized == size and all(float(np.float32(x)) == x for x in held)
+        if not exact and resized <= _LONGEST:
             return cls(0, size, 0, size, resized, skip, keep)
         reach = math.ceil(2 * max(scale, 1)) + 1  # reach of the bicubic kernel
         first, last = max(0, int(start) - reach), min(size, math.ceil(stop) + reach)

@@ -16,6 +16,7 @@ from convit_jax.data.images.decode import open_image, to_grey
 from convit_jax.data.images.opencv import opencv
 from convit_jax.data.images.pad_crop import NUMBERS, pad_and_crop, pad_crop_flip
 from convit_jax.data.images.random_numbers import Given, Uniform
+from convit_jax.data.images.reading import AS_TIMM, Reading
 from convit_jax.data.images.span import Span
 from convit_jax.model.image_size import pair
 
@@ -87,6 +88,7 @@ class TrainTransform:
       backend: "fast" or "exact".
       crop_pct: argument of `EvalTransform`, with crop "none".
       grey: whether files are decoded to one channel.
+      reading: how the bytes of a file are read; by default as timm reads them.
     """
 
     size: int | tuple[int, int]
@@ -102,6 +104,7 @@ class TrainTransform:
     backend: str = "fast"
     crop_pct: float = 0.875
     grey: bool = False
+    reading: Reading = AS_TIMM
 
     def __post_init__(self) -> None:
         _check_size(self.size)
@@ -118,14 +121,14 @@ class TrainTransform:
         _check("randaugment_magnitude", magnitude, "0 to 10", 0 <= magnitude <= 10)
 
     def __call__(self, image: bytes | np.ndarray, rng: np.random.Generator | Given) -> np.ndarray:
-        height, width, read = open_image(image, self.grey)
+        height, width, read = open_image(image, self.grey, self.reading)
         if self.crop == "random_resized":
             top, left, h, w = random_box(height, width, rng, self.scale, self.ratio)
             pixels = read(top + h)[top : top + h, left : left + w]
         elif self.crop == "pad":
             pixels = pad_and_crop(self._of_size(read(height)), rng, self.pad_crop)
         else:
-            pixels = EvalTransform(self.size, self.crop_pct, self.grey)(image)
+            pixels = EvalTransform(self.size, self.crop_pct, self.grey, self.reading)(image)
         flip = rng.random() < self.flip
         ops = self._draw_ops(rng)
         finish = _finish_fast if self.backend == "fast" else _finish_exact
@@ -144,7 +147,7 @@ class TrainTransform:
 
     def pixels(self, image: bytes | np.ndarray) -> np.ndarray:
         """Decodes an image for `of_chunk`; raises ValueError as a call does."""
-        height, _, read = open_image(image, self.grey)
+        height, _, read = open_image(image, self.grey, self.reading)
         return self._of_size(read(height))
 
     def of_chunk(self, images: np.ndarray, numbers: np.ndarray) -> np.ndarray:
@@ -194,18 +197,20 @@ class EvalTransform:
       size: size of the output in pixels, the side of a square or (height, width).
       crop_pct: side of the output over the side of the resized image.
       grey: whether files are decoded to one channel.
+      reading: how the bytes of a file are read; by default as timm reads them.
     """
 
     size: int | tuple[int, int]
     crop_pct: float = 0.875
     grey: bool = False
+    reading: Reading = AS_TIMM
 
     def __post_init__(self) -> None:
         _check_size(self.size)
         _check_crop_pct(self.crop_pct)
 
     def __call__(self, image: bytes | np.ndarray) -> np.ndarray:
-        height, width, read = open_image(image, self.grey)
+        height, width, read = open_image(image, self.grey, self.reading)
         h, w = pair(self.size)
         resized_h, resized_w = self._resized(height, width)
         if (height, width) == (resized_h, resized_w) == (h, w):

@@ -258,16 +258,18 @@ def test_a_run_of_an_earlier_version_keeps_its_division():
     for version in (1, 2):
         old = recipe.from_json(saved | {"format_version": version}, "config.json")
         assert old.data.held_out == "spread"
-        assert recipe.to_json(old)["format_version"] == 3
+        assert recipe.to_json(old)["format_version"] == recipe.FORMAT_VERSION
         # The command that started the run names no rule. The run goes on with its own.
         again = config.copy_and_resolve_references()
         (text,) = recipe.keep_division(old, again)
         assert text.startswith("data.held_out: 'spread', as the run has it, not 'hash'")
+        assert len(recipe.keep_reading(old, again)) == 2  # data.exif and data.alpha
         assert recipe.differences(old, again) == {}
         assert recipe.keep_division(old, again) == []
     other = recipe.get_config()
     old.data.source, other.data.source = ("tfds:imagenet2012",) * 2
     assert recipe.keep_division(old, other) == []  # its splits are its own: nothing to say
+    recipe.keep_reading(old, other)
     assert recipe.differences(old, other) == {}
     new = recipe.from_json(saved | {"format_version": 3}, "config.json")
     assert new.data.held_out == "hash"
