@@ -124,8 +124,9 @@ def choose_forms(
     )
     if positional == "auto":
         is_cpu = (backend or jax.default_backend()) == "cpu"
-        large = is_cpu and tokens >= CONTRACT_FROM
-        contract = attention != "xla" or (large and not attn_dropout)
+        # A program for any image size (jax.export) has a symbolic N, which compares with no number.
+        large = not isinstance(tokens, int) or tokens >= CONTRACT_FROM
+        contract = attention != "xla" or (is_cpu and large and not attn_dropout)
         positional = "contract" if contract else "blend"
     return attention, positional
 

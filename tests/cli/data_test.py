@@ -62,6 +62,7 @@ def test_main_trains_on_tfrecords_with_the_whole_recipe(imagenet, tmp_path):
     assert lines[-1]["images"] == lines[-1]["ema_images"] == 8
 
 
+@pytest.mark.slow
 def test_32_images_are_learnt_by_heart(imagenet, tmp_path):
     """Without augmentation or regularisation the loss falls below 0.1."""
     config = small(convit_ti.get_config())
