@@ -2,8 +2,8 @@
 
     python main.py --config=configs/digits.py --workdir=runs/digits
 
-The images come with scikit-learn: nothing is downloaded. 100 epochs take one and a half minutes
-on two CPU cores and reach 98.6% of the 360 test images (355, seed 0).
+The images come with scikit-learn: nothing is downloaded. 60 epochs take about a minute on two
+CPU cores and reach 97.8% of the 360 test images (352 with seed 0, 350 with seed 1).
 """
 
 import ml_collections
@@ -28,6 +28,6 @@ def get_config() -> ml_collections.ConfigDict:
         crop="pad", pad_crop=1, flip=0.0, randaugment_ops=0, color_jitter=0.0, eval_crop=1.0
     )
     config.mixup.update(mixup=0.0, cutmix=0.0, erase_prob=0.0)
-    config.train.update(epochs=70.0, batch_size=128, eval_every=10.0)
+    config.train.update(epochs=60.0, batch_size=128, eval_every=10.0)
     config.optim.lr = 1.6e-2
     return config

@@ -264,7 +264,7 @@ def _describe(run: Run, state: TrainState) -> None:
     sizes = [x.size for x in jax.tree.leaves(state.params)]
     log.info(
         "%s: %s parameters, %s on %s x %s",
-        variant_of(run.program.model) or "own model",
+        variant_of(run.program.model) or "none of the paper's models",
         f"{sum(sizes):,}",
         jnp.dtype(run.program.model.dtype).name,
         " x ".join(str(n) for n in run.program.mesh.shape.values() if n > 1) or "1",
