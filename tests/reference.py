@@ -133,6 +133,28 @@ def timm_images(images: np.ndarray, torch):
     return torch.from_numpy(np.ascontiguousarray(images.transpose(0, 3, 1, 2)))
 
 
+def timm_maps(theirs, images: np.ndarray, torch) -> tuple[list, object]:
+    """The attention maps of every layer of timm's model in a forward pass, and its logits.
+
+    The maps keep their gradients, if gradients are computed.
+    """
+    maps = []
+
+    def keep(module, args, output):
+        if output.requires_grad:
+            output.retain_grad()
+        maps.append(output)
+
+    hooks = []
+    for block in theirs.blocks:
+        block.attn.fused_attn = False  # of DeiT: writes the map out
+        hooks.append(block.attn.attn_drop.register_forward_hook(keep))
+    logits = theirs(timm_images(images, torch))
+    for hook in hooks:
+        hook.remove()
+    return maps, logits
+
+
 def timm_pair(family: str, image_size: tuple[int, int] = (12, 20)) -> tuple:
     """Returns (timm's model, ours, variables of ours): the same random weights, none of them zero.
 

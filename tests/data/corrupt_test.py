@@ -84,10 +84,14 @@ def test_memory_that_runs_out_is_not_a_corrupt_image(monkeypatch):
 def test_a_broken_record_is_a_corrupt_image_and_a_wrong_shard_is_not(tmp_path):
     path = tmp_path / "shard"
     payload = b"\xff" * 20
-    path.write_bytes(len(payload).to_bytes(8, "little") + bytes(4) + payload + bytes(4))
+    checksum = records.masked_crc32c(payload).to_bytes(4, "little")
+    path.write_bytes(len(payload).to_bytes(8, "little") + bytes(4) + payload + checksum)
     shards = records.TFRecords((str(path),), (1,), np.array([[12, len(payload)]]))
     source = RecordSource(shards, "image", "label", None, ("a",), "", "")
     with pytest.raises(CorruptImageError, match=r"shard, record 0: not a tf\.train\.Example"):
+        source[0]
+    path.write_bytes(path.read_bytes().replace(b"\xff" * 20, b"\xff" * 19 + b"\xfe"))
+    with pytest.raises(CorruptImageError, match=r"record 0: its 20 bytes fail their checksum"):
         source[0]
     path.write_bytes(path.read_bytes()[:20])
     with pytest.raises(ValueError, match="changed since it was indexed") as caught:

@@ -41,8 +41,7 @@ def read_events(data):
         nonlocal data
         taken, data = data[:size], data[size:]
         checksum, data = data[:4], data[4:]
-        row = np.frombuffer(taken, np.uint8)[None]
-        assert records.masked_crc32c(row)[0] == int.from_bytes(checksum, "little")
+        assert records.masked_crc32c(taken) == int.from_bytes(checksum, "little")
         return taken
 
     while data:

@@ -16,6 +16,7 @@ import os
 from typing import Any, Protocol
 import zipfile
 
+import google_crc32c
 import numpy as np
 
 from convit_jax import storage
@@ -75,18 +76,24 @@ class TFRecords:
         offset, length = (int(x) for x in self.spans[index])
         try:
             with open(self.paths[bisect.bisect_right(self.ends, index)], "rb", buffering=0) as file:
-                record = os.pread(file.fileno(), HEADER + length, offset - HEADER)
+                record = os.pread(file.fileno(), HEADER + length + FOOTER, offset - HEADER)
         except OSError as error:
             text = f"{self.where(index)}: {error.strerror or error}"
             if corrupt.is_damage(error):
                 raise corrupt.CorruptImageError(text) from error
             raise type(error)(text) from error
-        if len(record) < HEADER + length or int.from_bytes(record[:8], "little") != length:
+        whole = HEADER + length + FOOTER
+        if len(record) < whole or int.from_bytes(record[:8], "little") != length:
             raise ValueError(
                 f"{self.where(index)}: expected {length:,} bytes, which are missing: the shard was "
                 f"changed since it was indexed; start again"
             )
-        return record[HEADER:]
+        payload = record[HEADER:-FOOTER]
+        if masked_crc32c(payload) != int.from_bytes(record[-FOOTER:], "little"):
+            raise corrupt.CorruptImageError(
+                f"{self.where(index)}: its {length:,} bytes fail their checksum"
+            )
+        return payload
 
     def where(self, index: int) -> str:
         return _where(self, index)
@@ -222,18 +229,16 @@ def index_shard(path: str, expected: int) -> np.ndarray:
     cut = f"{path}, record {len(heads) - 1}: the shard is truncated, at {size:,} bytes; {again}"
     if heads and len(heads[-1]) < HEADER:
         raise ValueError(cut)
-    head = np.frombuffer(b"".join(heads), np.uint8).reshape(-1, HEADER)
-    checksums = np.ascontiguousarray(head[:, 8:]).view("<u4")[:, 0]
-    bad = np.flatnonzero(masked_crc32c(head[:, :8]) != checksums)
-    if bad.size:
-        raise ValueError(
-            f"{path}, record {bad[0]}: its length fails its checksum: corrupt, or not a "
-            f"TFRecord file; {again}"
-        )
+    for number, head in enumerate(heads):
+        if masked_crc32c(head[:8]) != int.from_bytes(head[8:], "little"):
+            raise ValueError(
+                f"{path}, record {number}: its length fails its checksum: corrupt, or not a "
+                f"TFRecord file; {again}"
+            )
     if len(heads) <= expected and offset > size:
         raise ValueError(cut)
     _check_count(path, len(heads), expected)
-    lengths = np.ascontiguousarray(head[:, :8]).view("<i8")[:, 0]
+    lengths = np.array([int.from_bytes(head[:8], "little") for head in heads], np.int64)
     ends = np.cumsum(lengths + (HEADER + FOOTER))
     return np.stack([ends - FOOTER - lengths, lengths], axis=1)
 
@@ -247,22 +252,10 @@ def _check_count(path: str, count: int, expected: int) -> None:
         )
 
 
-@functools.cache
-def _crc_table() -> np.ndarray:
-    table = np.arange(256, dtype=np.uint32)
-    for _ in range(8):  # Castagnoli's polynomial, bits reflected
-        odd = (table & np.uint32(1)).astype(bool)
-        table = (table >> np.uint32(1)) ^ np.where(odd, np.uint32(0x82F63B78), np.uint32(0))
-    return table
-
-
-def masked_crc32c(data: np.ndarray) -> np.ndarray:
-    """Returns TFRecord's checksum of each row: (n, k) uint8 -> (n,) uint32."""
-    crc = np.full(len(data), 0xFFFFFFFF, np.uint32)
-    for column in data.T:
-        crc = (crc >> 8) ^ _crc_table()[(crc ^ column) & 0xFF]
-    crc ^= np.uint32(0xFFFFFFFF)
-    return ((crc >> 15) | (crc << 17)) + np.uint32(0xA282EAD8)
+def masked_crc32c(data: bytes) -> int:
+    """Returns TFRecord's checksum: CRC-32C, rotated by 15 bits, plus a constant."""
+    crc = google_crc32c.value(data)
+    return ((crc >> 15 | crc << 17) + 0xA282EAD8) & 0xFFFFFFFF
 
 
 def fingerprint(paths: Collection[str]) -> str:
