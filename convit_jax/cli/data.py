@@ -17,6 +17,7 @@ from convit_jax.cli import options
 from convit_jax.data.batches.chunks import Batch, EvalChunks, Share, TrainChunks, Transform
 from convit_jax.data.batches.workers import iterate, num_workers
 from convit_jax.data.corrupt import MEND, CorruptImageError
+from convit_jax.data.first_names import first_names
 from convit_jax.data.fit import settle_reading
 from convit_jax.data.open import SPLITS
 from convit_jax.data.pictures import contact_sheet
@@ -123,7 +124,7 @@ def _check(config: ml_collections.ConfigDict, pictures: pathlib.Path | None) -> 
 def _listed(names: tuple[str, ...]) -> str:
     if len(names) <= _NAMED:
         return ", ".join(names)
-    return f"{', '.join(names[:5])} and {len(names) - 5:,} more"
+    return first_names(names)
 
 
 def _draw(train: Batch, test: Batch, class_names: tuple[str, ...], path: pathlib.Path) -> None:

@@ -7,8 +7,7 @@ import re
 import numpy as np
 
 from convit_jax.data.class_names import imagenet, readable
-
-_SHOWN = 5  # most names that a message lists
+from convit_jax.data.first_names import first_names
 
 
 @dataclasses.dataclass(frozen=True)
@@ -130,7 +129,8 @@ def _by_name(
         )
     raise ValueError(
         f"data.source: {len(unknown):,} of the {len(data):,} classes of {source} are not among the "
-        f"{len(known):,} of {loaded}: {_some(unknown)}; those are {_some(known)}{hint}"
+        f"{len(known):,} of {loaded}: {first_names(unknown, repr)}; those are "
+        f"{first_names(known, repr)}{hint}"
     )
 
 
@@ -147,7 +147,8 @@ def _by_number_or_place(
             f"from 0 to {num_logits - 1:,} with data.class_order=sorted"
         )
     return list(range(num_logits)), (
-        f"by place, since the weights do not name theirs: {_some(data)} are taken for 0, 1, 2 ..., "
+        f"by place, since the weights do not name theirs: {first_names(data, repr)} are taken for "
+        "0, 1, 2 ..., "
         + ("in the order of data.class_order" if ordered else "and data.class_order reorders them")
     )
 
@@ -168,8 +169,3 @@ def _unambiguous(names: Sequence[str], key: Callable[[str], str]) -> dict[str, i
 def _plain(name: str) -> str:
     """Returns a name in lower case, with one space for hyphens, underscores and spaces."""
     return re.sub(r"[\s_-]+", " ", name.casefold()).strip()
-
-
-def _some(names: Sequence[str]) -> str:
-    more = f" and {len(names) - _SHOWN:,} more" if len(names) > _SHOWN else ""
-    return ", ".join(map(repr, names[:_SHOWN])) + more

@@ -13,9 +13,8 @@ from typing import Any, Self
 
 import numpy as np
 
+from convit_jax.data.first_names import first_names
 from convit_jax.data.source import Source
-
-_SHOWN = 5  # most class names in a message
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -63,7 +62,8 @@ def class_difference(there: tuple[str, ...], here: tuple[str, ...]) -> str | Non
     less = [name for name in there if name not in set(here)]
     more = [name for name in here if name not in set(there)]
     if less or more:
-        parts = [f"{_listed(less)} missing"] * bool(less) + [f"{_listed(more)} new"] * bool(more)
+        parts = [f"{first_names(less, repr)} missing"] * bool(less)
+        parts += [f"{first_names(more, repr)} new"] * bool(more)
         return f"{len(here):,} classes instead of {len(there):,}: {', '.join(parts)}"
     place = next(i for i in range(len(here)) if there[i] != here[i])
     return (
@@ -104,8 +104,3 @@ def process_differences(texts: list[str]) -> Iterator[str]:
                 yield f"{who} {summary['images']:,} images, process 0 {expected['images']:,}"
             elif summary["hash"] != expected["hash"]:
                 yield f"{who} other images than process 0, though equally many"
-
-
-def _listed(names: list[str]) -> str:
-    shown = ", ".join(map(repr, names[:_SHOWN]))
-    return shown if len(names) <= _SHOWN else f"{shown} and {len(names) - _SHOWN:,} more"

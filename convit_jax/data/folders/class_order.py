@@ -5,6 +5,8 @@ import os
 import pathlib
 import re
 
+from convit_jax.data.first_names import first_names
+
 ORDERS = ("sorted", "natural")
 
 
@@ -35,7 +37,7 @@ def in_order(folders: Iterable[str], order: str, where: str) -> tuple[str, ...]:
     twice = sorted({name for name in listed if listed.count(name) > 1})
     lacking, unknown = sorted({*folders} - {*listed}), sorted({*listed} - {*folders})
     problems = [
-        f"{text}: {names[:5]}{f' and {len(names) - 5:,} more' if len(names) > 5 else ''}"
+        f"{text}: {first_names(names, repr)}"
         for text, names in (
             ("folders that the list lacks", lacking),
             ("names without a folder", unknown),

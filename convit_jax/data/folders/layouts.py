@@ -9,6 +9,7 @@ import itertools
 import os
 import re
 
+from convit_jax.data.first_names import first_names
 from convit_jax.data.folders import label_lists, split_names
 from convit_jax.data.folders.listing import LeftOut, Listing, Tree, scan
 
@@ -333,6 +334,4 @@ def _name_the_splits(root: str, one: str, other: str) -> str:
 
 def _some(names: Iterable[str]) -> str:
     """Returns the first five names of folders, and the number of others."""
-    names = list(names)
-    rest = f" and {len(names) - 5:,} more" if len(names) > 5 else ""
-    return ", ".join(f"{name}/" for name in names[:5]) + rest
+    return first_names(f"{name}/" for name in names)

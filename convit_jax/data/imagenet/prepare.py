@@ -21,6 +21,7 @@ import numpy as np
 import tqdm
 
 from convit_jax import storage
+from convit_jax.data.first_names import first_names
 from convit_jax.data.imagenet import tar_files
 
 log = logging.getLogger(__name__)
@@ -350,8 +351,8 @@ def _compare_encoded_anew(plan: _Plan, done: dict[str, dict]) -> None:
     if found != listed:
         log.warning(
             "CMYK or PNG, but not on tfds' list: %s; on the list, but not CMYK or PNG here: %s",
-            tar_files.some(sorted(found - listed)) or "none",
-            tar_files.some(sorted(listed - found)) or "none",
+            first_names(sorted(found - listed)) or "none",
+            first_names(sorted(listed - found)) or "none",
         )
 
 

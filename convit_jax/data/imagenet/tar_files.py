@@ -15,6 +15,8 @@ from types import ModuleType
 import numpy as np
 import tqdm
 
+from convit_jax.data.first_names import first_names
+
 TRAIN_TAR = "ILSVRC2012_img_train.tar"
 VALIDATION_TAR = "ILSVRC2012_img_val.tar"
 SOURCE = "Both tars come from https://image-net.org/download-images, after registration."
@@ -78,9 +80,9 @@ def index_train(path: pathlib.Path, classes: int, count: int, progress: bool = F
         inner = [member for member in outer if member.isfile()]
     wnids = [posixpath.basename(member.name).removesuffix(".tar") for member in inner]
     if unknown := sorted(set(wnids) - set(labels)):
-        raise _wrong(path, "tars of ImageNet's classes", f"also {some(unknown)}")
+        raise _wrong(path, "tars of ImageNet's classes", f"also {first_names(unknown)}")
     if len(inner) != classes or len(set(wnids)) != classes:
-        missing = some(sorted(set(labels) - set(wnids)))
+        missing = first_names(sorted(set(labels) - set(wnids)))
         found = f"{len(inner)}, of {len(set(wnids))} classes; not there: {missing}"
         raise _wrong(path, f"tars of {classes} classes", found)
 
@@ -118,7 +120,7 @@ def index_validation(path: pathlib.Path, count: int) -> Images:
     images = _counted(Images(path, *columns, np.zeros(len(columns[0]), np.int64)), count)
     expected = {b"ILSVRC2012_val_%08d.JPEG" % (i + 1) for i in range(count)}
     if wrong := sorted(expected.symmetric_difference(images.names.tolist())):
-        found = some([name.decode() for name in wrong])
+        found = first_names([name.decode() for name in wrong])
         raise _wrong(path, f"images numbered 1 to {count}", f"as missing or new: {found}")
     labels = _labels()
     by_number = [labels[wnid] for wnid in validation_wnids()]
@@ -181,11 +183,6 @@ def readers() -> Iterator[futures.Executor]:
         pool.shutdown(cancel_futures=True)
 
 
-def some(names: list[str]) -> str:
-    """Returns the first five names and the number of others, for a message."""
-    return ", ".join(names[:5]) + (f" and {len(names) - 5} more" if len(names) > 5 else "")
-
-
 def _walk(tar: tarfile.TarFile) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
     """Returns the names, offsets and sizes of the files of a tar, from its headers."""
     members = [member for member in tar if member.isfile()]
@@ -200,7 +197,7 @@ def _counted(images: Images, count: int) -> Images:
     names, times = np.unique(images.names, return_counts=True)
     if len(names) != count:
         twice = [name.decode() for name in names[times > 1].tolist()]
-        raise _wrong(images.tar, "each file name once", f"more than once: {some(twice)}")
+        raise _wrong(images.tar, "each file name once", f"more than once: {first_names(twice)}")
     return images
 
 
