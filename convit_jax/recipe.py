@@ -146,7 +146,10 @@ KEYS: dict[str, Key] = {
     "model.attention": _option("implementation: auto, xla, chunked or cudnn", str, "attention"),
     "model.positional": _option("positional part: auto, blend or contract", str, "positional"),
     "model.unroll": _option("number of layers in one iteration of the scan", int, "unroll"),
-    "data.source": Key("tfds:imagenet2012", "data set: tfds:NAME, folder:PATH or digits"),
+    "data.source": Key(
+        "tfds:imagenet2012",
+        "data set: tfds:NAME, folder:PATH, digits or synthetic (random pictures)",
+    ),
     "data.dir": Key(
         "",
         "folder of tfds data sets; empty is $TFDS_DATA_DIR, or ~/tensorflow_datasets if unset",

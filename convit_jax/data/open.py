@@ -1,9 +1,10 @@
-"""Opens a data set by its name: a tfds data set, class folders or scikit-learn's digits."""
+"""Opens a data set by its name: a tfds data set, class folders, digits or random pictures."""
 
 from convit_jax.data.arrays import digits
 from convit_jax.data.folders.class_folders import Options, open_folder
 from convit_jax.data.held_out import RULES
 from convit_jax.data.source import Source, subset
+from convit_jax.data.synthetic import SyntheticSource
 from convit_jax.data.tfds.dataset import Splits, open_tfds
 
 SPLITS = ("train", "test")
@@ -30,6 +31,7 @@ def open_source(
         "folder:PATH" is a folder with train/ and val/, each with a folder of images for every
         class, or another layout of docs/data.md; or a folder that holds the class folders itself.
         "digits" is scikit-learn's digits.
+        "synthetic" is random pictures, as many and as large as ImageNet's.
       split: "train", or "test" for the images held out: the validation split or folder, else the
         test split or folder, else a part of the training images.
       data_dir: folder of the tfds data sets; empty: $TFDS_DATA_DIR, else ~/tensorflow_datasets.
@@ -59,13 +61,13 @@ def open_source(
             f"data.class_order: expected 'sorted' for data.source={source}, whose classes are "
             f"numbered already, got {class_order!r}"
         )
-    if source == "digits":
+    if source in ("digits", "synthetic"):
         if train_split or test_split:
             raise ValueError(
-                f"data.train_split, data.test_split: expected both empty for data.source=digits, "
+                f"data.train_split, data.test_split: expected both empty for data.source={source}, "
                 f"got {train_split!r} and {test_split!r}"
             )
-        opened = digits(split)
+        opened = digits(split) if source == "digits" else SyntheticSource(split)
     elif kind == "folder" and rest:
         options = Options(val_fraction, held_out, class_order, train_split, test_split)
         opened = open_folder(rest, split, options)
@@ -74,7 +76,8 @@ def open_source(
         opened = open_tfds(rest, split, data_dir, cache_dir, splits)
     else:
         raise ValueError(
-            f"data.source: expected 'digits', 'folder:PATH' or 'tfds:NAME', got {source!r}"
+            f"data.source: expected 'folder:PATH', 'tfds:NAME', 'digits' or 'synthetic', "
+            f"got {source!r}"
         )
     if split == "train" and sampling_ratio < 1:
         opened = subset(opened, sampling_ratio, cache_dir)

@@ -17,6 +17,7 @@ import numpy as np
 import pytest
 
 from convit_jax.data.imagenet import tar_files
+from convit_jax.data.images.decode import decode
 from convit_jax.data.open import SPLITS, open_source
 from convit_jax.data.source import check_images, describe
 from convit_jax.data.tfds import dataset, records, tf_example
@@ -217,6 +218,22 @@ def test_splits_of_a_tfds_set_are_read_by_name(disk, tmp_path, caplog):
         ValueError, match=r"data\.train_split, data\.test_split: expected both empty"
     ):
         open_source("digits", "train", train_split="train")
+
+
+def test_synthetic_pictures_are_as_many_and_as_large_as_imagenets():
+    train, test = (open_source("synthetic", split) for split in ("train", "test"))
+    assert (len(train), len(test), train.num_classes) == (1_281_167, 50_000, 1000)
+    example, again = test[-1 + len(test)], open_source("synthetic", "test")[49_999]
+    assert example == again
+    assert (example["label"], example["name"]) == (999, "test-0049999")
+    assert decode(example["image"]).shape == (375, 500, 3)
+    sizes = [len(test[i]["image"]) for i in range(64)]
+    assert 80_000 < np.mean(sizes) < 130_000
+    names, labels = test.names_and_labels()
+    assert (names[49_999], labels[49_999]) == (b"test-0049999", 999)
+    assert len(np.unique(test.fingerprints())) == len(test)
+    with pytest.raises(ValueError, match=r"both empty for data\.source=synthetic"):
+        open_source("synthetic", "train", train_split="train")
 
 
 def test_checksums_are_crc32c():
@@ -566,7 +583,9 @@ def test_ratios_that_leave_nothing_are_refused(disk):
 
 def test_unknown_sources_and_splits_are_refused():
     for source in ("mnist", "tfds", "tfds:", "folder:", "digits:1", ""):
-        with pytest.raises(ValueError, match=r"data\.source: expected 'digits', 'folder:PATH' or"):
+        with pytest.raises(
+            ValueError, match=r"data\.source: expected 'folder:PATH', 'tfds:NAME', 'digits'"
+        ):
             open_source(source, "train")
     with pytest.raises(ValueError, match="split: expected 'train' or 'test', got 'validation'"):
         open_source("digits", "validation")
