@@ -14,8 +14,8 @@ def set_up(torch_threads: int = 1) -> None:
     """Sets up JAX and torch for measuring both in one process; before anything is computed.
 
     Args:
-      torch_threads: number of processes with which torch.compile compiles. More than one are
-        started while other contenders may be timed.
+      torch_threads: number of processes with which torch.compile compiles. With more than one,
+        torch starts them in the background, which can disturb other timings.
     """
     # By default JAX takes three quarters of a GPU's memory at the start, and a program that was
     # compiled before would seem to compile in no time.

@@ -20,7 +20,7 @@ is of one run each, on 500 test images of 5 to 9, where a guess has 20%:
     83.8%  the same with --config.optim.layer_decay=1.0
     55.0%  the same with --config.optim.freeze=backbone
     54.6%  the same from random weights
-    15.6%  the earlier settings: a peak of 1e-4 x batch / 512 = 3e-6 and no layer decay
+    15.6%  a peak of 3e-6 (1e-4 x batch / 512) and no layer decay
     46.2%  these settings alone, which mirror digits and crop them to 8% of their area
 
 They have not been tried with ImageNet's weights on photographs.

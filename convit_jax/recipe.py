@@ -197,7 +197,8 @@ KEYS: dict[str, Key] = {
     "data.alpha": Key(
         None,
         "transparent pixels: white puts the image over white, drop shows the colours stored under "
-        "them, as timm does; None means white where data.exif=None means yes, else drop",
+        "them, as timm does; None means white for class folders, and drop for tfds data sets and "
+        "folders of ImageNet's classes",
         str,
         choices=("white", "drop"),
     ),
@@ -504,6 +505,10 @@ def changes_since(saved: Mapping[str, Any], config: ml_collections.ConfigDict) -
         changes.append(
             "grey images of more than 8 bits, if there are any: they were white where they were "
             "above 255 of 65,535; now they are scaled"
+        )
+        changes.append(
+            "images of more than 178,956,970 pixels, if there are any: they are refused now, as "
+            "corrupt ones"
         )
     return changes
 

@@ -15,14 +15,16 @@ sys.path[:0] = [str(_TESTS.parent), str(_TESTS)]
 
 import compiling  # noqa: E402
 
-if os.environ.setdefault("JAX_PLATFORMS", "cpu") == "cpu":
+if "cuda" not in os.environ.get("JAX_PLATFORMS", ""):
+    os.environ["JAX_PLATFORMS"] = "cpu"
     os.environ["XLA_FLAGS"] = compiling.flags(devices=8)
 
 # Programs are stored, so that neither a later test nor a process that a test starts compiles them
 # again. Workers of pytest-xdist find the variable set by the process that started them.
-if "JAX_COMPILATION_CACHE_DIR" not in os.environ:
+if "CONVIT_TEST_PROGRAMS" not in os.environ:
     _PROGRAMS = tempfile.TemporaryDirectory(prefix="programs")
-    os.environ["JAX_COMPILATION_CACHE_DIR"] = _PROGRAMS.name
+    os.environ["CONVIT_TEST_PROGRAMS"] = _PROGRAMS.name
+os.environ["JAX_COMPILATION_CACHE_DIR"] = os.environ["CONVIT_TEST_PROGRAMS"]
 os.environ["JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS"] = "0.1"
 # With a limit of its size JAX locks the folder: no process reads what another one has half written.
 os.environ["JAX_COMPILATION_CACHE_MAX_SIZE"] = str(8 * 2**30)

@@ -56,6 +56,9 @@ def start(workdir: pathlib.Path, *flags: str, devices: int = 8) -> subprocess.Po
         "XLA_FLAGS": compiling.flags(devices),
         "JAX_DEFAULT_MATMUL_PRECISION": "highest",
     }
+    # A process that is killed may leave half a program in the folder that all tests share.
+    for name in ("JAX_COMPILATION_CACHE_DIR", "JAX_COMPILATION_CACHE_MAX_SIZE"):
+        env.pop(name, None)
     log = workdir.with_name(workdir.name + ".log").open("a")
     with log:
         return subprocess.Popen(

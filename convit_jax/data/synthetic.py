@@ -56,10 +56,9 @@ def _pictures() -> list[bytes]:
     rng, files = np.random.default_rng(0), []
     for _ in range(_PICTURES):
         shapes = Image.fromarray(rng.integers(0, 256, (12, 16, 3), np.uint8))
-        shapes = np.asarray(shapes.resize(_SIZE, Image.Resampling.BICUBIC), np.float32)
-        grain = rng.normal(0, 15, shapes.shape)
+        pixels = np.asarray(shapes.resize(_SIZE, Image.Resampling.BICUBIC), np.float32)
+        pixels = pixels + rng.normal(0, 15, pixels.shape)
         file = io.BytesIO()
-        pixels = np.clip(shapes + grain, 0, 255).astype(np.uint8)
-        Image.fromarray(pixels).save(file, "JPEG", quality=92)
+        Image.fromarray(np.clip(pixels, 0, 255).astype(np.uint8)).save(file, "JPEG", quality=92)
         files.append(file.getvalue())
     return files

@@ -20,7 +20,10 @@ def check_blocks(blocks: Sequence[int], depth: int) -> tuple[int, ...]:
     valid = f"expected blocks 0 to {depth - 1}, or -{depth} to -1 from the last"
     if not isinstance(blocks, Sequence) or isinstance(blocks, str):
         raise ValueError(f"return_features: {valid}, in a tuple or list, got {blocks!r}")
-    numbers = [operator.index(block) for block in blocks]
+    try:
+        numbers = [operator.index(block) for block in blocks]
+    except TypeError:
+        raise ValueError(f"return_features: {valid}, got {blocks!r}") from None
     wrong = [number for number in numbers if not -depth <= number < depth]
     if wrong:
         raise ValueError(f"return_features: {valid}, got {', '.join(map(str, wrong))}")

@@ -56,8 +56,8 @@ def choose(
     """Replaces "auto" by an implementation and returns any other value unchanged.
 
     Dropout acts on the attention map, and only "xla" writes one out. "cudnn" is the choice where
-    the kernel runs: bfloat16 or float16 on an NVIDIA GPU since Ampere. A training step of ConViT
-    took 0.80 of the time there, with all layers (benchmarks/README.md).
+    the kernel runs: bfloat16 or float16 on an NVIDIA GPU since Ampere. A training step of ConViT-S
+    took 0.80 of XLA's time on an H200 (benchmarks/README.md).
 
     Args:
       attention: "auto", a name of `IMPLEMENTATIONS` or a function.
@@ -167,6 +167,9 @@ def chunked_attention(q: Array, k: Array, v: Array, *, scale: float, chunk: int 
 def cudnn_attention(q: Array, k: Array, v: Array, *, scale: float) -> Array:
     """Computes attention with NVIDIA's fused kernel: (B, N, H, K) -> (B, N, H, K).
 
+    The kernel has first derivatives in reverse mode only. `jax.export` takes it for NVIDIA GPUs and
+    fixed shapes only.
+
     Raises:
       ValueError: if the inputs are neither bfloat16 nor float16, or the backend is not an NVIDIA
         GPU.
@@ -179,8 +182,8 @@ def cudnn_attention(q: Array, k: Array, v: Array, *, scale: float) -> Array:
             "expected auto, xla or chunked"
         )
     # The kernel takes head widths that are multiples of 8. Padding with zeros changes no score, and
-    # the padded values are cut off. JAX refuses the gradient for an odd number of tokens, so these
-    # are padded too; no query attends to a key beyond the length.
+    # the padded values are cut off. JAX 0.11.2 refuses the gradient for an odd number of tokens, as
+    # if there were a bias. So tokens are padded too, and no query attends to a padded key.
     batch, tokens, _, width = q.shape
     padding = ((0, 0), (0, tokens % 2), (0, 0), (0, -width % 8))
     lengths = jnp.full((batch,), tokens, jnp.int32) if tokens % 2 else None

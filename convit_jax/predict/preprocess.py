@@ -71,7 +71,8 @@ class Preprocess:
             picture = pixels_of(picture, AS_SHOWN)
         if isinstance(picture, np.ndarray):
             one_channel = picture.ndim == 3 and picture.shape[2] == 1
-            if self._grey and not one_channel:
+            three = picture.ndim == 3 and picture.shape[2] == 3 and picture.dtype == np.uint8
+            if self._grey and three:  # the transform refuses what is no image
                 picture = to_grey(picture)
             elif one_channel and not self._grey:
                 picture = np.repeat(picture, 3, axis=2)

@@ -155,7 +155,7 @@ def _weights(
                 f"{config.init_from}: choose another --workdir for the result"
             )
         if config is not None:
-            same_run.keep_division(saved, config)
+            same_run.keep_data_rules(saved, config)
         loaded = read_weights(workdir.path, ema=choices.ema, checkpoint=choices.checkpoint)
         return config or saved, loaded, True
     if config is None or not config.init_from:

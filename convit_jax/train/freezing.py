@@ -2,7 +2,8 @@
 
 A frozen parameter keeps its bits: it has neither updates nor weight decay, and its average is kept
 too. A parameter that is frozen for the whole run has no optimiser state, and no gradient is
-computed for it. One that is frozen for some epochs begins then as in a new optimiser.
+computed for it. A parameter that is frozen for some epochs starts after them with fresh optimiser
+state.
 """
 
 import dataclasses

@@ -34,7 +34,7 @@ def config_of_run(workdir: Workdir) -> ml_collections.ConfigDict | None:
     return None if saved is None else recipe.from_json(saved, str(workdir.config))
 
 
-def keep_division(
+def keep_data_rules(
     found: ml_collections.ConfigDict | None, config: ml_collections.ConfigDict
 ) -> None:
     """Gives a configuration the rules by which a run holds out images and reads them.

@@ -108,7 +108,7 @@ def make_model(
 
 
 def prepare(config: ml_collections.ConfigDict, workdir: Workdir, profile: bool = False) -> Run:
-    """Checks a configuration, opens the data and reads the weights to start from; compiles nothing.
+    """Checks a configuration, reads the weights to start from and opens the data; compiles nothing.
 
     Args:
       config: the configuration, see `convit_jax.recipe`.
@@ -185,7 +185,7 @@ def _open_data(
     """
     workdir.check_writable()
     found = same_run.config_of_run(workdir)
-    same_run.keep_division(found, config)
+    same_run.keep_data_rules(found, config)
     sources = [open_split(config, split, workdir) for split in SPLITS]
     fit.settle_reading(config, sources[0])
     if config.train.batch_size is None:

@@ -1,4 +1,4 @@
-"""Files of weights: what format a file has, told by its first bytes, and files in shards."""
+"""Reads files of weights. The first bytes of a file tell its format."""
 
 import json
 import logging
@@ -70,8 +70,6 @@ def shards(path: pathlib.Path) -> dict[str, str]:
         listed = json.loads(path.read_text())["weight_map"]
         if any(pathlib.PurePath(file).name != file for file in listed.values()):
             raise ValueError("expected names of files in its folder")
-        if any(file.endswith(INDEX) for file in listed.values()):
-            raise ValueError("names another list")
     except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
         raise ValueError(f"{path}: not a list of shards (weight_map): {error!r}") from error
     return listed
@@ -85,12 +83,17 @@ def _read_shards(path: pathlib.Path) -> dict[str, np.ndarray]:
         shard = path.parent / file
         if not shard.is_file():
             raise FileNotFoundError(f"{shard}: no such file, but {path.name} names it")
+        with shard.open("rb") as opened:
+            if opened.read(32).lstrip()[:1] == b"{":
+                raise ValueError(f"{path}: names another list: {file}")
         read, _ = read_state_dict(shard)
         wanted = [name for name in listed if listed[name] == file]
         if missing := [name for name in wanted if name not in read]:
             raise ValueError(
                 f"{shard}: lacks {', '.join(missing[:10])}, which {path.name} says it has"
             )
-        tensors |= {name: read[name] for name in wanted}
+        if extra := sorted(read.keys() - set(wanted)):
+            raise ValueError(f"{shard}: has {', '.join(extra[:10])}, which {path.name} lacks")
+        tensors |= read
     log.info("%s: read %d shards", path, len(set(listed.values())))
     return tensors

@@ -58,7 +58,7 @@ def find(workdir: Workdir, *, ema: bool | None, wanted: str = "best") -> Found:
     if not workdir.config.is_file():
         raise FileNotFoundError(
             f"{workdir}: expected a workdir of main.py (config.json, checkpoints) or a folder "
-            "with model.safetensors, found neither"
+            "with model.safetensors, pytorch_model.bin or the list of its shards, found none"
         )
     averages = _config(workdir).optim.ema_decay > 0
     if ema and not averages:

@@ -45,8 +45,9 @@ classes. {kind}: {paper}.
 
 {use}
 
-Images: the shorter side is resized to the image size over {crop_pct} (bicubic), the centre is cut
-out, and pixels in [0, 1] are normalised by mean {mean} and standard deviation {std}.
+Images: resized, keeping their ratio, until they just cover the image size divided by {crop_pct}
+(bicubic). The centre is cut out, and pixels in [0, 1] are normalised by mean {mean} and standard
+deviation {std}.
 
 SHA-256 of the weights: `{digest}` (by `convit predict --json` of convit-jax {version}).
 """
@@ -177,7 +178,7 @@ def _results(loaded: Loaded) -> str:
     """Returns the table of what the run measured of these weights, with the source of each."""
     metrics = loaded.metrics
     if not metrics:
-        return "None were measured of these weights as they are here."
+        return "These weights have not been evaluated."
     shown = {
         "images": lambda x: f"{x:.0f}",
         "top1": lambda x: f"{x:.2%}",

@@ -141,7 +141,12 @@ def from_torch(state_dict: Mapping[str, Any]) -> dict[str, Any]:
         floating-point numbers.
     """
     tensors = {k: v for k, v in state_dict.items() if not k.endswith(".rel_indices")}
-    numbers = {k: int(m[1]) for k in tensors if (m := re.match(r"blocks\.(\d+)\.", k))}
+    # A block has several tensors, so its number is below their number. Others are not known.
+    numbers = {
+        k: number
+        for k in tensors
+        if (m := re.match(r"blocks\.(\d{1,9})\.", k)) and (number := int(m[1])) < len(tensors)
+    }
     gated = [number for k, number in numbers.items() if k.endswith("attn.gating_param")]
     num_gpsa = max(gated, default=-1) + 1
     depth = max(numbers.values(), default=-1) + 1

@@ -6,6 +6,7 @@ each storage. Before, it wrote five pickles one after the other, and then the st
 
 from collections.abc import Callable, Iterator, Mapping
 import contextlib
+import functools
 import io
 import logging
 import os
@@ -53,6 +54,7 @@ def read(path: pathlib.Path, *, ema: bool) -> dict[str, np.ndarray]:
             file.seek(0)
             with opened(file) as (unpickled, numbers):
                 state_dict = _choose(path, unpickled, ema)
+                numbers = functools.cache(numbers)  # several tensors may be views of one storage
                 return {name: _array(name, state_dict[name], numbers) for name in state_dict}
     except _UnusableError as error:
         raise ValueError(f"{path}: {error}") from None
@@ -138,6 +140,8 @@ def _open_legacy(file: IO[bytes]) -> Iterator[tuple[Unpickled, _Numbers]]:
     offsets = {}
     size_of_file = os.fstat(file.fileno()).st_size
     for key in torch_unpickler.read(file).content:
+        if type(key) is not str:
+            raise ValueError("a storage without a name")
         storage = unpickled.storages[key]
         (size,) = struct.unpack("<q", file.read(8))
         offsets[key] = file.tell()
@@ -197,7 +201,7 @@ def _choose(path: pathlib.Path, unpickled: Unpickled, ema: bool) -> dict[str, Te
         if rest:
             log.info("%s: reads the weights at %s, not those at %s", path, first, ", ".join(rest))
         return found[first]
-    others = [f"{key} ({_kind(v)})" for key, v in content.items() if not isinstance(v, Tensor)]
+    others = [f"{key} ({_kind(v)})" for key, v in content.items() if not _is_weight(key, v)]
     if others or not content:
         seems = seems_to_be([str(key) for key in content])
         raise _UnusableError(
@@ -215,11 +219,15 @@ def _find(
     for key in keys:
         inner = content.get(key)
         if isinstance(inner, dict) and inner:
-            if all(isinstance(value, Tensor) for value in inner.values()):
+            if all(_is_weight(*item) for item in inner.items()):
                 return inner
             if levels > 1 and (deeper := _find(inner, _WEIGHTS, levels - 1)) is not None:
                 return deeper
     return None
+
+
+def _is_weight(name: Any, value: Any) -> bool:
+    return isinstance(name, str) and isinstance(value, Tensor)
 
 
 def _kind(value: Any) -> str:
@@ -229,4 +237,7 @@ def _kind(value: Any) -> str:
             f"an object of {type(value).full_name}, whose code is not here. Where it was made: "
             "torch.save(model.state_dict(), ...)"
         )
+    if isinstance(value, dict):
+        other = [key for key, inner in value.items() if not _is_weight(key, inner)]
+        return f"dict, whose {other[0]!r} is no named tensor" if other else "empty dict"
     return "a tensor" if isinstance(value, Tensor) else type(value).__name__

@@ -33,10 +33,13 @@ _DATA = (
     "_codecs.encode", "argparse.Namespace", "array.", "builtins.bytearray", "builtins.bytes",
     "builtins.complex", "builtins.dict", "builtins.frozenset", "builtins.getattr", "builtins.list",
     "builtins.object", "builtins.range", "builtins.set", "builtins.slice", "builtins.tuple",
-    "collections.", "copyreg.", "datetime.", "decimal.Decimal", "enum.", "fractions.Fraction",
-    "functools.partial", "pathlib.", "types.SimpleNamespace", "uuid.", "zoneinfo.",
+    "builtins.type", "collections.", "copyreg.", "datetime.", "decimal.Decimal", "enum.",
+    "fractions.Fraction", "functools.partial", "ipaddress.", "itertools.", "logging.getLogger",
+    "operator.", "_operator.", "pathlib.", "random.Random", "re._compile", "time.struct_time",
+    "types.SimpleNamespace", "uuid.", "zoneinfo.",
 )  # fmt: skip
 _KEYS = (str, bytes, int, float, type(None))
+_AXES = 64  # the most that an array of numpy may have
 
 
 @dataclasses.dataclass(frozen=True)
@@ -71,15 +74,10 @@ class Tensor:
         Raises:
           ValueError: if the tensor does not fit into its storage.
         """
-        sizes = (self.offset, *self.shape, *self.strides)
         last = self.offset + sum(
             (n - 1) * stride for n, stride in zip(self.shape, self.strides, strict=True)
         )
-        if (
-            any(type(n) is not int or n < 0 for n in sizes)
-            or math.prod(self.shape) > len(numbers)
-            or (last >= len(numbers) and 0 not in self.shape)
-        ):
+        if math.prod(self.shape) > len(numbers) or (last >= len(numbers) and 0 not in self.shape):
             raise ValueError(
                 f"a tensor of shape {self.shape} does not fit into its {len(numbers)} numbers"
             )
@@ -91,7 +89,7 @@ class Tensor:
 
 
 class _Called(type):
-    """The type of all inert classes. It records calls that data do not need."""
+    """The type of all inert classes. Records the functions of Python that a pickle wants called."""
 
     full_name: str
     calls: list[str]
@@ -168,9 +166,10 @@ class _Unpickler(_Base):
         if pid[0] == "module":  # a class with its source text, before 2020
             return pid[1]
         kind, storage_type, key, _, size, *view = pid
-        if kind != "storage" or type(size) is not int or any(v is not None for v in view):
-            raise pickle.UnpicklingError(f"expected a storage, got {str(pid)[:80]}")
-        storage = Storage(str(key), storage_type.dtype, storage_type.full_name, size)
+        known = type(key) is str and type(size) is int and size >= 0
+        if kind != "storage" or not known or any(v is not None for v in view):
+            raise pickle.UnpicklingError("expected a storage")
+        storage = Storage(key, storage_type.dtype, storage_type.full_name, size)
         return self.storages.setdefault(storage.key, storage)
 
     def _build(self) -> None:
@@ -181,6 +180,11 @@ class _Unpickler(_Base):
         if isinstance(target, dict):  # other keys than these belong to no weights
             pairs = zip(items[::2], items[1::2], strict=True)
             target.update((key, value) for key, value in pairs if isinstance(key, _KEYS))
+
+    def _dict(self) -> None:
+        items = self.pop_mark()
+        self.append({})
+        self._setitems(items)
 
     def _setitem(self) -> None:
         value, key = self.stack.pop(), self.stack.pop()
@@ -198,6 +202,7 @@ class _Unpickler(_Base):
 
     dispatch |= {
         pickle.BUILD[0]: _build,
+        pickle.DICT[0]: _dict,
         pickle.SETITEM[0]: _setitem,
         pickle.SETITEMS[0]: lambda self: self._setitems(self.pop_mark()),
         pickle.EMPTY_SET[0]: _set,
@@ -216,6 +221,9 @@ class _StorageType:
 def _tensor(storage: Storage, offset: int, shape: Any, strides: Any, *_: Any) -> Tensor:
     if not isinstance(storage, Storage) or len(shape) != len(strides):
         raise pickle.UnpicklingError("a tensor without its storage")
+    numbers = (offset, *shape, *strides)
+    if len(shape) > _AXES or any(type(n) is not int or not 0 <= n < 2**63 for n in numbers):
+        raise pickle.UnpicklingError("a tensor with an offset, a shape or strides that none has")
     return Tensor(storage, offset, tuple(shape), tuple(strides))
 
 

@@ -411,7 +411,7 @@ def test_a_shard_that_changes_under_a_run_is_named(broken):
     path.unlink()
     with pytest.raises(OSError, match=f"{path}, record 15: No such file"):
         source[31]
-    body = struct.pack("<QI", 3, 0) + b"abc" + bytes(4)
+    body = struct.pack("<QI", 3, 0) + b"abc" + struct.pack("<I", records.masked_crc32c(b"abc"))
     path.write_bytes(body)
     shards = records.TFRecords((str(path),), (1,), np.array([[12, 3]]))
     other = RecordSource(shards, "image", "label", None, ("a",), "", "")

@@ -82,6 +82,7 @@ def test_features_of_blocks_that_the_model_lacks_are_refused():
         ((0, 3), "return_features: expected blocks 0 to 2, or -3 to -1 from the last, got 3"),
         ([-4], "or -3 to -1 from the last, got -4"),
         (2, "in a tuple or list, got 2"),
+        ((0.5,), r"from the last, got \(0\.5,\)"),
     ):
         with pytest.raises(ValueError, match=message):
             MODEL.apply(variables, images, return_features=blocks)

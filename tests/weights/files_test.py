@@ -44,12 +44,14 @@ def test_shards_are_read_by_their_list_or_folder(tmp_path):
     for source in (index, tmp_path):
         equal(convit_jax.load(source)[1]["params"], random_params(MODEL))
     content = json.loads(index.read_text())
-    first = content["weight_map"].pop("cls_token")
+    first = content["weight_map"]["cls_token"]
+    (tmp_path / "x.bin").write_text(json.dumps({"weight_map": {"cls_token": "x.bin"}}))
     for name, file, error, message in (
         ("more", first, ValueError, f"{first}: lacks more, which {INDEX} says it has"),
         ("more", "lost.safetensors", FileNotFoundError, "lost.safetensors: no such file, but"),
         ("more", f"../{first}", ValueError, "expected names of files in its folder"),
         ("more", INDEX, ValueError, "names another list"),
+        ("more", "x.bin", ValueError, "names another list: x.bin"),
     ):
         listed = {"weight_map": content["weight_map"] | {name: file}}
         index.write_text(json.dumps(listed))
@@ -57,6 +59,10 @@ def test_shards_are_read_by_their_list_or_folder(tmp_path):
             read_state_dict(index)
     with pytest.raises(ValueError, match="leave out ema"):
         read_state_dict(index, ema=True)
+    del content["weight_map"]["cls_token"]
+    index.write_text(json.dumps(content))
+    with pytest.raises(ValueError, match=f"{first}: has cls_token, which {INDEX} lacks"):
+        read_state_dict(index)
 
 
 def damaged(content: bytes, header: int, rng: random.Random) -> bytes:
@@ -90,7 +96,7 @@ def damaged(content: bytes, header: int, rng: random.Random) -> bytes:
     return bytes(data)
 
 
-def test_damaged_files_are_read_right_or_refused_by_name(tmp_path):
+def test_damaged_files_are_read_right_or_refused_by_name(tmp_path, request):
     _, torch = reference.import_timm()
     tensors = {name: torch.from_numpy(array) for name, array in STATE_DICT.items()}
     content = {"arch": "x", "best": np.float64(1.5), "shape": (1, 2), "state_dict": tensors}
@@ -101,6 +107,7 @@ def test_damaged_files_are_read_right_or_refused_by_name(tmp_path):
     shapes = {name: array.shape for name, array in STATE_DICT.items()}
     outcomes, errors = set(), []
     tracemalloc.start()
+    request.addfinalizer(tracemalloc.stop)
     for name in ("x.safetensors", "zip.pth", "old.pth", INDEX):
         path, rng = tmp_path / name, random.Random(0)
         whole = path.read_bytes()
@@ -121,7 +128,6 @@ def test_damaged_files_are_read_right_or_refused_by_name(tmp_path):
         path.write_bytes(whole)
         equal(read_state_dict(path)[0], STATE_DICT)
     _, most = tracemalloc.get_traced_memory()
-    tracemalloc.stop()
     assert most < 100e6
     assert len(outcomes) == 8  # each format has files of both outcomes
     # `load` puts the file's name before the errors of `from_torch`.

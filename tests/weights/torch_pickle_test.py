@@ -4,8 +4,14 @@ import argparse
 import collections
 import datetime
 import enum
+import itertools
+import logging
 import os
 import pathlib
+import random
+import re
+import subprocess
+import sys
 import types
 import warnings
 
@@ -87,6 +93,7 @@ def test_data_beside_the_weights_are_allowed(torch, tmp_path, zipped, caplog):
         types.SimpleNamespace(a=1), collections.defaultdict(list, a=[1]), collections.Counter("ab"),
         collections.deque([1]), {1, (2, 3)}, frozenset([1]), slice(1, 2), Colour.RED, Meter(),
         Options(a=1), {(1, 2): 3}, b"bytes", 2**80, torch.float32, torch.Size([1]), torch.nn.GELU(),
+        logging.getLogger("x"), re.compile("a.*"), random.Random(0), type(None), itertools.count(),
     ]  # fmt: skip
     expected = {"a": [1, 1], "b": [0, 0, 0]}
     for keys in (("model", "state_dict"), ("arch", "model_state_dict"), ("net", "weights")):
@@ -125,6 +132,58 @@ def test_what_is_no_state_dict_is_refused_with_the_way_out(torch, tmp_path, zipp
             torch_pickle.read(path, ema=False)
         assert str(error.value).startswith(f"{path}: ")
     assert not ran.exists()
+
+
+HOSTILE = {
+    "a key nested 400,000 deep": b"\x80\x02(" + b")" + b"\x85" * 400_000 + b"K\x01d.",
+    "a list that holds itself twice, 40 times over": (
+        b"\x80\x02(X\x07\x00\x00\x00storagecx\ny\n]"
+        + b"".join(b"q%cX\x01\x00\x00\x00a0](h%ch%ce" % (i, i, i) for i in range(40))
+        + b"X\x01\x00\x00\x00cK\x01tQ."
+    ),
+    "a stride of text": (
+        b"\x80\x02ctorch._utils\n_rebuild_tensor\n((X\x07\x00\x00\x00storagectorch\n"
+        b"FloatStorage\nX\x01\x00\x00\x000X\x03\x00\x00\x00cpuK\x01tQK\x00"
+        b"J\xff\xff\xff\x7f\x85X\x01\x00\x00\x00a\x85tR."
+    ),
+}
+
+
+def test_pickles_made_to_harm_are_refused_at_once(tmp_path):
+    """Each alone in a process: the first kills Python's own unpickler."""
+    code = (
+        "import resource, sys, pathlib\nfrom convit_jax.weights import torch_pickle\n"
+        "for path in sys.argv[1:]:\n"
+        "    try: print(torch_pickle.read(pathlib.Path(path), ema=False))\n"
+        "    except ValueError as error: print(str(error).startswith(path))\n"
+        "print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss < 2e6)"
+    )
+    version = b"\x80\x02M\xe9\x03."  # the first three pickles of the format before 2020
+    paths = []
+    for number, content in enumerate(HOSTILE.values()):
+        paths.append(tmp_path / f"{number}.pth")
+        paths[-1].write_bytes(torch_pickle.LEGACY + version + b"\x80\x02}." + content)
+    command = [sys.executable, "-c", code, *map(str, paths)]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=1200)
+    assert done.stdout == "True\n" * (len(HOSTILE) + 1), done.stderr
+
+
+@BOTH_FORMATS
+def test_views_of_one_storage_share_it(torch, tmp_path, zipped):
+    whole = torch.arange(6, dtype=torch.float32)
+    path = save(torch, {"a": whole[:3], "b": whole[3:]}, tmp_path / "x.pth", zipped)
+    read = torch_pickle.read(path, ema=False)
+    assert read["b"].tolist() == [3, 4, 5]
+    address = [read[name].__array_interface__["data"][0] for name in ("a", "b")]
+    assert address[1] - address[0] == 12
+
+
+@BOTH_FORMATS
+def test_numbers_as_names_are_refused(torch, tmp_path, zipped):
+    for content in ({0: torch.ones(1)}, {"model": {0: torch.ones(1), "a": torch.ones(1)}}):
+        path = save(torch, content, tmp_path / "x.pth", zipped)
+        with pytest.raises(ValueError, match="no state dict"):
+            torch_pickle.read(path, ema=False)
 
 
 def test_code_in_an_archive_is_refused(torch, tmp_path):

@@ -15,8 +15,8 @@ from convit_jax.data.source import Example, check_index, hashes
 
 log = logging.getLogger(__name__)
 
-# Versions before format 3 did not read these.
-_SINCE_FORMAT_3 = (".jfif", ".gif", ".avif", ".heic", ".heif")
+# Left out with data.held_out=spread, to keep the division of runs before format 3.
+_NOT_SPREAD = (".jfif", ".gif", ".avif", ".heic", ".heif")
 
 
 @dataclasses.dataclass(frozen=True, eq=False, repr=False)
@@ -234,7 +234,7 @@ def _divide(
         if rule == "hash":
             out = held_out.by_hash((os.fsencode(f"{name}/{file}") for file in files), fraction)
         else:
-            files = [file for file in files if not file.lower().endswith(_SINCE_FORMAT_3)]
+            files = [file for file in files if not file.lower().endswith(_NOT_SPREAD)]
             out = held_out.by_spread(len(files), fraction)
         wanted = out == (split == "test")
         chosen[name] = [file for file, keep in zip(files, wanted, strict=True) if keep]

@@ -23,6 +23,9 @@ ALPHAS = ("white", "drop")
 MAX_PIXELS = 178_956_970  # Pillow's limit, half a GB of RGB; a small file may claim far more
 _ORIENTATION = 0x0112  # EXIF's number of the tag
 _CARRIERS = (b"Exif\0\0", b"eXIf", b"Raw profile type exif", b"tiff:Orientation")
+# Brands of files that begin with "ftyp", as MP4 films do.
+_HEIC = (b"heic", b"heix", b"heim", b"heis", b"hevc", b"hevx", b"mif1", b"msf1")
+_AVIF = (b"avif", b"avis")
 _BITS, _PHOTOMETRIC, _FORMAT, _LEAST, _GREATEST = 258, 262, 339, 340, 341  # TIFF's tags
 
 
@@ -106,15 +109,16 @@ def turned(pixels: np.ndarray, orientation: int) -> np.ndarray:
 
 
 def _open(data: bytes) -> "Image.Image":
-    from PIL import Image
+    from PIL import Image, features
 
     try:
         return Image.open(io.BytesIO(data))
     except Image.DecompressionBombError as error:
         raise CorruptImageError(f"{error} It is damaged, or to be made smaller") from None
     except Image.UnidentifiedImageError:
-        if data[4:8] != b"ftyp":  # the family of HEIC and AVIF
-            raise
+        brand = data[8:12] if data[4:8] == b"ftyp" else b""
+        if brand not in _HEIC and (brand not in _AVIF or features.check("avif")):
+            raise  # damaged, or no image
     try:
         import pillow_heif
     except ImportError:

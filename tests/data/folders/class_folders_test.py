@@ -233,10 +233,10 @@ def test_a_list_of_classes_must_be_the_folders(tmp_path):
     make_files(tmp_path, *classes("", "a b c"))
     order = tmp_path / "order.txt"
     for text, message in (
-        ("a\nb\n", r"folders that the list lacks: \['c'\]"),
-        ("a\nb\nc\nd\n", r"names without a folder: \['d'\]"),
-        ("a\nb\nc\nb\n", r"names listed twice: \['b'\]"),
-        ("a \nb\nc\n", r"list lacks: \['a'\]; names without a folder: \['a '\]"),
+        ("a\nb\n", r"folders that the list lacks: 'c'"),
+        ("a\nb\nc\nd\n", r"names without a folder: 'd'"),
+        ("a\nb\nc\nb\n", r"names listed twice: 'b'"),
+        ("a \nb\nc\n", r"list lacks: 'a'; names without a folder: 'a '"),
     ):
         order.write_text(text)
         with pytest.raises(ValueError, match=message) as caught:

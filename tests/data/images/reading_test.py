@@ -244,6 +244,20 @@ def test_what_claims_too_many_pixels_is_refused_before_it_is_decoded():
                 read(data)
 
 
+def test_a_film_is_no_picture():
+    film = b"\0\0\0\x18ftypisom\0\0\0\0isommp42" + bytes(40)
+    with pytest.raises(CorruptImageError, match="not a readable image"):
+        decode(film)
+
+
+@pytest.mark.skipif(NO_AVIF, reason="this Pillow has no AVIF")
+def test_a_damaged_avif_is_a_corrupt_image():
+    data = encode(Image.new("RGB", (64, 32), "red"), "AVIF")
+    for damaged in (data[: len(data) // 2], data[:100]):
+        with pytest.raises(CorruptImageError, match="not a readable image"):
+            decode(damaged)
+
+
 def test_heic_is_read_by_pillow_heif_or_names_it(monkeypatch):
     heic = b"\0\0\0\x18ftypheic\0\0\0\0mif1heic" + bytes(40)
     monkeypatch.setitem(sys.modules, "pillow_heif", None)
