@@ -56,7 +56,7 @@ def _pictures() -> list[bytes]:
     rng, files = np.random.default_rng(0), []
     for _ in range(_PICTURES):
         shapes = Image.fromarray(rng.integers(0, 256, (12, 16, 3), np.uint8))
-        pixels = np.asarray(shapes.resize(_SIZE, Image.Resampling.BICUBIC), np.float32)
+        pixels: np.ndarray = np.asarray(shapes.resize(_SIZE, Image.Resampling.BICUBIC), np.float32)
         pixels = pixels + rng.normal(0, 15, pixels.shape)
         file = io.BytesIO()
         Image.fromarray(np.clip(pixels, 0, 255).astype(np.uint8)).save(file, "JPEG", quality=92)

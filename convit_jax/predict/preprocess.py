@@ -26,7 +26,8 @@ class Preprocess:
     images = preprocess("photo.jpg", "other.png")    # (2, 224, 224, 3) float32
 
     A picture is the path of a file, the bytes of one, a picture of Pillow, or uint8 pixels (height,
-    width, 1 or 3). A model with one input channel gets it in grey.
+    width, 1 or 3). A model with one input channel gets it in grey. Files and pictures of Pillow are
+    turned upright by their EXIF orientation and put over white, whatever the weights' run did.
     """
 
     def __init__(self, loaded: Loaded):

@@ -25,7 +25,8 @@ RELEASED = {
     "deit_small": "timm/deit_small_patch16_224.fb_in1k",
     "deit_base": "timm/deit_base_patch16_224.fb_in1k",
 }
-_NAME = re.compile(r"(?:(?:hf[-_])?hub:)?(\w[\w.-]*/[\w.-]+)(?:@([\w./-]+))?")
+_REPOSITORY = r"\w[\w.-]*/[\w.-]+"
+_NAME = re.compile(rf"(?:(?:hf[-_])?hub:)?({_REPOSITORY})(?:@([\w./-]+))?")
 _WEIGHTS = (
     "model.safetensors",
     f"model.safetensors{files.INDEX}",
@@ -77,7 +78,7 @@ def destination(text: str) -> str | None:
     prefix, colon, name = text.partition(":")
     if not colon or prefix not in ("hub", "hf-hub", "hf_hub"):
         return None
-    if not re.fullmatch(r"\w[\w.-]*/[\w.-]+", name):
+    if not re.fullmatch(_REPOSITORY, name):
         raise ValueError(f"DST: expected hub:ORGANISATION/NAME, got {text}")
     return name
 
@@ -197,15 +198,15 @@ def _read_config(path: pathlib.Path | None) -> dict[str, Any]:
 
 
 def _first(
-    download: Callable[[str, bool], pathlib.Path], files: tuple[str, ...], offline: bool
+    download: Callable[[str, bool], pathlib.Path], names: tuple[str, ...], offline: bool
 ) -> tuple[pathlib.Path | None, Exception | None]:
     """Downloads the first of these files that exists; returns its path, or why none was found."""
     from huggingface_hub import errors
 
     missing: Exception | None = None
-    for file in files:
+    for name in names:
         try:
-            return download(file, offline), None
+            return download(name, offline), None
         except errors.LocalEntryNotFoundError as error:
             missing, offline = error, True  # no network: do not wait for it again
         except errors.EntryNotFoundError as error:

@@ -1,4 +1,4 @@
-"""Names of tensors in a state dict: prefixes that parts add, and what a model its names tell."""
+"""Names of tensors in a state dict: removes prefixes, and recognises other models."""
 
 from collections import Counter
 from collections.abc import Collection, Iterable, Mapping
@@ -11,7 +11,7 @@ log = logging.getLogger(__name__)
 
 T = TypeVar("T")
 
-# Parts that parts put into the names: DistributedDataParallel and timm's average, torch.compile,
+# What wrappers insert into names: DistributedDataParallel and timm's average, torch.compile,
 # FullyShardedDataParallel, and its checkpointing of activations.
 _WRAPPERS = {"module", "_orig_mod", "_fsdp_wrapped_module", "_checkpoint_wrapped_module"}
 # Counts the steps of torch.optim.swa_utils.AveragedModel.

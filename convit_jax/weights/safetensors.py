@@ -51,6 +51,8 @@ def read_safetensors(path: pathlib.Path) -> tuple[dict[str, np.ndarray], dict[st
         with safe_open(path, framework="np") as file:
             metadata = file.metadata() or {}
             state_dict = {name: _tensor(file, name) for name in file.keys()}  # noqa: SIM118
+    except _UnknownTypeError as error:
+        raise ValueError(f"{path}: {error}") from None
     except Exception as error:  # damaged files raise errors of several types
         raise ValueError(f"{path}: not a readable safetensors file: {error}") from error
     if _METADATA not in metadata:
@@ -65,11 +67,15 @@ def read_safetensors(path: pathlib.Path) -> tuple[dict[str, np.ndarray], dict[st
         raise ValueError(f"{path}: the metadata {_METADATA!r} cannot be read: {error!r}") from error
 
 
+class _UnknownTypeError(ValueError):
+    """A tensor of a type that numpy lacks."""
+
+
 def _tensor(file: Any, name: str) -> np.ndarray:
     try:
         return file.get_tensor(name)
     except AttributeError:  # numpy has no such type
         found = file.get_slice(name).get_dtype()
-        raise ValueError(
+        raise _UnknownTypeError(
             f"{name}: expected floating-point numbers of 16, 32 or 64 bits, got {found}"
         ) from None
