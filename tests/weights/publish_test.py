@@ -61,6 +61,6 @@ def test_the_card_and_what_timm_cannot_read(tmp_path, caplog):
     publish.write_repository(tmp_path, "mine/wide", Loaded(wide, random_params(wide)))
     assert "timm cannot read it: timm's ConViT takes square images" in caplog.text
     assert "timm" not in (tmp_path / "README.md").read_text()
-    assert "None were measured of these weights" in (tmp_path / "README.md").read_text()
+    assert "These weights have not been evaluated" in (tmp_path / "README.md").read_text()
     assert "architecture" not in (tmp_path / "config.json").read_text()
     assert read_weights(tmp_path).model == wide
