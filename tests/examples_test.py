@@ -125,7 +125,7 @@ def test_the_server_answers(tmp_path: pathlib.Path):
         def ask(data: bytes) -> tuple[int, Any]:
             request = urllib.request.Request(address[0], data=data, method="POST")
             try:
-                with urllib.request.urlopen(request, timeout=60) as answer:
+                with urllib.request.urlopen(request, timeout=1200) as answer:
                     return answer.status, json.load(answer)
             except urllib.error.HTTPError as error:
                 with error:
@@ -141,7 +141,7 @@ def test_the_server_answers(tmp_path: pathlib.Path):
         assert (status, list(found)) == (400, ["error"])
     finally:
         server.terminate()
-        server.communicate(timeout=60)
+        server.communicate(timeout=1200)
 
 
 def use_kernel_of_this_python(folder: pathlib.Path, monkeypatch) -> None:

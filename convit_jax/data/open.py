@@ -76,7 +76,7 @@ def open_source(
         opened = open_tfds(rest, split, data_dir, cache_dir, splits)
     else:
         raise ValueError(
-            f"data.source: expected 'folder:PATH', 'tfds:NAME', 'digits' or 'synthetic', "
+            "data.source: expected 'folder:PATH', 'tfds:NAME', 'digits' or 'synthetic', "
             f"got {source!r}"
         )
     if split == "train" and sampling_ratio < 1:

@@ -9,7 +9,7 @@ from convit_jax.data.source import Example, check_index, hashes
 
 _NUMBERS = {"train": 1_281_167, "test": 50_000}
 _CLASSES = 1000
-_SIZE = (500, 375)  # width and height; ImageNet's files have about 110 kB, as these
+_SIZE = (500, 375)  # width and height; a file has about 100 kB, one of ImageNet 110
 _PICTURES = 64  # different ones; more would only take memory
 
 
