@@ -129,7 +129,12 @@ import signal
 from convit_jax.data.open import open_source
 from convit_jax.data.batches.chunks import Share, TrainChunks
 from convit_jax.data.batches.workers import iterate
+from convit_jax.parallel import signals
 from convit_jax.parallel.signals import Interruption
+
+# The signals come at once, but while workers are started they wait to be handled. On a busy machine
+# that is more than a second, after which another signal would end the process.
+signals._SAME_WISH = 1200.0
 
 
 def keep(image, rng):
