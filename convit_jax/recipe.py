@@ -148,7 +148,7 @@ KEYS: dict[str, Key] = {
     "model.unroll": _option("number of layers in one iteration of the scan", int, "unroll"),
     "data.source": Key(
         "tfds:imagenet2012",
-        "data set: tfds:NAME, folder:PATH, digits or synthetic (random pictures)",
+        "data set: tfds:NAME, folder:PATH, digits, mnist5k or synthetic (random pictures)",
     ),
     "data.dir": Key(
         "",
@@ -532,7 +532,7 @@ def differences(
     saved: ml_collections.ConfigDict, config: ml_collections.ConfigDict
 ) -> dict[str, str]:
     """Returns the keys that differ between two configurations, each with a text of both values."""
-    there, now = _values(saved), _values(config)
+    there, now = values(saved), values(config)
     return {
         name: f"{name}: saved {there.get(name)!r}, now {now.get(name)!r}"
         for name in sorted(there.keys() | now.keys())
@@ -540,7 +540,7 @@ def differences(
     }
 
 
-def _values(config: ml_collections.ConfigDict) -> dict[str, Any]:
+def values(config: ml_collections.ConfigDict) -> dict[str, Any]:
     """Returns every key with its value; equal image sizes, such as 8 and "8x8", become equal."""
     values = dict(_leaves(config.to_dict()))
     if (size := config.model.image_size) is not None:

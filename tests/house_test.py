@@ -11,8 +11,10 @@ PACKAGE = ROOT / "convit_jax"
 FLOORS = (
     {"__main__"},
     {"cli"},
+    {"study"},
     {"train", "predict"},
     {"weights", "data"},
+    {"ablations"},
     {"recipe"},
     {"model"},
     {"workdir", "parallel"},

@@ -19,6 +19,7 @@ COMMANDS = {
     "predict": ("classify image files", "predict"),
     "convert": ("convert weights between PyTorch, this project and StableHLO", "weights"),
     "data": ("check a data set, or prepare ImageNet", "train"),
+    "study": ("repeat the paper's study of locality: runs, tables, pictures", "study"),
 }
 
 
