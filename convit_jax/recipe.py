@@ -11,6 +11,8 @@ data set, in a few lines:
         config.train.batch_size = 256
         return config
 
+A parameter of this function is a choice, which follows the name and a colon in --config.
+
 Any key can be set on the command line: `--config.train.batch_size=256`.
 """
 
@@ -140,6 +142,7 @@ KEYS: dict[str, Key] = {
     "model.local_up_to_layer": _option("number of GPSA blocks", int, "local_up_to_layer"),
     "model.locality_strength": _option("the paper's alpha", float, "locality_strength"),
     "model.use_local_init": _option("convolutional initialisation of GPSA", bool, "use_local_init"),
+    "model.gate_init": _option("gates before training, without sigmoid", float, "gate_init"),
     "model.use_pos_embed": _option("learned position embedding", bool, "use_pos_embed"),
     "model.cls_pos_embed": _option("class token position embedding (DeiT)", bool, "cls_pos_embed"),
     "model.global_pool": _option("what is classified: token or avg", str, "global_pool"),
@@ -275,8 +278,9 @@ KEYS: dict[str, Key] = {
     ),
     "optim.freeze": Key(
         "",
-        "parameters not to train: backbone (all but the head), gates, positional, or regular "
-        "expressions of whole names such as gpsa_blocks/.*, separated by commas",
+        "parameters not to train: backbone (all but the head), gates, positional, gpsa (the "
+        "attention of the GPSA layers), or regular expressions of whole names such as "
+        "gpsa_blocks/.*, separated by commas",
     ),
     "optim.freeze_epochs": Key(
         0.0, "epochs after which optim.freeze ends; 0 freezes for the whole run", least=0

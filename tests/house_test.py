@@ -13,7 +13,7 @@ FLOORS = (
     {"cli"},
     {"train", "predict"},
     {"weights", "data"},
-    {"recipe"},
+    {"recipe", "ablations"},
     {"model"},
     {"workdir", "parallel", "storage", "extras", "__init__"},
 )
