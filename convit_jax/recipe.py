@@ -47,6 +47,7 @@ class Key:
       above: exclusive lower bound.
       least: inclusive lower bound.
       below: exclusive upper bound.
+      most: inclusive upper bound.
       may_change: whether the value may differ between two starts of a run. This holds for keys that
         decide what a run costs, how long it is, and what it logs and saves, and for those that an
         error message advises to change.
@@ -60,6 +61,7 @@ class Key:
     above: float = -math.inf
     least: float = -math.inf
     below: float = math.inf
+    most: float = math.inf
     may_change: bool = False
     may_be_none: bool = False
 
@@ -261,6 +263,28 @@ KEYS: dict[str, Key] = {
         1.0, "epochs between two evaluations; the last step is evaluated too", above=0,
         may_change=True,
     ),
+    # Distillation: convit_jax/train/distillation.py.
+    "distill.teacher": Key(
+        "",
+        "network whose answers are learned besides the labels: any source of convit_jax.load, or a "
+        ".stablehlo file; empty is none; another path of the same teacher (distill.sha256) is "
+        "allowed",
+        may_change=True,
+    ),
+    "distill.kind": Key(
+        "hard",
+        "what is learned of the teacher: hard, its most probable class, or soft, its probabilities",
+        choices=("hard", "soft"),
+    ),
+    "distill.alpha": Key(
+        0.5, "share of the teacher in the loss; the labels have the rest", above=0, most=1
+    ),
+    "distill.tau": Key(1.0, "temperature of the probabilities of distill.kind=soft", above=0),
+    "distill.sha256": Key(
+        "",
+        "SHA-256 of the teacher's weights, or of its .stablehlo file; empty takes any teacher and "
+        "is filled in",
+    ),
     # The optimiser, AdamW.
     "optim.lr": Key(
         5e-4,
@@ -402,6 +426,8 @@ def _out_of_bounds(name: str, value: Any) -> Iterator[str]:
         yield f"{name}: expected {key.least:g} or more, got {value}"
     if not value < key.below:
         yield f"{name}: expected less than {key.below:g}, got {value}"
+    if not value <= key.most:
+        yield f"{name}: expected at most {key.most:g}, got {value}"
 
 
 def to_json(config: ml_collections.ConfigDict) -> dict[str, Any]:
