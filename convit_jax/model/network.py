@@ -78,6 +78,7 @@ class ConViT(nn.Module):
       local_up_to_layer: number of GPSA blocks; must be less than depth. 0 gives a plain ViT.
       locality_strength: the paper's alpha, see `GPSA`.
       use_local_init: whether GPSA blocks get the convolutional initialisation, see `GPSA`.
+      gate_init: initial value of the gates, see `GPSA`.
       use_pos_embed: whether a learned position embedding is added to the patches. Without it
         the model takes images of any size that patch_size divides.
       cls_pos_embed: whether the class token has a position embedding too, as in DeiT; needs
@@ -115,6 +116,7 @@ class ConViT(nn.Module):
     local_up_to_layer: int = structure(10)
     locality_strength: float = training(1.0)
     use_local_init: bool = training(True)
+    gate_init: float = training(1.0)
     use_pos_embed: bool = structure(True)
     cls_pos_embed: bool = structure(False)
     global_pool: str = function("token")
@@ -218,6 +220,7 @@ class ConViT(nn.Module):
             **self._self_attention().keywords,
             locality_strength=self.locality_strength,
             use_local_init=self.use_local_init,
+            gate_init=self.gate_init,
             positional=self.positional,
         )
 

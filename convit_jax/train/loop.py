@@ -209,9 +209,11 @@ def _compiled_step(run: Run, state: TrainState, batch: Batch) -> TrainStep:
     """Compiles the step, once for the whole run; a batch of another shape would be an error."""
     start = time.perf_counter()
     log.info("compiling the training step ...")
-    compiled = run.program.jitted_step().lower(state, batch).compile()
+    distillation = run.program.distillation
+    teacher = () if distillation is None else (distillation.on_devices(),)
+    compiled = run.program.jitted_step().lower(state, batch, *teacher).compile()
     log.info("compiled the training step in %.1f s", time.perf_counter() - start)
-    return compiled
+    return lambda state, batch: compiled(state, batch, *teacher)
 
 
 def _evaluate(
