@@ -31,6 +31,6 @@ def get_config() -> ml_collections.ConfigDict:
         crop="pad", pad_crop=2, flip=0.0, randaugment_ops=0, color_jitter=0.0, eval_crop=1.0
     )
     config.mixup.update(cutmix=0.0, erase_prob=0.0)
-    config.train.update(epochs=20.0, batch_size=64, eval_every=5.0)
+    config.train.update(epochs=20.0, batch_size=32, eval_every=5.0)
     config.optim.update(lr=1e-3, scale_lr=False)
     return config

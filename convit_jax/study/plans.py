@@ -4,7 +4,7 @@ A run is named by what distinguishes it from the base configuration. Studies of 
 configuration share the runs that they have in common.
 """
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 import dataclasses
 from typing import Any
 
@@ -118,7 +118,7 @@ def sample_efficiency(
         "model",
         "share of the training images",
         tuple(
-            Cell(row, f"{share:.4g}", _runs(name, flags, share, seeds))
+            Cell(row, f"{share:.4g}", _runs(config, name, flags, share, seeds))
             for row, (name, flags) in models.items()
             for share in shares
         ),
@@ -143,7 +143,7 @@ def ablation_study(
             Cell(
                 f"{row}: {_ABLATIONS[row]}",
                 f"{share:.4g}",
-                _runs(names.get(row, f"ablation_{row}"), _as_flags(changes), share, seeds),
+                _runs(config, names.get(row, f"ablation_{row}"), _as_flags(changes), share, seeds),
             )
             for row, changes in ablations.TABLE_3.items()
             for share in shares
@@ -166,7 +166,9 @@ def locality(
                 {"model.local_up_to_layer": count, "model.locality_strength": f"{strength:g}"}
             )
             name = f"gpsa_{count}-strength_{strength:g}"
-            cells.append(Cell(f"{count}", f"{strength:g}", _runs(name, flags, share, seeds)))
+            cells.append(
+                Cell(f"{count}", f"{strength:g}", _runs(config, name, flags, share, seeds))
+            )
     return Study(
         "locality",
         "Top-1 accuracy by the number of GPSA layers and the locality strength (Figure 8)",
@@ -189,12 +191,24 @@ def _as_flags(changes: Mapping[str, Any]) -> tuple[str, ...]:
     return tuple(f"--config.{key}={value}" for key, value in changes.items())
 
 
-def _runs(name: str, flags: Iterable[str], share: float, seeds: Sequence[int]) -> tuple[Run, ...]:
-    """Returns a run for each seed, on a share of the training images and as many more epochs."""
-    flags = tuple(flags)
+def _runs(
+    config: ml_collections.ConfigDict,
+    name: str,
+    flags: tuple[str, ...],
+    share: float,
+    seeds: Sequence[int],
+) -> tuple[Run, ...]:
+    """Returns a run for each seed, on a share of the training images.
+
+    The epochs, and those between two evaluations, grow as the share falls.
+    """
     if share < 1:
         name = f"{name}-images_{share:g}"
         flags += _as_flags(
-            {"data.sampling_ratio": f"{share:g}", "data.epochs_scale": f"{1 / share:.6g}"}
+            {
+                "data.sampling_ratio": f"{share:g}",
+                "data.epochs_scale": f"{1 / share:.6g}",
+                "train.eval_every": f"{config.train.eval_every / share:.6g}",
+            }
         )
     return tuple(Run(f"{name}-seed_{seed}", (*flags, f"--config.seed={seed}")) for seed in seeds)
