@@ -1,5 +1,7 @@
 """`convit study`."""
 
+from collections.abc import Iterator
+import contextlib
 import json
 import os
 import shlex
@@ -13,9 +15,9 @@ from runs import ROOT
 
 from convit_jax.cli import study
 
-# Four runs of a few seconds each: ConViT and DeiT on all images and on half of them.
+# Two runs of a few seconds each: ConViT and DeiT on half of the images.
 SMALL = (
-    "sample-efficiency", "--config=digits", "--seeds=1", "--shares=0.5,1",
+    "sample-efficiency", "--config=digits", "--seeds=1", "--shares=0.5",
     "--config.train.epochs=1", "--config.train.eval_every=1", "--config.model.depth=2",
     "--config.model.local_up_to_layer=1", "--config.data.workers=0",
 )  # fmt: skip
@@ -25,9 +27,9 @@ COMMAND = [sys.executable, "-m", "convit_jax", "study", *SMALL]
 def test_what_a_study_would_run_is_printed(capsys, tmp_path):
     study.main([*SMALL, f"--out={tmp_path}", "--print"])
     lines = capsys.readouterr().out.splitlines()
-    assert len(lines) == 4
+    assert len(lines) == 2
     assert lines[0].startswith("convit train --config=digits --config.train.epochs=1 ")
-    assert lines[-1].endswith(f"--workdir={tmp_path}/digits/deit-seed_0")
+    assert lines[-1].endswith(f"--workdir={tmp_path}/digits/deit-images_0.5-seed_0")
     assert not [*tmp_path.iterdir()]
     with pytest.raises(SystemExit, match="expected one share for locality"):
         study.main(["locality", "--config=digits", "--shares=0.5,1"])
@@ -38,34 +40,33 @@ def test_a_study_that_is_killed_goes_on_and_makes_the_same_table(capsys, tmp_pat
     whole, killed = tmp_path / "whole", tmp_path / "killed"
     subprocess.run([*COMMAND, f"--out={whole}"], cwd=ROOT, check=True, timeout=1200)
 
-    # Killed with its child in the second run; the study is stopped by a signal in a later one.
-    def begin() -> subprocess.Popen:
-        return subprocess.Popen(
-            [*COMMAND, f"--out={killed}"], cwd=ROOT, stderr=subprocess.PIPE, text=True
-        )
+    @contextlib.contextmanager
+    def begun(line: str) -> Iterator[subprocess.Popen]:
+        """Starts a study, and yields its process when it has logged a line."""
+        command = [*COMMAND, f"--out={killed}"]
+        with subprocess.Popen(command, cwd=ROOT, stderr=subprocess.PIPE, text=True) as process:
+            assert any(line in text for text in process.stderr)
+            yield process
 
-    first = begin()
-    for line in first.stderr:
-        if "run 2 of 4" in line:
-            break
-    time.sleep(3)
-    children = subprocess.run(["pgrep", "-P", str(first.pid)], capture_output=True, text=True)
-    for process in (first.pid, *map(int, children.stdout.split())):
-        os.kill(process, signal.SIGKILL)
-    first.wait()
-    second = begin()
-    for line in second.stderr:
-        if "run 1 of 3" in line:  # the second run again; the first is not repeated
-            second.send_signal(signal.SIGTERM)
-            break
-    assert "the same command continues" in second.stderr.read()
-    assert second.wait() == 0
+    # Killed with its child in the second run. The next start repeats that one alone, and is
+    # stopped by a signal.
+    with begun("run 2 of 2") as process:
+        time.sleep(3)
+        children = subprocess.run(
+            ["pgrep", "-P", str(process.pid)], capture_output=True, text=True
+        ).stdout.split()
+        for number in (process.pid, *map(int, children)):
+            os.kill(number, signal.SIGKILL)
+    with begun("run 1 of 1") as process:
+        process.terminate()
+        assert "the same command continues" in process.stderr.read()
+    assert process.returncode == 0
 
     # A third start finishes. Its table is that of the study that nobody disturbed.
     subprocess.run([*COMMAND, f"--out={killed}"], cwd=ROOT, check=True, timeout=1200)
     tables = [(out / "digits" / "sample-efficiency.md").read_text() for out in (whole, killed)]
     assert tables[0] == tables[1]
-    assert tables[0].count("|") == 4 * 4
+    assert tables[0].count("|") == 4 * 3
     assert (whole / "digits" / "sample-efficiency.png").read_bytes().startswith(b"\x89PNG")
     cells = json.loads((whole / "digits" / "sample-efficiency.json").read_text())["cells"]
     assert all(len(cell["top1_percent"]) == 1 for cell in cells)
