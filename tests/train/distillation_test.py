@@ -15,7 +15,6 @@ from convit_jax.parallel import sharding
 from convit_jax.train import distillation, teacher
 from convit_jax.train.step import Program, TrainState
 from convit_jax.weights import safetensors, stablehlo
-from convit_jax.weights.digest import digest
 from convit_jax.weights.loaded import Loaded
 
 NAMES = tuple("abcde")
@@ -187,7 +186,10 @@ def test_a_teacher_is_split_like_its_student_and_said(tmp_path, caplog):
     path = save_model(tmp_path / "teacher.safetensors", params, WIDE)
     config = make_config(path)
     fit = fitted(config, sharding.make_mesh(2))
-    assert config.distill.sha256 == digest(params)
+    for names, same in ((NAMES, True), (NAMES[::-1], False)):
+        other = make_config(save_model(tmp_path / "other.safetensors", params, WIDE, names))
+        teacher.read(other)
+        assert (other.distill.sha256 == config.distill.sha256) == same
     kernel = fit.on_devices()["gpsa_blocks"]["mlp"]["fc1"]["kernel"]
     assert kernel.addressable_shards[0].data.nbytes == kernel.nbytes // 2
     count = sum(x.size for x in jax.tree.leaves(params))
@@ -213,9 +215,10 @@ def test_classes_are_matched_by_name_and_what_does_not_fit_is_refused(tmp_path):
         ({}, model, ("a", "z"), "1 of the 2 classes .* not among the 5 of the teacher .*: 'z'"),
         ({"sha256": "0"}, model, NAMES, "SHA-256 0 .distill.sha256., got .* in .*safetensors"),
         ({"tau": 2.0}, model, NAMES, "distill.tau=2: expected distill.kind=soft with it"),
+        ({"teacher": "no"}, model, NAMES, "distill.teacher: weights: no such file or folder: no"),
         ({"teacher": "", "alpha": 0.1}, model, NAMES, "distill.alpha=0.1: expected distill.teach"),
     ):  # fmt: skip
-        with pytest.raises(ValueError, match=message):
+        with pytest.raises((ValueError, OSError), match=message):
             fitted(make_config(path, **options), mesh, student, names)
     stablehlo.save_exported(program, loaded, uint8=True)
     with pytest.raises(ValueError, match=r"takes uint8 pixels, .*convert without --uint8"):
@@ -224,6 +227,8 @@ def test_classes_are_matched_by_name_and_what_does_not_fit_is_refused(tmp_path):
     save_conv(program, params, batch=3)
     with pytest.raises(ValueError, match="takes 3 images in a call, but a device has 4 at a time"):
         fitted(make_config(program), mesh)
+    assert "distill.teacher" in recipe.MAY_CHANGE  # its path
+    assert "distill.sha256" not in recipe.MAY_CHANGE
     config = recipe.get_config()
     config.distill.alpha = 1.5
     with pytest.raises(ValueError, match=r"distill.alpha: expected at most 1, got 1.5"):
