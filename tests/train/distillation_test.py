@@ -11,11 +11,13 @@ import reference
 import small_models
 
 from convit_jax import ConViT, from_torch, recipe, to_torch
+from convit_jax.cli import options
 from convit_jax.parallel import sharding
-from convit_jax.train import distillation, teacher
+from convit_jax.train import distillation, same_run, setup, teacher
 from convit_jax.train.step import Program, TrainState
 from convit_jax.weights import safetensors, stablehlo
 from convit_jax.weights.loaded import Loaded
+from convit_jax.workdir.folder import Workdir
 
 NAMES = tuple("abcde")
 # Wide enough that some of its parameters are split over devices.
@@ -25,12 +27,12 @@ MEAN, STD = (0.3, 0.4, 0.5), (0.2, 0.3, 0.25)
 THEIR_MEAN, THEIR_STD = (0.5, 0.45, 0.4), (0.5, 0.4, 0.3)
 
 
-def make_config(source, **options):
+def make_config(source, **keys):
     config = recipe.get_config()
     config.data.update(mean=MEAN, std=STD)
     config.mixup.update(mixup=0.0, cutmix=0.0, erase_prob=0.0)
     config.train.batch_size = 32
-    config.distill.update({"teacher": str(source), **options})
+    config.distill.update({"teacher": str(source), **keys})
     return config
 
 
@@ -208,7 +210,7 @@ def test_classes_are_matched_by_name_and_what_does_not_fit_is_refused(tmp_path):
     assert fit.classes.logits == (3, 1)
     program = tmp_path / "teacher.stablehlo"
     loaded = Loaded(model, small_models.random_params(), class_names=NAMES)
-    for options, student, names, message in (
+    for keys, student, names, message in (
         ({}, model.clone(image_size=20), NAMES, "network for images of 20, as model.image_size, "
          r"got 16 in .*safetensors \(convit convert --image_size=20 adapts one"),
         ({}, model.clone(in_channels=1), NAMES, "network of 1 channels, .* got 3 in .*safetensors"),
@@ -219,7 +221,7 @@ def test_classes_are_matched_by_name_and_what_does_not_fit_is_refused(tmp_path):
         ({"teacher": "", "alpha": 0.1}, model, NAMES, "distill.alpha=0.1: expected distill.teach"),
     ):  # fmt: skip
         with pytest.raises((ValueError, OSError), match=message):
-            fitted(make_config(path, **options), mesh, student, names)
+            fitted(make_config(path, **keys), mesh, student, names)
     stablehlo.save_exported(program, loaded, uint8=True)
     with pytest.raises(ValueError, match=r"takes uint8 pixels, .*convert without --uint8"):
         teacher.read(make_config(program))
@@ -227,9 +229,28 @@ def test_classes_are_matched_by_name_and_what_does_not_fit_is_refused(tmp_path):
     save_conv(program, params, batch=3)
     with pytest.raises(ValueError, match="takes 3 images in a call, but a device has 4 at a time"):
         fitted(make_config(program), mesh)
-    assert "distill.teacher" in recipe.MAY_CHANGE  # its path
-    assert "distill.sha256" not in recipe.MAY_CHANGE
     config = recipe.get_config()
     config.distill.alpha = 1.5
     with pytest.raises(ValueError, match=r"distill.alpha: expected at most 1, got 1.5"):
         recipe.check(config)
+
+
+def test_the_teacher_of_a_run_may_move_but_not_change(tmp_path, caplog):
+    caplog.set_level(logging.INFO, "convit_jax")
+    config, workdir = options.configuration("digits", []), Workdir(tmp_path / "run")
+    model = setup.make_model(config, 10)
+    digits = tuple(map(str, range(10)))
+    paths = [tmp_path / f"{name}.safetensors" for name in ("teacher", "moved", "other")]
+    for path, seed in zip(paths, (0, 0, 1), strict=True):
+        params = small_models.random_params(model, seed)
+        safetensors.save_weights(path, Loaded(model, params, "", digits, (0.305,), (0.376,)))
+    config.distill.teacher = str(paths[0])
+    run = setup.prepare(config, workdir)
+    assert run.program.distillation.classes.is_identity
+    same_run.record_start(workdir, run.config, run.data, 0)
+    config.distill.teacher = str(paths[1])
+    setup.prepare(config, workdir)
+    assert f"distill.teacher: saved '{paths[0]}', now '{paths[1]}'" in caplog.text
+    config.distill.teacher = str(paths[2])
+    with pytest.raises(ValueError, match=r"another configuration: [^:]*:\n  distill.sha256: saved"):
+        setup.prepare(config, workdir)
