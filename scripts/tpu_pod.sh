@@ -272,6 +272,8 @@ look_after_training() {
       unreachable=$((unreachable + 1))
       say "not all hosts answer: $(tail -n 1 "$scratch/error")"
       if [ "$unreachable" -ge "$tries" ]; then
+        unreachable=0
+        failed "the hosts of $name do not answer"
         delete_pod || failed "$name could not be deleted"
       fi
       ;;
@@ -296,7 +298,10 @@ run() {
     [ "$now" = "$last" ] || say "$name: $now"
     last=$now
     case $now in
-      MISSING) request_pod || failed "$name could not be requested" ;;
+      MISSING)
+        was_active=false
+        request_pod || failed "$name could not be requested"
+        ;;
       ACTIVE)
         was_active=true
         look_after_training
@@ -304,7 +309,6 @@ run() {
       SUSPENDED | FAILED) # preempted, or never there
         why
         [ "$now" = SUSPENDED ] || $was_active || failed "the request for $name failed"
-        was_active=false
         delete_pod || failed "$name could not be deleted"
         ;;
     esac
@@ -332,9 +336,16 @@ create() {
 }
 
 status() {
+  local finished=0
   echo "pod: $(pod_state)"
   host_states || true
-  [ -z "$workdir" ] || if is_finished; then echo "run: finished"; else echo "run: not finished"; fi
+  [ -n "$workdir" ] || return 0
+  is_finished || finished=$?
+  case $finished in
+    0) echo "run: finished" ;;
+    1) echo "run: not finished" ;;
+    *) echo "run: not known" ;;
+  esac
 }
 
 parse "$@"

@@ -38,6 +38,8 @@ def main(argv: Sequence[str] | None = None, prog: str = "convit train") -> int:
     )
     options.add_processes(parser)
     args, overrides = options.parse(parser, argv)
+    if args.stopped_status > 255:
+        parser.error(f"--stopped_status: expected at most 255, got {args.stopped_status}")
     options.start_logging()
     with options.report(ValueError, OSError):
         workdir = Workdir(args.workdir)

@@ -38,6 +38,12 @@ def test_slurm_starts_one_process_a_node_and_requeues_a_run_that_is_not_finished
     assert given["open-mode"] == "append"
 
 
+def test_an_exit_status_has_eight_bits(capsys):
+    with pytest.raises(SystemExit):
+        train.main(["--workdir=runs", "--stopped_status=256"])
+    assert "--stopped_status: expected at most 255, got 256" in capsys.readouterr().err
+
+
 @pytest.fixture(params=["gke_tpu.yaml", "kubernetes_gpu.yaml"])
 def jobset(request):
     return yaml.safe_load((ROOT / "scripts" / request.param).read_text())
