@@ -113,9 +113,8 @@ def test_sigterm_saves_and_ends_well(stopped, flags, whole, tmp_path):
     assert f"continuing from step {step}" in runs.output(workdir)
     assert_same(workdir, whole)
 
-    again = runs.start(
-        workdir, *flags, "--stopped_status=75"
-    )  # finished: nothing is trained or lost
+    # A finished run: nothing is trained or lost.
+    again = runs.start(workdir, *flags, "--stopped_status=75")
     runs.finish(again, workdir)
     assert "24 steps" in runs.output(workdir).splitlines()[-1]
     assert_same(workdir, whole)
