@@ -16,19 +16,24 @@ FLAGS = ("--config=convit_b", "--config.data.dir=/my data", "--workdir=/runs/b")
 
 def test_slurm_starts_one_process_a_node_and_requeues_a_run_that_is_not_finished(tmp_path):
     script = ROOT / "scripts" / "slurm.sh"
-    for name, code in (("srun", 'exit "$SRUN_STATUS"'), ("scontrol", "")):
+    for name, code in (
+        ("srun", 'exit "$SRUN_STATUS"'),
+        ("squeue", 'echo "$STATE"'),
+        ("scontrol", ""),
+    ):
         line = f'#!/bin/sh\nprintf "%s|" {name} "$@" >>{tmp_path}/calls\necho >>{tmp_path}/calls\n'
         (tmp_path / name).write_text(line + code)
         (tmp_path / name).chmod(0o755)
     env = os.environ | {"PATH": f"{tmp_path}:{os.environ['PATH']}"}
     env |= {"SLURM_JOB_ID": "7", "SLURM_CPUS_PER_TASK": "64"}
-    for status in (0, 75, 1):
-        done = subprocess.run(["bash", script, *FLAGS], env=env | {"SRUN_STATUS": str(status)})
-        assert done.returncode == status
+    for status, state in ((0, "RUNNING"), (75, "RUNNING"), (75, "COMPLETING"), (1, "RUNNING")):
+        given = {"SRUN_STATUS": str(status), "STATE": state}
+        assert subprocess.run(["bash", script, *FLAGS], env=env | given).returncode == status
     step = ("srun", "--kill-on-bad-exit=0", "--cpus-per-task=64", "convit", "train")
     started = "|".join((*step, "--stopped_status=75", *FLAGS, ""))
     calls = (tmp_path / "calls").read_text().splitlines()
-    assert calls == [started, started, "scontrol|requeue|7|", started]
+    calls = [call for call in calls if not call.startswith("squeue")]
+    assert calls == [started, started, "scontrol|requeue|7|", started, started]
 
     directives = [line for line in script.read_text().splitlines() if line.startswith("#SBATCH")]
     given = dict(line.removeprefix("#SBATCH --").split("=") for line in directives if "=" in line)
