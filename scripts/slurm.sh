@@ -27,9 +27,11 @@ status=0
 # Slurm must not end the other processes when the first one has ended: they end together.
 srun --kill-on-bad-exit=0 --cpus-per-task="$SLURM_CPUS_PER_TASK" \
   convit train --stopped_status=75 "$@" || status=$?
-# A job that scancel ends is COMPLETING by now, and stays out of the queue.
-state=$(squeue --noheader --jobs="$SLURM_JOB_ID" --format=%T)
-if [ "$status" -eq 75 ] && [ "$state" = RUNNING ]; then
-  scontrol requeue "$SLURM_JOB_ID"
+if [ "$status" -eq 75 ]; then
+  # A job that scancel ends is COMPLETING by now, and stays out of the queue.
+  case $(squeue --noheader --jobs="$SLURM_JOB_ID" --format=%T || true) in
+    COMPLETING | CANCELLED) ;;
+    *) scontrol requeue "$SLURM_JOB_ID" ;;
+  esac
 fi
 exit "$status"
