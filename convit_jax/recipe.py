@@ -282,8 +282,8 @@ KEYS: dict[str, Key] = {
     "distill.tau": Key(1.0, "temperature of the probabilities of distill.kind=soft", above=0),
     "distill.sha256": Key(
         "",
-        "SHA-256 of the teacher's weights, or of its .stablehlo file; empty takes any teacher and "
-        "is filled in",
+        "SHA-256 of the teacher: of weights with their options, classes and normalisation, or of "
+        "a .stablehlo file; empty takes any teacher and is filled in",
     ),
     # The optimiser, AdamW.
     "optim.lr": Key(

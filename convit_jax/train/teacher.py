@@ -1,7 +1,10 @@
 """The teacher of a distillation: any weights that `load` reads, or any network as a program."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+import contextlib
 import dataclasses
+import hashlib
+import json
 from typing import Any
 
 import jax
@@ -10,9 +13,11 @@ import ml_collections
 from convit_jax import recipe
 from convit_jax.model import flops
 from convit_jax.model.network import ConViT
+from convit_jax.model.variants import options_of_kind, plain
 from convit_jax.weights import stablehlo
 from convit_jax.weights.digest import digest
 from convit_jax.weights.load import read_weights
+from convit_jax.weights.loaded import Loaded
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -93,8 +98,19 @@ def _check_options(options: ml_collections.ConfigDict) -> None:
         raise ValueError(f"distill.tau={options.tau:g}: expected distill.kind=soft with it")
 
 
+@contextlib.contextmanager
+def _naming_the_key() -> Iterator[None]:
+    try:
+        yield
+    except ValueError as error:
+        raise ValueError(f"distill.teacher: {error}") from error
+    except OSError as error:
+        raise OSError(f"distill.teacher: {error}") from error
+
+
 def _read_model(source: str) -> tuple[Teacher, str]:
-    loaded = read_weights(source, ema=None)
+    with _naming_the_key():
+        loaded = read_weights(source, ema=None)
     model = loaded.model
     model.check_classifies(f"distill.teacher: {source}")
     chosen = [loaded.chosen] if loaded.chosen else []
@@ -111,11 +127,20 @@ def _read_model(source: str) -> tuple[Teacher, str]:
         parameters=sum(x.size for x in jax.tree.leaves(loaded.params)),
         flops=flops.forward_flops(model),
     )
-    return teacher, digest(loaded.params)
+    return teacher, _sha256(loaded)
+
+
+def _sha256(loaded: Loaded) -> str:
+    """Returns a hash of everything that the answers of weights depend on, in hexadecimal."""
+    kinds = options_of_kind("structure", "changeable", "function")
+    options = {key: plain(getattr(loaded.model, key)) for key in kinds}
+    answers = [digest(loaded.params), options, loaded.class_names, loaded.mean, loaded.std]
+    return hashlib.sha256(json.dumps(answers).encode()).hexdigest()
 
 
 def _read_program(source: str) -> tuple[Teacher, str]:
-    exported = stablehlo.read_exported(source)
+    with _naming_the_key():
+        exported = stablehlo.read_exported(source)
     about = exported.about
     if about["dtype"] != "float32":
         raise ValueError(

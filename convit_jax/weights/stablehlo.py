@@ -86,8 +86,7 @@ def save_exported(
       ValueError: if `batch` is less than one.
       OSError: if the file cannot be written.
     """
-    if batch is not None and batch < 1:
-        raise ValueError(f"batch: expected 1 or more, got {batch}")
+    _check_batch(batch)
     model = loaded.model.clone(dtype=jnp.float32, attention="auto", remat="none")
 
     def inference(images: jax.Array) -> jax.Array:
@@ -110,9 +109,10 @@ def save_network(
     crop_pct: float = 0.875,
     batch: int | None = None,
 ) -> None:
-    """Writes any network with its parameters as a program, for `distill.teacher`.
+    """Writes any network with its parameters as a float32 program, for `distill.teacher`.
 
-    The file is written whole or not at all.
+    The file is written whole or not at all. Its FLOPs are those that XLA counts, with elementwise
+    operations.
 
     Args:
       path: the file to write.
@@ -129,6 +129,7 @@ def save_network(
       ValueError: if the logits or a value do not have the expected shape.
       OSError: if the file cannot be written.
     """
+    _check_batch(batch)
     height, width, channels = image_shape
     for name, values in (("mean", mean), ("std", std)):
         if len(values) != channels:
@@ -148,13 +149,18 @@ def save_network(
         "channels": channels,
         "interpolation": "bicubic",
         "crop_pct": crop_pct,
-        "mean": list(mean),
-        "std": list(std),
-        "class_names": class_names and list(class_names),
+        "mean": [float(x) for x in mean],
+        "std": [float(x) for x in std],
+        "class_names": None if class_names is None else list(class_names),
         "parameters": _count(params),
         "flops": counted["flops"] / (batch or 1) if "flops" in counted else None,
     }
     _write(path, inference, described)
+
+
+def _check_batch(batch: int | None) -> None:
+    if batch is not None and batch < 1:
+        raise ValueError(f"batch: expected 1 or more, got {batch}")
 
 
 def _count(params: Any) -> int:
@@ -184,8 +190,8 @@ def read_exported(path: str | os.PathLike) -> Exported:
     compute wrong numbers or crash the interpreter.
 
     Raises:
-      ValueError: if the file is damaged, was not written by either, or is of a version of
-        jax that the installed one cannot read.
+      ValueError: if the file is damaged, was not written by either, or is of a version of jax that
+        the installed one cannot read.
       OSError: if the file cannot be read.
     """
     content, _, checksum = pathlib.Path(path).read_bytes().rpartition(b"\n")

@@ -11,12 +11,13 @@ import reference
 import small_models
 
 from convit_jax import ConViT, from_torch, recipe, to_torch
+from convit_jax.cli import options
 from convit_jax.parallel import sharding
-from convit_jax.train import distillation, teacher
+from convit_jax.train import distillation, same_run, setup, teacher
 from convit_jax.train.step import Program, TrainState
 from convit_jax.weights import safetensors, stablehlo
-from convit_jax.weights.digest import digest
 from convit_jax.weights.loaded import Loaded
+from convit_jax.workdir.folder import Workdir
 
 NAMES = tuple("abcde")
 # Wide enough that some of its parameters are split over devices.
@@ -26,12 +27,12 @@ MEAN, STD = (0.3, 0.4, 0.5), (0.2, 0.3, 0.25)
 THEIR_MEAN, THEIR_STD = (0.5, 0.45, 0.4), (0.5, 0.4, 0.3)
 
 
-def make_config(source, **options):
+def make_config(source, **keys):
     config = recipe.get_config()
     config.data.update(mean=MEAN, std=STD)
     config.mixup.update(mixup=0.0, cutmix=0.0, erase_prob=0.0)
     config.train.batch_size = 32
-    config.distill.update({"teacher": str(source), **options})
+    config.distill.update({"teacher": str(source), **keys})
     return config
 
 
@@ -187,7 +188,10 @@ def test_a_teacher_is_split_like_its_student_and_said(tmp_path, caplog):
     path = save_model(tmp_path / "teacher.safetensors", params, WIDE)
     config = make_config(path)
     fit = fitted(config, sharding.make_mesh(2))
-    assert config.distill.sha256 == digest(params)
+    for names, same in ((NAMES, True), (NAMES[::-1], False)):
+        other = make_config(save_model(tmp_path / "other.safetensors", params, WIDE, names))
+        teacher.read(other)
+        assert (other.distill.sha256 == config.distill.sha256) == same
     kernel = fit.on_devices()["gpsa_blocks"]["mlp"]["fc1"]["kernel"]
     assert kernel.addressable_shards[0].data.nbytes == kernel.nbytes // 2
     count = sum(x.size for x in jax.tree.leaves(params))
@@ -206,17 +210,18 @@ def test_classes_are_matched_by_name_and_what_does_not_fit_is_refused(tmp_path):
     assert fit.classes.logits == (3, 1)
     program = tmp_path / "teacher.stablehlo"
     loaded = Loaded(model, small_models.random_params(), class_names=NAMES)
-    for options, student, names, message in (
+    for keys, student, names, message in (
         ({}, model.clone(image_size=20), NAMES, "network for images of 20, as model.image_size, "
          r"got 16 in .*safetensors \(convit convert --image_size=20 adapts one"),
         ({}, model.clone(in_channels=1), NAMES, "network of 1 channels, .* got 3 in .*safetensors"),
         ({}, model, ("a", "z"), "1 of the 2 classes .* not among the 5 of the teacher .*: 'z'"),
         ({"sha256": "0"}, model, NAMES, "SHA-256 0 .distill.sha256., got .* in .*safetensors"),
         ({"tau": 2.0}, model, NAMES, "distill.tau=2: expected distill.kind=soft with it"),
+        ({"teacher": "no"}, model, NAMES, "distill.teacher: weights: no such file or folder: no"),
         ({"teacher": "", "alpha": 0.1}, model, NAMES, "distill.alpha=0.1: expected distill.teach"),
     ):  # fmt: skip
-        with pytest.raises(ValueError, match=message):
-            fitted(make_config(path, **options), mesh, student, names)
+        with pytest.raises((ValueError, OSError), match=message):
+            fitted(make_config(path, **keys), mesh, student, names)
     stablehlo.save_exported(program, loaded, uint8=True)
     with pytest.raises(ValueError, match=r"takes uint8 pixels, .*convert without --uint8"):
         teacher.read(make_config(program))
@@ -228,3 +233,24 @@ def test_classes_are_matched_by_name_and_what_does_not_fit_is_refused(tmp_path):
     config.distill.alpha = 1.5
     with pytest.raises(ValueError, match=r"distill.alpha: expected at most 1, got 1.5"):
         recipe.check(config)
+
+
+def test_the_teacher_of_a_run_may_move_but_not_change(tmp_path, caplog):
+    caplog.set_level(logging.INFO, "convit_jax")
+    config, workdir = options.configuration("digits", []), Workdir(tmp_path / "run")
+    model = setup.make_model(config, 10)
+    digits = tuple(map(str, range(10)))
+    paths = [tmp_path / f"{name}.safetensors" for name in ("teacher", "moved", "other")]
+    for path, seed in zip(paths, (0, 0, 1), strict=True):
+        params = small_models.random_params(model, seed)
+        safetensors.save_weights(path, Loaded(model, params, "", digits, (0.305,), (0.376,)))
+    config.distill.teacher = str(paths[0])
+    run = setup.prepare(config, workdir)
+    assert run.program.distillation.classes.is_identity
+    same_run.record_start(workdir, run.config, run.data, 0)
+    config.distill.teacher = str(paths[1])
+    setup.prepare(config, workdir)
+    assert f"distill.teacher: saved '{paths[0]}', now '{paths[1]}'" in caplog.text
+    config.distill.teacher = str(paths[2])
+    with pytest.raises(ValueError, match=r"another configuration: [^:]*:\n  distill.sha256: saved"):
+        setup.prepare(config, workdir)
