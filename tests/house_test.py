@@ -11,6 +11,7 @@ PACKAGE = ROOT / "convit_jax"
 FLOORS = (
     {"__main__"},
     {"cli"},
+    {"analysis"},
     {"train", "predict"},
     {"weights", "data"},
     {"recipe"},

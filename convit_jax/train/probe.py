@@ -142,5 +142,5 @@ def measure(
     for batch in batches:
         for name, x in jax.device_get(step(params, batch)).items():
             totals[name] = totals.get(name, 0.0) + np.asarray(x, np.float64)
-    images = totals.pop("images")
+    images = totals.pop("images", 0.0)
     return {name: total / images for name, total in totals.items()}
