@@ -279,8 +279,8 @@ def _show(
     print(table, flush=True)
     if args.out is None:
         return
-    args.out.mkdir(parents=True, exist_ok=True)
     drawn = None if picture is None else picture(found)  # before anything is written
+    args.out.mkdir(parents=True, exist_ok=True)
     path = args.out / f"{args.command}.json"
     write_text(path, eval_report.to_json(found))
     print(f"wrote {path}")

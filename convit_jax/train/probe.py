@@ -83,10 +83,10 @@ class Probe:
 
 def _count(run: Run) -> int:
     """Returns the number of images of the probe, see train.probe_images in the recipe."""
-    train = run.config.train
-    if train.probe_images is not None:
-        return train.probe_images
-    between = train.eval_every * run.steps_per_epoch * train.batch_size
+    config = run.config
+    if config.train.probe_images is not None:
+        return config.train.probe_images
+    between = config.train.eval_every * run.steps_per_epoch * config.train.batch_size
     return min(_MOST, max(1, int(between / 100)))
 
 

@@ -2,6 +2,7 @@
 
 import json
 import pathlib
+import sys
 
 import jax
 import numpy as np
@@ -80,8 +81,8 @@ def test_gates_nonlocality_and_maps_are_those_of_the_functions(weights, tmp_path
     assert red.max(axis=0).tolist() == [111, 111]
 
 
-def test_test_images_of_a_data_set_are_spread_over_it(tmp_path, capsys):
-    """At another size, of a DeiT, which has no gates and no positional part."""
+def test_a_data_set_and_mistakes(tmp_path, capsys, monkeypatch):
+    """Test images are spread evenly. At another size, of a DeiT, which has no positional part."""
     path = tmp_path / "deit.safetensors"
     safetensors.save_weights(path, Loaded(DEIT, random_params(DEIT)))
     rng = np.random.default_rng(0)
@@ -111,6 +112,10 @@ def test_test_images_of_a_data_set_are_spread_over_it(tmp_path, capsys):
     ):
         with pytest.raises(SystemExit, match=message):
             analyse.main(arguments)
+    monkeypatch.setitem(sys.modules, "matplotlib.figure", None)  # as if it were not installed
+    with pytest.raises(ModuleNotFoundError, match=r"matplotlib: pip install 'convit-jax\[study\]'"):
+        analyse.main(["nonlocality", data[0], f"--out={tmp_path / 'none'}", PHOTOS[0]])
+    assert not (tmp_path / "none").exists()
     for arguments, message in (
         (["gates", *data], "unrecognized arguments: --config.data.source"),
         (["maps", data[0], "--query=5", PHOTOS[0]], "expected ROW,COLUMN such as 7,7, got 5"),
