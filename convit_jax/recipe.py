@@ -263,6 +263,13 @@ KEYS: dict[str, Key] = {
         1.0, "epochs between two evaluations; the last step is evaluated too", above=0,
         may_change=True,
     ),
+    "train.probe_images": Key(
+        None,
+        "test images on which each evaluation measures gates and non-locality (ConViT, figures 5 "
+        "and 6); 0 is off; None means 32, or 1% of the images trained on between two evaluations "
+        "if that is fewer",
+        int, least=0, may_change=True,
+    ),
     # Distillation: convit_jax/train/distillation.py.
     "distill.teacher": Key(
         "",

@@ -11,7 +11,7 @@ PACKAGE = ROOT / "convit_jax"
 FLOORS = (
     {"__main__"},
     {"cli"},
-    {"study"},
+    {"study", "analysis"},
     {"train", "predict"},
     {"weights", "data"},
     {"recipe", "ablations"},

@@ -54,6 +54,43 @@ def add_config(parser: argparse.ArgumentParser, more: str = "") -> None:
     )
 
 
+def add_weights(parser: argparse.ArgumentParser) -> None:
+    """Adds the flags --weights and --ema."""
+    parser.add_argument(
+        "--weights",
+        required=True,
+        metavar="SRC",
+        help="weights: a file (.safetensors, .pth, .pt), the workdir of a run, or a name on "
+        "huggingface.co such as convit_base",
+    )
+    parser.add_argument(
+        "--ema",
+        action=argparse.BooleanOptionalAction,
+        help="use the averaged weights of a checkpoint or run; default: those of a run that has "
+        "any, and no others",
+    )
+
+
+def add_reading(parser: argparse.ArgumentParser) -> None:
+    """Adds the flags that say how `weights.load.read_weights` reads weights."""
+    parser.add_argument(
+        "--variant", metavar="NAME", help="name of the model, if the weights do not determine it"
+    )
+    parser.add_argument(
+        "--offline", action="store_true", help="look for names in the local cache only"
+    )
+
+
+def add_size(parser: argparse.ArgumentParser) -> None:
+    """Adds the flag --size."""
+    parser.add_argument(
+        "--size",
+        type=size,
+        metavar="PIXELS",
+        help="image size in pixels, 384 or 224x320 (height x width); default: the model's own",
+    )
+
+
 def add_processes(parser: argparse.ArgumentParser) -> None:
     """Adds the flags that connect the processes of a run."""
     add = parser.add_argument_group(

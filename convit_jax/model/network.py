@@ -21,7 +21,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from convit_jax.model.attention import GPSA, Grid, SelfAttention
-from convit_jax.model.block import Block
+from convit_jax.model.block import Block, MapsFunction, Returned
 from convit_jax.model.image_size import pair
 from convit_jax.model.intermediates import check_blocks, check_offsets, feature_map
 from convit_jax.model.positional import Linear, linear_init
@@ -229,7 +229,7 @@ class ConViT(nn.Module):
         self,
         images: Array,
         train: bool = False,
-        return_attention: bool = False,
+        return_attention: bool | MapsFunction = False,
         return_features: Sequence[int] | None = None,
         norm_features: bool = False,
         attention_offsets: Mapping[str, Array] | None = None,
@@ -242,6 +242,9 @@ class ConViT(nn.Module):
             stream "dropout".
           return_attention: whether to compute and return the attention maps of every layer too.
             The maps are those of this forward pass: each layer computes them from its own input.
+            Or a function of the maps of one layer, such as `lambda maps: maps["content"].max()`:
+            its results are returned in their place. Then no more than one layer's maps are in
+            memory at a time.
           return_features: numbers of blocks whose outputs to return too, such as (3, 6, 9). Blocks
             are counted from 0; -1 is the last block.
           norm_features: whether the final norm is applied to these outputs.
@@ -254,8 +257,9 @@ class ConViT(nn.Module):
           global_pool="none" their shapes are (B, 1 + N, num_classes) and (B, 1 + N, D).
           With `return_attention` or `return_features` a tuple: logits, then maps, then features.
           The maps are {"gpsa_blocks": maps of `GPSA`, "blocks": maps of `SelfAttention`}, each map
-          with a leading layer axis L. The features are one (B, R, C, D) for each of the blocks, in
-          the order asked for, without the class token; float32 with `norm_features`, else `dtype`.
+          with a leading layer axis L; so have the results of a function of the maps. The features
+          are one (B, R, C, D) for each of the blocks, in the order asked for, without the class
+          token; float32 with `norm_features`, else `dtype`.
 
           With any of these options the last block computes all tokens, so the logits differ by
           rounding and dropout draws other random numbers.
@@ -285,8 +289,7 @@ class ConViT(nn.Module):
             x += position.astype(self.dtype)
         x = nn.Dropout(self.dropout, deterministic=not train)(x)
 
-        asked = {"attention": return_attention, "tokens": chosen is not None}
-        static = (grid, train, tuple(name for name, wanted in asked.items() if wanted))
+        static = (grid, train, Returned(return_attention, tokens=chosen is not None))
         rates = np.linspace(0, self.drop_path, self.depth, dtype=np.float32)
         rates, plain_rates = np.split(rates, [self.local_up_to_layer])
         found = {}
@@ -381,7 +384,7 @@ class ConViT(nn.Module):
         offsets: Array | None,
         grid: Grid,
         train: bool,
-        returned: tuple[str, ...],
+        returned: Returned,
     ) -> tuple[Array, dict[str, Any]]:
         """Applies the plain blocks: (B, 1 + N, D) -> (B, 1 + N, D) and what they return, stacked.
 
@@ -394,7 +397,7 @@ class ConViT(nn.Module):
             blocks = self._scanned_blocks("blocks", attention, len(rates) - 1)
             x, found = blocks(x, rates[:-1], scanned, *static)
             results.append(found)
-        if self.global_pool == "token" and offsets is None and not returned:
+        if self.global_pool == "token" and offsets is None and not any(returned):
             attention = functools.partial(attention, queries=1)
         block = self._block(prevent_cse=True)
         block = block(attention=attention, name="last_block", **self._block_options())

@@ -12,6 +12,7 @@ from jax.sharding import Mesh
 import ml_collections
 import optax
 
+from convit_jax.model.locality import gates
 from convit_jax.model.network import ConViT
 from convit_jax.parallel import sharding
 from convit_jax.train import freezing, optim
@@ -176,8 +177,7 @@ class Program:
             "skipped_images": batch["skipped"].sum(),
         }
         if "gpsa_blocks" in params:
-            gate = params["gpsa_blocks"]["attn"]["gate"]  # (layers, H)
-            metrics["gates"] = jax.nn.sigmoid(gate).mean(axis=-1)
+            metrics["gates"] = gates(params).mean(axis=-1)
         return TrainState(state.step + 1, params, opt_state, ema), metrics
 
     def _loss(
