@@ -11,7 +11,8 @@ PACKAGE = ROOT / "convit_jax"
 FLOORS = (
     {"__main__"},
     {"cli"},
-    {"study", "analysis"},
+    {"study"},
+    {"analysis"},
     {"train", "predict"},
     {"weights", "data"},
     {"recipe", "ablations"},

@@ -14,6 +14,12 @@ Params = Mapping[str, Any]
 _OPEN = 1e3  # a gate whose sigmoid is exactly 1 in float32, and that of -_OPEN exactly 0
 
 
+def default_layers(gpsa_layers: int) -> tuple[int, ...]:
+    """Returns how many first layers to mask: 3, 5 and 10 of 10, as in Table 6, or in proportion."""
+    shares = (0.3, 0.5, 1) if gpsa_layers else ()
+    return tuple(sorted({max(1, round(gpsa_layers * share)) for share in shares}))
+
+
 def without_position_embedding(params: Params) -> dict[str, Any]:
     """Returns parameters whose position embedding is 0 (Table 5); other arrays are not copied.
 

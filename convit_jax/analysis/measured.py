@@ -16,7 +16,6 @@ import numpy as np
 from convit_jax.analysis import masking
 from convit_jax.analysis.images import Image
 from convit_jax.model.locality import distances, gates, query_attention, reach
-from convit_jax.model.network import ConViT
 from convit_jax.model.normalise import normalise
 from convit_jax.model.variants import variant_of
 from convit_jax.parallel import sharding
@@ -152,19 +151,13 @@ def measure_maps(
     }
 
 
-def masked_layers(model: ConViT) -> tuple[int, ...]:
-    """Returns how many first layers to mask: 3, 5 and 10 of 10, as in Table 6, or in proportion."""
-    count = model.local_up_to_layer
-    return tuple(sorted({max(1, round(count * share)) for share in (0.3, 0.5, 1)})) if count else ()
-
-
 def measure_masking(prepared: EvalRun, first: Sequence[int] | None) -> dict[str, Any] | None:
     """Evaluates weights as they are and with each masking, on the same images.
 
     Args:
       prepared: the evaluation, from `eval_setup.prepare`.
       first: numbers of GPSA layers, counted from the input, in which to mask content and position;
-        None is `masked_layers`.
+        None is `masking.default_layers`.
 
     Returns:
       What `convit eval` writes, with a result for each masking: "masked" is "nothing", "position
@@ -176,7 +169,7 @@ def measure_masking(prepared: EvalRun, first: Sequence[int] | None) -> dict[str,
       OSError: if an image cannot be read.
     """
     model = prepared.models[0]
-    first = masked_layers(model) if first is None else first
+    first = masking.default_layers(model.local_up_to_layer) if first is None else first
     maskings: dict[tuple[str, int | None], Any] = {("nothing", None): dict}
     if model.use_pos_embed:
         maskings["position embedding", None] = masking.without_position_embedding

@@ -9,6 +9,7 @@ Studies:
   sample-efficiency  ConViT and DeiT on some of the training images (Table 2)
   ablations          ConViT without some of its parts (Table 3)
   locality           numbers of GPSA layers and locality strengths (Figure 8)
+  masking            ConViT and DeiT with parts masked after training (Tables 5 and 6)
 
 The runs are trained one after another, in folders below --out. A run that has finished is not
 trained again and an interrupted one continues, so the same command continues a study. Studies of
@@ -47,23 +48,17 @@ def main(argv: Sequence[str] | None = None, prog: str = "convit study") -> None:
         study = _STUDIES[args.study](args, config)
         configs = {run: options.configuration(base, [*overrides, *run.flags]) for run in study.runs}
         folder = as_path(args.out) / pathlib.Path(base).stem.replace(":", "_")
-        words = {run: runner.arguments(run, base, overrides, folder) for run in study.runs}
+        jobs = runner.jobs(study, base, overrides, folder)
         if args.print:
-            for run in study.runs:
-                print(runner.command_text(words[run]))
+            for job in jobs:
+                print(runner.command_text(job.words))
             return
-        todo = [
-            run
-            for run, wanted in configs.items()
-            if not runner.is_finished(Workdir(folder / run.name), wanted)
-        ]
-        log.info(
-            "%s: %d runs in %s, %d finished", study.name, len(study.runs), folder,
-            len(study.runs) - len(todo),
-        )  # fmt: skip
-        stopped = False
-        if todo and not args.collect:
-            stopped = not runner.train_all(study, words, folder, todo)
+        for run, wanted in configs.items():
+            runner.check(Workdir(folder / run.name), wanted)
+        todo = [job for job in jobs if not job.result.exists()]
+        done = len(jobs) - len(todo)
+        log.info("%s: %d of %d commands have finished in %s", study.name, done, len(jobs), folder)
+        stopped = bool(todo) and not args.collect and not runner.run_all(study, folder, todo)
         _write(study, folder, config)
         if stopped:
             log.info("stopped: the same command continues the study")
@@ -137,10 +132,17 @@ def _locality(args: argparse.Namespace, config: ml_collections.ConfigDict) -> pl
     return plans.locality(config, range(args.seeds), args.strengths, layers, share[0])
 
 
+def _masking(args: argparse.Namespace, config: ml_collections.ConfigDict) -> plans.Study:
+    if args.shares:
+        raise ValueError("--shares: expected none for masking, which trains on all images")
+    return plans.masking_study(config, range(args.seeds))
+
+
 _STUDIES: dict[str, Callable[[argparse.Namespace, ml_collections.ConfigDict], plans.Study]] = {
     "sample-efficiency": _sample_efficiency,
     "ablations": _ablations,
     "locality": _locality,
+    "masking": _masking,
 }
 
 

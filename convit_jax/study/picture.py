@@ -27,7 +27,8 @@ def draw(study: Study, results: Results, path: pathlib.Path) -> None:
     axes = figure.subplots()
     places = _places(study)
     for row in study.rows:
-        found = [(places[c], results[row, c]) for c in study.columns if results[row, c].values]
+        there = [(places[c], results.get((row, c))) for c in study.columns]
+        found = [(place, result) for place, result in there if result and result.values]
         if found:
             axes.errorbar(
                 [place for place, _ in found],

@@ -11,6 +11,7 @@ from typing import Any
 import ml_collections
 
 from convit_jax import ablations, recipe
+from convit_jax.analysis import masking
 from convit_jax.model.variants import structure_of
 
 
@@ -21,10 +22,13 @@ class Run:
     Attributes:
       name: name of its workdir.
       flags: --config.KEY=VALUE flags that distinguish it from the base configuration.
+      mask_first: numbers of GPSA layers to mask after training, counted from the input. None masks
+        nothing; () masks the position embedding alone.
     """
 
     name: str
     flags: tuple[str, ...]
+    mask_first: tuple[int, ...] | None = None
 
 
 @dataclasses.dataclass(frozen=True)
@@ -35,11 +39,14 @@ class Cell:
       row: name of the row.
       column: name of the column.
       runs: a run for each seed, in the order of the seeds.
+      masked: what is masked in their weights before they are evaluated, as `convit analyse masking`
+        names it: the part, and the number of layers. None takes the accuracy of training.
     """
 
     row: str
     column: str
     runs: tuple[Run, ...]
+    masked: tuple[str, int | None] | None = None
 
 
 @dataclasses.dataclass(frozen=True)
@@ -111,7 +118,6 @@ def sample_efficiency(
 
     The epochs grow as the share falls, so that every run takes the same number of steps.
     """
-    models = {"ConViT": ("convit", ()), "DeiT": ("deit", baseline(config))}
     return Study(
         "sample-efficiency",
         "Top-1 accuracy by the share of training images (Table 2 of the paper)",
@@ -119,7 +125,7 @@ def sample_efficiency(
         "share of the training images",
         tuple(
             Cell(row, f"{share:.4g}", _runs(config, name, flags, share, seeds))
-            for row, (name, flags) in models.items()
+            for row, (name, flags) in _convit_and_deit(config).items()
             for share in shares
         ),
     )
@@ -178,12 +184,47 @@ def locality(
     )
 
 
+def masking_study(config: ml_collections.ConfigDict, seeds: Sequence[int]) -> Study:
+    """Tables 5 and 6: a ConViT and its DeiT without position embedding, content or position."""
+    first = masking.default_layers(_gpsa_layers(config))
+    cells = []
+    for row, (name, flags) in _convit_and_deit(config).items():
+        layers = first if row == "ConViT" else ()
+        runs = _runs(config, name, flags, 1.0, seeds)
+        runs = tuple(dataclasses.replace(run, mask_first=layers) for run in runs)
+        columns: dict[str, tuple[str, int | None]] = {
+            "nothing": ("nothing", None),
+            "position embedding": ("position embedding", None),
+        }
+        columns |= {f"{part}, {n}": (part, n) for part in ("content", "position") for n in layers}
+        cells += [Cell(row, column, runs, masked) for column, masked in columns.items()]
+    return Study(
+        "masking",
+        "Top-1 accuracy with a part masked after training (Tables 5 and 6 of the paper)",
+        "model",
+        "what is masked, and in how many of the first GPSA layers",
+        tuple(cells),
+    )
+
+
+def _convit_and_deit(
+    config: ml_collections.ConfigDict,
+) -> dict[str, tuple[str, tuple[str, ...]]]:
+    """Returns {row: (name of its runs, flags)} of a ConViT and of its DeiT."""
+    return {"ConViT": ("convit", ()), "DeiT": ("deit", baseline(config))}
+
+
 def default_layers(config: ml_collections.ConfigDict) -> tuple[int, ...]:
     """Returns a third, two thirds and all of the GPSA layers of a configuration."""
-    most = config.model.local_up_to_layer
-    if most is None:
-        most = structure_of(config.model.name or recipe.DEFAULT_MODEL)["local_up_to_layer"]
+    most = _gpsa_layers(config)
     return tuple(sorted({round(most * part / 3) for part in (1, 2, 3)}))
+
+
+def _gpsa_layers(config: ml_collections.ConfigDict) -> int:
+    count = config.model.local_up_to_layer
+    if count is None:
+        return structure_of(config.model.name or recipe.DEFAULT_MODEL)["local_up_to_layer"]
+    return count
 
 
 def _as_flags(changes: Mapping[str, Any]) -> tuple[str, ...]:

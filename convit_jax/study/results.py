@@ -7,7 +7,8 @@ import pathlib
 import statistics
 from typing import Any
 
-from convit_jax.study.plans import Cell, Study
+from convit_jax.study import runner
+from convit_jax.study.plans import Cell, Run, Study
 from convit_jax.workdir.folder import Workdir
 from convit_jax.workdir.metric_files import read_lines
 
@@ -59,19 +60,34 @@ def collect(study: Study, folder: pathlib.Path) -> Results:
 
 
 def _result(cell: Cell, folder: pathlib.Path) -> Result:
-    values = []
-    for run in cell.runs:
-        workdir = Workdir(folder / run.name)
-        if workdir.weights.exists():
-            last = [line for line in read_lines(workdir) if line["kind"] == "eval"][-1]
-            values.append(100 * last.get("ema_top1", last["top1"]))
-    return Result(tuple(values), len(cell.runs))
+    found = [_accuracy(run, cell.masked, folder) for run in cell.runs]
+    return Result(tuple(100 * top1 for top1 in found if top1 is not None), len(cell.runs))
+
+
+def _accuracy(
+    run: Run, masked: tuple[str, int | None] | None, folder: pathlib.Path
+) -> float | None:
+    """Returns the top-1 accuracy of a run; None if it has not finished."""
+    if masked is not None:
+        path = runner.masking_file(run, folder)
+        if not path.exists():
+            return None
+        lines = json.loads(path.read_text())["results"]
+        return next(x["top1"] for x in lines if (x["masked"], x["layers"]) == masked)
+    workdir = Workdir(folder / run.name)
+    if not workdir.weights.exists():
+        return None
+    last = [line for line in read_lines(workdir) if line["kind"] == "eval"][-1]
+    return last.get("ema_top1", last["top1"])
 
 
 def markdown(study: Study, results: Results) -> str:
     """Returns the table of a study in Markdown."""
     head = [study.corner, *study.columns]
-    rows = [[row, *(results[row, column].text() for column in study.columns)] for row in study.rows]
+    rows = [
+        [row, *(results[row, c].text() if (row, c) in results else "" for c in study.columns)]
+        for row in study.rows
+    ]
     widths = [max(len(row[i]) for row in [head, *rows]) for i in range(len(head))]
     lines = [head, ["-" * width for width in widths], *rows]
     return "".join(
@@ -86,6 +102,7 @@ def to_json(study: Study, results: Results, config: Mapping[str, Any]) -> str:
         {
             "row": cell.row,
             "column": cell.column,
+            "masked": cell.masked,
             "top1_percent": results[cell.row, cell.column].values,
             "mean": results[cell.row, cell.column].mean,
             "spread": results[cell.row, cell.column].spread,

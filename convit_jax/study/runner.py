@@ -1,11 +1,12 @@
-"""Trains the runs of a study one after another, each in a process of its own.
+"""Runs the commands of a study one after another, each in a process of its own.
 
 A run that has finished is not trained again, and one that was interrupted continues, so a study can
 be stopped and started at any moment.
 """
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 import contextlib
+import dataclasses
 import logging
 import pathlib
 import shlex
@@ -33,19 +34,50 @@ _LAST_LINES = 8  # of a failed run, shown
 
 
 class Failed(RuntimeError):
-    """A run of the study ended with an error."""
+    """A command of the study ended with an error."""
 
 
-def arguments(run: Run, config: str, overrides: Sequence[str], folder: pathlib.Path) -> list[str]:
-    """Returns the arguments of `convit` that train a run.
+@dataclasses.dataclass(frozen=True)
+class Job:
+    """One command of a study.
+
+    Attributes:
+      name: name of its log.
+      words: the arguments of `convit`.
+      result: the file that it writes last.
+    """
+
+    name: str
+    words: tuple[str, ...]
+    result: pathlib.Path
+
+
+def jobs(study: Study, config: str, overrides: Sequence[str], folder: pathlib.Path) -> list[Job]:
+    """Returns the commands of a study, in order: the training of each run, and its masking.
 
     Args:
-      run: the run.
+      study: the study.
       config: value of --config, the base configuration.
       overrides: --config.KEY=VALUE flags for all runs of the study.
       folder: folder of the runs of this base configuration.
     """
-    return ["train", f"--config={config}", *overrides, *run.flags, f"--workdir={folder / run.name}"]
+    made = []
+    for run in study.runs:
+        keys = (f"--config={config}", *overrides, *run.flags)
+        weights = Workdir(folder / run.name).weights
+        made.append(Job(run.name, ("train", *keys, f"--workdir={folder / run.name}"), weights))
+        if run.mask_first is not None:
+            result = masking_file(run, folder)
+            first = ",".join(map(str, run.mask_first))
+            flags = (f"--first={first}",) if first else ()
+            words = ("analyse", "masking", f"--weights={weights}", *flags, f"--out={result.parent}")
+            made.append(Job(f"{run.name}.masking", (*words, *keys), result))
+    return made
+
+
+def masking_file(run: Run, folder: pathlib.Path) -> pathlib.Path:
+    """Returns the file that `convit analyse masking` writes about a run."""
+    return folder / f"{run.name}.masking" / "masking.json"
 
 
 def command_text(words: Sequence[str]) -> str:
@@ -53,8 +85,8 @@ def command_text(words: Sequence[str]) -> str:
     return shlex.join(["convit", *words])
 
 
-def is_finished(workdir: Workdir, config: ml_collections.ConfigDict) -> bool:
-    """Returns whether a workdir holds a finished run of a configuration.
+def check(workdir: Workdir, config: ml_collections.ConfigDict) -> None:
+    """Checks that a run in a workdir, if there is one, is that of a configuration.
 
     Args:
       workdir: folder of the run.
@@ -65,7 +97,7 @@ def is_finished(workdir: Workdir, config: ml_collections.ConfigDict) -> bool:
     """
     found = same_run.config_of_run(workdir)
     if found is None:
-        return False
+        return
     costs, asked = recipe.MAY_CHANGE - _COUNTS, recipe.values(config)
     wrong = [
         text
@@ -77,50 +109,46 @@ def is_finished(workdir: Workdir, config: ml_collections.ConfigDict) -> bool:
             f"{workdir} holds a run with another configuration: choose another --out, delete that "
             "folder, or ask for the run's own values:\n  " + "\n  ".join(wrong)
         )
-    return workdir.weights.exists()
 
 
-def train_all(
-    study: Study, words: Mapping[Run, list[str]], folder: pathlib.Path, todo: Sequence[Run]
-) -> bool:
-    """Trains runs one after another. Their output goes to NAME.log in `folder`.
+def run_all(study: Study, folder: pathlib.Path, todo: Sequence[Job]) -> bool:
+    """Runs jobs one after another. Their output goes to NAME.log in `folder`.
 
     Args:
       study: the study.
-      words: the arguments of `convit` for each run.
       folder: folder of the runs.
-      todo: the runs that have not finished.
+      todo: the jobs that have not finished.
 
     Returns:
       Whether all have finished; False if a signal stopped the study.
 
     Raises:
-      Failed: if a run ends with an error.
+      Failed: if a job ends with an error.
     """
     start = time.monotonic()
     with _Forwarding() as forwarding:
-        for number, run in enumerate(todo):
+        for number, job in enumerate(todo):
             left = ""
             if number:
                 seconds = (time.monotonic() - start) / number * (len(todo) - number)
                 left = f", about {seconds / 60:.0f} min left"
-            log.info("%s: run %d of %d, %s%s", study.name, number + 1, len(todo), run.name, left)
+            log.info("%s: %d of %d, %s%s", study.name, number + 1, len(todo), job.name, left)
             began = time.monotonic()
-            with _output(folder / f"{run.name}.log") as file:
-                file.write(command_text(words[run]) + "\n")
+            with _output(folder / f"{job.name}.log") as file:
+                file.write(command_text(job.words) + "\n")
                 file.flush()
                 begin = file.tell()
-                status = forwarding.run([sys.executable, "-m", "convit_jax", *words[run]], file)
+                status = forwarding.run([sys.executable, "-m", "convit_jax", *job.words], file)
                 file.seek(begin)
                 end = file.read().splitlines()[-_LAST_LINES:]
             if forwarding.stopped:
                 return False
-            if status or not Workdir(folder / run.name).weights.exists():
+            if status or not job.result.exists():
                 raise Failed(
-                    f"{run.name} ended with status {status}; once its cause is mended, the same "
+                    f"{job.name} ended with status {status}; once its cause is mended, the same "
                     "command continues the study. Its last lines:\n  " + "\n  ".join(end)
                 )
-            log.info("%s finished in %.0f s", run.name, time.monotonic() - began)
+            log.info("%s finished in %.0f s", job.name, time.monotonic() - began)
     return True
 
 

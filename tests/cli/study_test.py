@@ -50,14 +50,14 @@ def test_a_study_that_is_killed_goes_on_and_makes_the_same_table(capsys, tmp_pat
 
     # Killed with its child in the second run. The next start repeats that one alone, and is
     # stopped by a signal.
-    with begun("run 2 of 2") as process:
+    with begun(": 2 of 2") as process:
         time.sleep(3)
         children = subprocess.run(
             ["pgrep", "-P", str(process.pid)], capture_output=True, text=True
         ).stdout.split()
         for number in (process.pid, *map(int, children)):
             os.kill(number, signal.SIGKILL)
-    with begun("run 1 of 1") as process:
+    with begun(": 1 of 1") as process:
         process.terminate()
         assert "the same command continues" in process.stderr.read()
     assert process.returncode == 0

@@ -55,3 +55,15 @@ def test_figure_8(base, layers):
     assert study.rows == tuple(map(str, layers))
     last = options.configuration(base, study.runs[-1].flags).model
     assert (last.local_up_to_layer, last.locality_strength) == (layers[-1], 1.0)
+
+
+def test_tables_5_and_6():
+    study = plans.masking_study(recipe.paper("convit_tiny"), [0])
+    assert study.columns == (
+        "nothing", "position embedding", "content, 3", "content, 5", "content, 10",
+        "position, 3", "position, 5", "position, 10",
+    )  # fmt: skip
+    assert [cell.masked for cell in study.cells if cell.row == "DeiT"] == [
+        ("nothing", None), ("position embedding", None),
+    ]  # fmt: skip
+    assert [run.mask_first for run in study.runs] == [(3, 5, 10), ()]
