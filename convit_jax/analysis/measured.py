@@ -112,6 +112,8 @@ def measure_maps(
     """
     model, (rows, columns) = loaded.model, loaded.model.grid
     depth = model.local_up_to_layer if part == "positional" else model.depth
+    if not depth:
+        raise ValueError(f"{loaded.source}: expected a model with GPSA layers, got a DeiT")
     layers = range(1, depth + 1) if layers is None else layers
     if wrong := [layer for layer in layers if not 1 <= layer <= depth]:
         kind = " (GPSA layers alone have a positional part)" if part == "positional" else ""

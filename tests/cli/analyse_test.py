@@ -110,8 +110,8 @@ def test_a_data_set_and_mistakes(tmp_path, capsys, monkeypatch):
         (["maps", data[0], "--query=5,1", PHOTOS[0]], "query: expected a row of 1 to 4"),
         (["maps", data[0], "--layers=3", PHOTOS[0]], "layers: expected 1 to 2, got 3"),
         (
-            ["maps", data[0], "--layers=1", "--part=positional", PHOTOS[0]],
-            "GPSA layers alone have a positional part",
+            ["maps", data[0], "--part=positional", PHOTOS[0]],
+            "expected a model with GPSA layers, got a DeiT",
         ),
     ):
         with pytest.raises(SystemExit, match=message):
