@@ -1,8 +1,8 @@
 """The paper's study of locality: the library behind `convit analyse`.
 
-The functions below take and return arrays. `locality` of `convit_jax.model` has those that measure,
-and `masking` those that mask. `measured` and `masking` compute what the commands report, `tables`
-and `pictures` show it.
+The functions below take and return arrays. `convit_jax.model.locality` has those that measure, and
+`masking` those that mask. `measured` computes what the commands report, from the weights and the
+`images` that a user names; `tables` and `pictures` show it.
 """
 
 from convit_jax.analysis.masking import (

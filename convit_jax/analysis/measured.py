@@ -6,6 +6,7 @@ Shapes: L layers, G GPSA layers, H heads, R and C rows and columns of patches.
 from collections.abc import Iterable, Iterator, Sequence
 import functools
 import itertools
+import logging
 import math
 from typing import Any
 
@@ -23,6 +24,8 @@ from convit_jax.parallel.signals import Interruption
 from convit_jax.train import eval_report, eval_run, probe
 from convit_jax.train.eval_setup import EvalRun
 from convit_jax.weights.loaded import Loaded
+
+log = logging.getLogger(__name__)
 
 
 def measure_gates(loaded: Loaded) -> dict[str, Any]:
@@ -108,6 +111,8 @@ def measure_maps(
     """
     model, (rows, columns) = loaded.model, loaded.model.grid
     depth = model.local_up_to_layer if part == "positional" else model.depth
+    if not depth:
+        raise ValueError(f"{loaded.source}: expected a model with GPSA layers, got a DeiT")
     layers = range(1, depth + 1) if layers is None else layers
     if wrong := [layer for layer in layers if not 1 <= layer <= depth]:
         kind = " (GPSA layers alone have a positional part)" if part == "positional" else ""
@@ -183,6 +188,7 @@ def measure_masking(prepared: EvalRun, first: Sequence[int] | None) -> dict[str,
     with Interruption() as interruption:
         found, _ = eval_run.evaluate_each(prepared, model, make, interruption)
     if found is None:
+        log.info("stopped: there are no results")
         return None
     names = ("top1", "top5", "loss", "images", "corrupt_images")
     results = [

@@ -10,7 +10,6 @@ Each command prints a table. With --out it also writes JSON and pictures."""
 import argparse
 from collections.abc import Callable, Iterator, Sequence
 import os
-import pathlib
 from typing import Any
 
 import ml_collections
@@ -25,7 +24,7 @@ from convit_jax.model import image_size
 from convit_jax.model.locality import PARTS
 from convit_jax.parallel import processes
 from convit_jax.predict.attention import draw
-from convit_jax.storage import whole_file, write_text
+from convit_jax.storage import as_path, whole_file, write_text
 from convit_jax.train import eval_report, eval_setup, init_from, same_run, setup
 from convit_jax.weights import hub
 from convit_jax.weights.load import read_weights
@@ -110,7 +109,7 @@ def _parser(prog: str) -> tuple[argparse.ArgumentParser, dict[str, argparse.Argu
             options.add_size(command)
             options.add_config(command, "; default: that of the run, or the recipe for ImageNet")
         command.add_argument(
-            "--out", metavar="DIR", type=pathlib.Path, help="folder of JSON and pictures to write"
+            "--out", metavar="DIR", type=as_path, help="folder of JSON and pictures to write"
         )
     _add_images(made["nonlocality"], 64)
     _add_images(made["maps"], 4)
@@ -189,7 +188,8 @@ def _configuration(
 ) -> tuple[ml_collections.ConfigDict, Workdir | None]:
     """Returns the configuration that the flags choose, and the workdir of the weights' run."""
     saved = workdir = None
-    if os.path.isdir(args.weights) and hub.cloned(pathlib.Path(args.weights)) is None:
+    path = as_path(args.weights)
+    if path.is_dir() and hub.cloned(path) is None:
         workdir = Workdir(args.weights)
         saved = same_run.config_of_run(workdir)
     if saved is not None:

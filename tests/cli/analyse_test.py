@@ -1,5 +1,6 @@
 """convit analyse: tables, JSON and pictures. tests/analysis/masking_test.py has masking."""
 
+import functools
 import json
 import pathlib
 import sys
@@ -51,23 +52,26 @@ def test_gates_nonlocality_and_maps_are_those_of_the_functions(weights, tmp_path
     np.testing.assert_allclose(gates["gates"], expected, rtol=1e-5)
     assert nonlocality["gates"] == gates["gates"]
     assert (nonlocality["images"], nonlocality["grid"]) == (2, [4, 4])
-    measured = jax.jit(lambda x: locality.image_nonlocality(MODEL, variables, x))(images)
+    apply = jax.jit(functools.partial(MODEL.apply, return_attention=True))
+    _, whole = apply(variables, images)
+    measured = locality.nonlocality(whole, (4, 4))
     for name, values in measured.items():
-        values = values if name == "positional" else values.mean(axis=1)
         np.testing.assert_allclose(nonlocality["nonlocality"][name], values, rtol=1e-5)
+    plain = locality.over_patches(whole["blocks"]["content"], 16)
+    seen = np.concatenate([plain, whole["gpsa_blocks"]["blended"][:1]])  # layers 3 and 1
     places = [(0, 1), (3, 3)]
-    seen = jax.jit(lambda x: locality.query_attention(MODEL, variables, x, places))(images)
     assert [(m["image"], m["query"]) for m in maps["maps"]] == [
         (photo, [row + 1, column + 1]) for photo in PHOTOS for row, column in places
     ]
     for number, of_query in enumerate(maps["maps"]):
-        expected = seen["blended"][np.array([2, 0]), number // 2, :, number % 2]
+        row, column = places[number % 2]
+        expected = seen[:, number // 2, :, 4 * row + column].reshape(2, 4, 4, 4)
         np.testing.assert_allclose(of_query["attention"], expected, atol=2e-6)
     distance = np.hypot(*np.indices((4, 4)) - np.array([3, 3])[:, None, None])
     expected = (distance * expected).sum(axis=(-1, -2))
     np.testing.assert_allclose(maps["maps"][-1]["distance"], expected, rtol=1e-4)
 
-    blended = measured["blended"].mean(axis=(1, 2))
+    blended = measured["blended"].mean(axis=1)
     assert f"    3  plain  {blended[2]:.2f}" in printed
     assert "over 2 images and 4 x 4 patches" in printed
     assert "attention to all patches alike: 2.01" in printed
@@ -106,8 +110,8 @@ def test_a_data_set_and_mistakes(tmp_path, capsys, monkeypatch):
         (["maps", data[0], "--query=5,1", PHOTOS[0]], "query: expected a row of 1 to 4"),
         (["maps", data[0], "--layers=3", PHOTOS[0]], "layers: expected 1 to 2, got 3"),
         (
-            ["maps", data[0], "--layers=1", "--part=positional", PHOTOS[0]],
-            "GPSA layers alone have a positional part",
+            ["maps", data[0], "--part=positional", PHOTOS[0]],
+            "expected a model with GPSA layers, got a DeiT",
         ),
     ):
         with pytest.raises(SystemExit, match=message):
