@@ -11,6 +11,8 @@ data set, in a few lines:
         config.train.batch_size = 256
         return config
 
+A parameter of this function is a choice, which follows the name and a colon in --config.
+
 Any key can be set on the command line: `--config.train.batch_size=256`.
 """
 
@@ -45,6 +47,7 @@ class Key:
       above: exclusive lower bound.
       least: inclusive lower bound.
       below: exclusive upper bound.
+      most: inclusive upper bound.
       may_change: whether the value may differ between two starts of a run. This holds for keys that
         decide what a run costs, how long it is, and what it logs and saves, and for those that an
         error message advises to change.
@@ -58,6 +61,7 @@ class Key:
     above: float = -math.inf
     least: float = -math.inf
     below: float = math.inf
+    most: float = math.inf
     may_change: bool = False
     may_be_none: bool = False
 
@@ -140,6 +144,7 @@ KEYS: dict[str, Key] = {
     "model.local_up_to_layer": _option("number of GPSA blocks", int, "local_up_to_layer"),
     "model.locality_strength": _option("the paper's alpha", float, "locality_strength"),
     "model.use_local_init": _option("convolutional initialisation of GPSA", bool, "use_local_init"),
+    "model.gate_init": _option("gates before training, without sigmoid", float, "gate_init"),
     "model.use_pos_embed": _option("learned position embedding", bool, "use_pos_embed"),
     "model.cls_pos_embed": _option("class token position embedding (DeiT)", bool, "cls_pos_embed"),
     "model.global_pool": _option("what is classified: token or avg", str, "global_pool"),
@@ -148,7 +153,7 @@ KEYS: dict[str, Key] = {
     "model.unroll": _option("number of layers in one iteration of the scan", int, "unroll"),
     "data.source": Key(
         "tfds:imagenet2012",
-        "data set: tfds:NAME, folder:PATH, digits or synthetic (random pictures)",
+        "data set: tfds:NAME, folder:PATH, digits, mnist5k or synthetic (random pictures)",
     ),
     "data.dir": Key(
         "",
@@ -258,6 +263,35 @@ KEYS: dict[str, Key] = {
         1.0, "epochs between two evaluations; the last step is evaluated too", above=0,
         may_change=True,
     ),
+    "train.probe_images": Key(
+        None,
+        "test images on which each evaluation measures gates and non-locality (ConViT, figures 5 "
+        "and 6); 0 is off; None means 32, or 1% of the images trained on between two evaluations "
+        "if that is fewer",
+        int, least=0, may_change=True,
+    ),
+    # Distillation: convit_jax/train/distillation.py.
+    "distill.teacher": Key(
+        "",
+        "network whose answers are learned besides the labels: any source of convit_jax.load, or a "
+        ".stablehlo file; empty is none; another path of the same teacher (distill.sha256) is "
+        "allowed",
+        may_change=True,
+    ),
+    "distill.kind": Key(
+        "hard",
+        "what is learned of the teacher: hard, its most probable class, or soft, its probabilities",
+        choices=("hard", "soft"),
+    ),
+    "distill.alpha": Key(
+        0.5, "share of the teacher in the loss; the labels have the rest", above=0, most=1
+    ),
+    "distill.tau": Key(1.0, "temperature of the probabilities of distill.kind=soft", above=0),
+    "distill.sha256": Key(
+        "",
+        "SHA-256 of the teacher: of weights with their options, classes and normalisation, or of "
+        "a .stablehlo file; empty takes any teacher and is filled in",
+    ),
     # The optimiser, AdamW.
     "optim.lr": Key(
         5e-4,
@@ -275,8 +309,9 @@ KEYS: dict[str, Key] = {
     ),
     "optim.freeze": Key(
         "",
-        "parameters not to train: backbone (all but the head), gates, positional, or regular "
-        "expressions of whole names such as gpsa_blocks/.*, separated by commas",
+        "parameters not to train: backbone (all but the head), gates, positional, gpsa (the "
+        "attention of the GPSA layers), or regular expressions of whole names such as "
+        "gpsa_blocks/.*, separated by commas",
     ),
     "optim.freeze_epochs": Key(
         0.0, "epochs after which optim.freeze ends; 0 freezes for the whole run", least=0
@@ -398,6 +433,8 @@ def _out_of_bounds(name: str, value: Any) -> Iterator[str]:
         yield f"{name}: expected {key.least:g} or more, got {value}"
     if not value < key.below:
         yield f"{name}: expected less than {key.below:g}, got {value}"
+    if not value <= key.most:
+        yield f"{name}: expected at most {key.most:g}, got {value}"
 
 
 def to_json(config: ml_collections.ConfigDict) -> dict[str, Any]:
@@ -532,7 +569,7 @@ def differences(
     saved: ml_collections.ConfigDict, config: ml_collections.ConfigDict
 ) -> dict[str, str]:
     """Returns the keys that differ between two configurations, each with a text of both values."""
-    there, now = _values(saved), _values(config)
+    there, now = values(saved), values(config)
     return {
         name: f"{name}: saved {there.get(name)!r}, now {now.get(name)!r}"
         for name in sorted(there.keys() | now.keys())
@@ -540,7 +577,7 @@ def differences(
     }
 
 
-def _values(config: ml_collections.ConfigDict) -> dict[str, Any]:
+def values(config: ml_collections.ConfigDict) -> dict[str, Any]:
     """Returns every key with its value; equal image sizes, such as 8 and "8x8", become equal."""
     values = dict(_leaves(config.to_dict()))
     if (size := config.model.image_size) is not None:

@@ -37,6 +37,7 @@ _TITLES = {
     "augment": "Augmentation on the host",
     "mixup": "Augmentation on the device",
     "train": "Training",
+    "distill": "Distillation",
     "optim": "The optimiser",
 }
 

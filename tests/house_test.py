@@ -11,9 +11,11 @@ PACKAGE = ROOT / "convit_jax"
 FLOORS = (
     {"__main__"},
     {"cli"},
+    {"study"},
+    {"analysis"},
     {"train", "predict"},
     {"weights", "data"},
-    {"recipe"},
+    {"recipe", "ablations"},
     {"model"},
     {"workdir", "parallel"},
     {"storage"},

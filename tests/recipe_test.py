@@ -10,9 +10,10 @@ import ml_collections
 import pytest
 from runs import ROOT
 
-from convit_jax import VARIANTS, recipe
-from convit_jax.model.variants import OPTIONS, options_of_kind
-from convit_jax.train import setup
+from convit_jax import VARIANTS, ablations, recipe
+from convit_jax.cli import options
+from convit_jax.model.variants import OPTIONS, options_of_kind, variant_of
+from convit_jax.train import freezing, setup
 
 CONFIGS = ROOT / "configs"
 NAMES = sorted({path.stem for path in CONFIGS.glob("*.py")} - {"__init__"})
@@ -53,6 +54,39 @@ def test_the_papers_models_differ_in_name_batch_and_rate_only(name):
     config.model.name = base.model.name  # None
     config.train.batch_size, config.optim.lr = base.train.batch_size, base.optim.lr
     assert config == base
+
+
+def test_the_rows_of_table_3_are_what_the_paper_says():
+    for row, gate, local, frozen in (
+        ("a", 1, True, set()),
+        ("b", 0, True, {"gate"}),
+        ("c", 1, False, set()),
+        ("d", 0, False, {"gate"}),
+        ("f", 0, True, {"gate", "pos_proj"}),
+        ("g", 0, False, {"gate", "pos_proj"}),
+    ):
+        config = options.configuration(f"ablations:{row}", [])
+        model = setup.make_model(config)
+        assert (variant_of(model), model.gate_init) == ("convit_small_plus", gate)
+        assert model.use_local_init == local
+        found = set()
+        if config.optim.freeze:
+            images = jnp.zeros((1, *model.image_shape))
+            params = jax.eval_shape(model.init, jax.random.key(0), images)["params"]
+            mask = freezing.find(config.optim.freeze, params, None).mask
+            leaves = jax.tree_util.tree_leaves_with_path(mask)
+            found = {path[2].key for path, is_frozen in leaves if is_frozen}
+        assert found == frozen
+    model = setup.make_model(options.configuration(str(CONFIGS / "ablations.py:e"), []))
+    assert variant_of(model) == "deit_small_plus"
+    assert set(ablations.TABLE_3) == set("abcdefg")
+    for base, message in (
+        ("ablations:h", "Table 3: expected one of the rows a, b, c, d, e, f, g, got 'h'"),
+        ("convit_b:x", r"convit_b.py offers no choice: leave out :x"),
+        ("nothing:x", "no file nothing:x; expected a file, or one of ablations, cifar10"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            options.configuration(base, [])
 
 
 def test_overrides_reach_the_model():

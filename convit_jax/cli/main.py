@@ -18,7 +18,9 @@ COMMANDS = {
     "eval": ("evaluate a run or weights on a data set", "train"),
     "predict": ("classify image files", "predict"),
     "convert": ("convert weights between PyTorch, this project and StableHLO", "weights"),
+    "analyse": ("measure how a model attends: the paper's study of locality", "study"),
     "data": ("check a data set, or prepare ImageNet", "train"),
+    "study": ("repeat the paper's study of locality: runs, tables, pictures", "study"),
 }
 
 

@@ -4,10 +4,10 @@ import argparse
 from collections.abc import Iterator, Sequence
 import contextlib
 import importlib.util
+import inspect
 import logging
 import pathlib
 import sys
-import types
 
 from absl import flags
 import ml_collections
@@ -44,13 +44,50 @@ def add_config(parser: argparse.ArgumentParser, more: str = "") -> None:
         "--config",
         metavar="FILE",
         help="configuration: a file such as configs/convit_b.py, or one of the names "
-        f"{', '.join(shipped_configs())}{more}",
+        f"{', '.join(shipped_configs())} (with the row of the paper's Table 3: ablations:b){more}",
     )
     parser.add_argument(
         "--config.KEY",
         metavar="VALUE",
         help="value of one key of the configuration, in place of the file's, such as "
         "--config.train.batch_size=256; docs/configuration.md lists the keys",
+    )
+
+
+def add_weights(parser: argparse.ArgumentParser) -> None:
+    """Adds the flags --weights and --ema."""
+    parser.add_argument(
+        "--weights",
+        required=True,
+        metavar="SRC",
+        help="weights: a file (.safetensors, .pth, .pt), the workdir of a run, or a name on "
+        "huggingface.co such as convit_base",
+    )
+    parser.add_argument(
+        "--ema",
+        action=argparse.BooleanOptionalAction,
+        help="use the averaged weights of a checkpoint or run; default: those of a run that has "
+        "any, and no others",
+    )
+
+
+def add_reading(parser: argparse.ArgumentParser) -> None:
+    """Adds the flags that say how `weights.load.read_weights` reads weights."""
+    parser.add_argument(
+        "--variant", metavar="NAME", help="name of the model, if the weights do not determine it"
+    )
+    parser.add_argument(
+        "--offline", action="store_true", help="look for names in the local cache only"
+    )
+
+
+def add_size(parser: argparse.ArgumentParser) -> None:
+    """Adds the flag --size."""
+    parser.add_argument(
+        "--size",
+        type=size,
+        metavar="PIXELS",
+        help="image size in pixels, 384 or 224x320 (height x width); default: the model's own",
     )
 
 
@@ -105,13 +142,13 @@ def configuration(
     """Returns a configuration after applying the --config.KEY=VALUE flags and checking all keys.
 
     Args:
-      base: the value of --config, or a configuration.
+      base: the value of --config, such as "convit_b" or "ablations:b", or a configuration.
       overrides: --config.KEY=VALUE flags.
 
     Raises:
       ValueError: if the file is missing, or a key or value is wrong.
     """
-    config = _load(base).get_config() if isinstance(base, str) else base
+    config = _load(base) if isinstance(base, str) else base
     holder = flags.FlagValues()
     argv = ["convit", *overrides]
     try:
@@ -132,10 +169,17 @@ def shipped_configs() -> list[str]:
     return sorted({path.stem for folder in _CONFIGS for path in folder.glob("*.py")} - {"__init__"})
 
 
-def _load(text: str) -> types.ModuleType:
-    """Imports a configuration file, given by its path or by the name of a shipped one."""
-    shipped = [folder / f"{text}.py" for folder in _CONFIGS]
-    path = next((p for p in (pathlib.Path(text).expanduser(), *shipped) if p.is_file()), None)
+def _load(text: str) -> ml_collections.ConfigDict:
+    """Returns the configuration of a value of --config.
+
+    Args:
+      text: path of a file or name of a shipped one, and after a colon the choice that the file
+        offers, if it offers any.
+    """
+    path, choice = _find(text), ""
+    if path is None:
+        name, _, choice = text.rpartition(":")
+        path = _find(name) if choice else None
     if path is None:
         raise ValueError(
             f"--config: no file {text}; expected a file, or one of {', '.join(shipped_configs())}"
@@ -147,7 +191,17 @@ def _load(text: str) -> types.ModuleType:
     spec.loader.exec_module(module)
     if not hasattr(module, "get_config"):
         raise ValueError(f"--config: {path} has no function get_config()")
-    return module
+    if not choice:
+        return module.get_config()
+    if not inspect.signature(module.get_config).parameters:
+        raise ValueError(f"--config: {path} offers no choice: leave out :{choice}")
+    return module.get_config(choice)
+
+
+def _find(text: str) -> pathlib.Path | None:
+    """Returns the file of a path or of the name of a shipped configuration; None without one."""
+    shipped = [folder / f"{text}.py" for folder in _CONFIGS]
+    return next((p for p in (pathlib.Path(text).expanduser(), *shipped) if p.is_file()), None)
 
 
 def size(text: str) -> image_size.Size:

@@ -71,27 +71,9 @@ def _parser(prog: str) -> argparse.ArgumentParser:
     parser = options.make_parser(prog, __doc__ or "", _EPILOG)
     add = parser.add_argument
     add("images", nargs="+", metavar="IMAGE", help="file, folder searched at any depth, or pattern")
-    add(
-        "--weights",
-        required=True,
-        metavar="SRC",
-        help="weights: a file (.safetensors, .pth, .pt), the workdir of a run, or a name on "
-        "huggingface.co such as convit_base",
-    )
-    add("--variant", metavar="NAME", help="name of the model, if the weights do not determine it")
-    add(
-        "--ema",
-        action=argparse.BooleanOptionalAction,
-        help="use the averaged weights of a checkpoint or run; default: those of a run that has "
-        "any, and no others",
-    )
-    add("--offline", action="store_true", help="look for names in the local cache only")
-    add(
-        "--size",
-        type=options.size,
-        metavar="PIXELS",
-        help="image size in pixels, 384 or 224x320 (height x width); default: the model's own",
-    )
+    options.add_weights(parser)
+    options.add_reading(parser)
+    options.add_size(parser)
     add("--top", type=options.positive, default=5, metavar="N", help="classes per image; default 5")
     add(
         "--batch",

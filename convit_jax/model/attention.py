@@ -270,6 +270,7 @@ class GPSA(nn.Module):
         patch at initialisation.
       use_local_init: whether positional and value projections get the convolutional
         initialisation; False initialises both at random (the paper's ablation).
+      gate_init: initial value of the gates g_h, before the sigmoid.
       positional: how the positional part is computed. "blend" writes out P = P_y (x) P_x, mixes it
         into the content map and applies the blended map to v. "contract" applies P_y across the
         rows and P_x across the columns of v and adds the result to the content part. Both compute
@@ -290,6 +291,7 @@ class GPSA(nn.Module):
     dropout: float = 0.0
     locality_strength: float = 1.0
     use_local_init: bool = True
+    gate_init: float = 1.0
     positional: str = "auto"
     attention: str | AttentionFn = "auto"
     dtype: Any = jnp.float32
@@ -342,7 +344,9 @@ class GPSA(nn.Module):
         v = linear(width, kernel_init=v_init, name="v")(x)
         v = v.reshape(batch, size, self.num_heads, head)
 
-        gate = self.param("gate", nn.initializers.ones, (self.num_heads,), jnp.float32)
+        gate = self.param(
+            "gate", nn.initializers.constant(self.gate_init), (self.num_heads,), jnp.float32
+        )
         share = jax.nn.sigmoid(gate.astype(jnp.float32))
         p_y, p_x = PositionalAttention(
             self.num_heads, self.locality_strength, self.use_local_init, name="pos_proj"

@@ -3,10 +3,10 @@
 Shapes: B batch, N tokens (or patches), H heads, D width.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 import functools
 import math
-from typing import Any
+from typing import Any, NamedTuple
 
 import flax.linen as nn
 import jax
@@ -16,6 +16,22 @@ from convit_jax.model.attention import Grid
 from convit_jax.model.positional import Linear
 
 Array = jax.Array
+
+# Reduces the attention maps of one layer, by name, to other arrays.
+MapsFunction = Callable[[Mapping[str, Array]], Any]
+
+
+class Returned(NamedTuple):
+    """What a block returns besides its output.
+
+    Attributes:
+      attention: whether to return the maps of the attention; or a function of them, whose result is
+        returned in their place.
+      tokens: whether to return the output once more. A scan stacks only what is returned besides.
+    """
+
+    attention: bool | MapsFunction = False
+    tokens: bool = False
 
 
 class Mlp(nn.Module):
@@ -78,7 +94,7 @@ class Block(nn.Module):
         offset: Array | None,
         grid: Grid,
         train: bool,
-        returned: tuple[str, ...],
+        returned: Returned,
     ) -> tuple[Array, dict[str, Any]]:
         """Applies the block.
 
@@ -88,13 +104,11 @@ class Block(nn.Module):
           offset: (B, H, N, N), added to the attention map, or None.
           grid: (R, C), rows and columns of the patch grid.
           train: whether dropout and stochastic depth are on.
-          returned: names of the second result's entries.
+          returned: what the second result has.
 
         Returns:
-          (B, N, D), and a dictionary of what `returned` names: "attention", the maps of the
-          attention; "tokens", the first result once more, because a scan stacks the second alone.
-          An attention with `queries` set returns fewer tokens, and the block then returns these
-          only.
+          (B, N, D), and a dictionary with the entries of `returned` that are asked for. An
+          attention with `queries` set returns fewer tokens, and the block then returns these only.
         """
         # The fast variance, E[x^2] - E[x]^2, loses digits by cancellation where the mean is large.
         norm = functools.partial(nn.LayerNorm, epsilon=1e-6, use_fast_variance=False)
@@ -107,15 +121,17 @@ class Block(nn.Module):
                 branch = drop_samples(branch, drop_path, self.make_rng("dropout"))
             return x + branch
 
-        attention, with_maps = self.attention(name="attn"), "attention" in returned
+        attention, with_maps = self.attention(name="attn"), bool(returned.attention)
         branch = attention(normed(x, "norm1"), grid, train, with_maps, offset)
         branch, maps = branch if with_maps else (branch, {})
         x = residual(x[:, : branch.shape[1]], branch)
         hidden = int(x.shape[-1] * self.mlp_ratio)
         branch = Mlp(hidden, self.dropout, self.dtype, name="mlp")(normed(x, "norm2"), train)
         x = residual(x, branch)
-        found = {"attention": maps, "tokens": x}
-        return x, {name: found[name] for name in returned}
+        found: dict[str, Any] = {"tokens": x} if returned.tokens else {}
+        if with_maps:
+            found["attention"] = returned.attention(maps) if callable(returned.attention) else maps
+        return x, found
 
 
 def drop_samples(branch: Array, rate: Array, rng: Array) -> Array:

@@ -21,7 +21,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from convit_jax.model.attention import GPSA, Grid, SelfAttention
-from convit_jax.model.block import Block
+from convit_jax.model.block import Block, MapsFunction, Returned
 from convit_jax.model.image_size import pair
 from convit_jax.model.intermediates import check_blocks, check_offsets, feature_map
 from convit_jax.model.positional import Linear, linear_init
@@ -78,6 +78,7 @@ class ConViT(nn.Module):
       local_up_to_layer: number of GPSA blocks; must be less than depth. 0 gives a plain ViT.
       locality_strength: the paper's alpha, see `GPSA`.
       use_local_init: whether GPSA blocks get the convolutional initialisation, see `GPSA`.
+      gate_init: initial value of the gates, see `GPSA`.
       use_pos_embed: whether a learned position embedding is added to the patches. Without it
         the model takes images of any size that patch_size divides.
       cls_pos_embed: whether the class token has a position embedding too, as in DeiT; needs
@@ -115,6 +116,7 @@ class ConViT(nn.Module):
     local_up_to_layer: int = structure(10)
     locality_strength: float = training(1.0)
     use_local_init: bool = training(True)
+    gate_init: float = training(1.0)
     use_pos_embed: bool = structure(True)
     cls_pos_embed: bool = structure(False)
     global_pool: str = function("token")
@@ -218,6 +220,7 @@ class ConViT(nn.Module):
             **self._self_attention().keywords,
             locality_strength=self.locality_strength,
             use_local_init=self.use_local_init,
+            gate_init=self.gate_init,
             positional=self.positional,
         )
 
@@ -226,7 +229,7 @@ class ConViT(nn.Module):
         self,
         images: Array,
         train: bool = False,
-        return_attention: bool = False,
+        return_attention: bool | MapsFunction = False,
         return_features: Sequence[int] | None = None,
         norm_features: bool = False,
         attention_offsets: Mapping[str, Array] | None = None,
@@ -239,6 +242,9 @@ class ConViT(nn.Module):
             stream "dropout".
           return_attention: whether to compute and return the attention maps of every layer too.
             The maps are those of this forward pass: each layer computes them from its own input.
+            Or a function of the maps of one layer, such as `lambda maps: maps["content"].max()`:
+            its results are returned in their place. Then no more than one layer's maps are in
+            memory at a time.
           return_features: numbers of blocks whose outputs to return too, such as (3, 6, 9). Blocks
             are counted from 0; -1 is the last block.
           norm_features: whether the final norm is applied to these outputs.
@@ -251,8 +257,9 @@ class ConViT(nn.Module):
           global_pool="none" their shapes are (B, 1 + N, num_classes) and (B, 1 + N, D).
           With `return_attention` or `return_features` a tuple: logits, then maps, then features.
           The maps are {"gpsa_blocks": maps of `GPSA`, "blocks": maps of `SelfAttention`}, each map
-          with a leading layer axis L. The features are one (B, R, C, D) for each of the blocks, in
-          the order asked for, without the class token; float32 with `norm_features`, else `dtype`.
+          with a leading layer axis L; so have the results of a function of the maps. The features
+          are one (B, R, C, D) for each of the blocks, in the order asked for, without the class
+          token; float32 with `norm_features`, else `dtype`.
 
           With any of these options the last block computes all tokens, so the logits differ by
           rounding and dropout draws other random numbers.
@@ -282,8 +289,7 @@ class ConViT(nn.Module):
             x += position.astype(self.dtype)
         x = nn.Dropout(self.dropout, deterministic=not train)(x)
 
-        asked = {"attention": return_attention, "tokens": chosen is not None}
-        static = (grid, train, tuple(name for name, wanted in asked.items() if wanted))
+        static = (grid, train, Returned(return_attention, tokens=chosen is not None))
         rates = np.linspace(0, self.drop_path, self.depth, dtype=np.float32)
         rates, plain_rates = np.split(rates, [self.local_up_to_layer])
         found = {}
@@ -378,7 +384,7 @@ class ConViT(nn.Module):
         offsets: Array | None,
         grid: Grid,
         train: bool,
-        returned: tuple[str, ...],
+        returned: Returned,
     ) -> tuple[Array, dict[str, Any]]:
         """Applies the plain blocks: (B, 1 + N, D) -> (B, 1 + N, D) and what they return, stacked.
 
@@ -391,7 +397,7 @@ class ConViT(nn.Module):
             blocks = self._scanned_blocks("blocks", attention, len(rates) - 1)
             x, found = blocks(x, rates[:-1], scanned, *static)
             results.append(found)
-        if self.global_pool == "token" and offsets is None and not returned:
+        if self.global_pool == "token" and offsets is None and not any(returned):
             attention = functools.partial(attention, queries=1)
         block = self._block(prevent_cse=True)
         block = block(attention=attention, name="last_block", **self._block_options())

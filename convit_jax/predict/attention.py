@@ -93,7 +93,13 @@ class AttentionPictures:
         return name
 
 
-def draw(pixels: np.ndarray, maps: np.ndarray, *, every_head: bool = False) -> "Image.Image":
+def draw(
+    pixels: np.ndarray,
+    maps: np.ndarray,
+    *,
+    every_head: bool = False,
+    query: tuple[int, int] | None = None,
+) -> "Image.Image":
     """Draws the picture beside its attention maps.
 
     The colours of each map run from black, no attention, to light yellow, the map's maximum.
@@ -103,8 +109,9 @@ def draw(pixels: np.ndarray, maps: np.ndarray, *, every_head: bool = False) -> "
       maps: (L, H, R, C), of one image.
       every_head: whether to draw a row for each layer: the picture, the mean of the heads, and
         every head. Else there is one row: the picture, and the mean of the last layer's heads.
+      query: row and column of the patch that attends, counted from 0, to frame in the picture.
     """
-    from PIL import Image
+    from PIL import Image, ImageDraw
 
     height, width = pixels.shape[:2]
     enlarge = -(-_SMALLEST // min(height, width))
@@ -121,7 +128,10 @@ def draw(pixels: np.ndarray, maps: np.ndarray, *, every_head: bool = False) -> "
         colours = np.stack([np.interp(heat, at, column) for column in _COLOURS.T], axis=-1)
         return Image.blend(photo, Image.fromarray(colours.astype(np.uint8)), 0.65)
 
-    rows = [[photo, panel(layer.mean(0))] for layer in (maps if every_head else maps[-1:])]
+    first = photo.copy()
+    if query is not None:
+        ImageDraw.Draw(first).rectangle(_box(query, maps.shape[-2:], size), outline="red", width=2)
+    rows = [[first, panel(layer.mean(0))] for layer in (maps if every_head else maps[-1:])]
     if every_head:
         for row, layer in zip(rows, maps, strict=True):
             row += [panel(head) for head in layer]
@@ -131,3 +141,16 @@ def draw(pixels: np.ndarray, maps: np.ndarray, *, every_head: bool = False) -> "
         for x, image in enumerate(row):
             canvas.paste(image, (x * across, y * down))
     return canvas
+
+
+def _box(
+    patch: tuple[int, int], grid: Sequence[int], size: tuple[int, int]
+) -> tuple[int, int, int, int]:
+    """Returns left, top, right and bottom pixel of a patch in a picture of size (width, height)."""
+    (row, column), (rows, columns), (width, height) = patch, grid, size
+    return (
+        column * width // columns,
+        row * height // rows,
+        (column + 1) * width // columns - 1,
+        (row + 1) * height // rows - 1,
+    )

@@ -107,7 +107,7 @@ def tables(results: Sequence[dict[str, Any]], classes: ClassMapping) -> str:
         )
         for size, result in zip(sizes, results, strict=True)
     ]
-    text = _columns([("image", "top-1", "top-5", "loss", "images", "images/s"), *rows])
+    text = columns([("image", "top-1", "top-5", "loss", "images", "images/s"), *rows])
     if len(classes.kept) < classes.num_logits:
         text += f"\n{subset(classes)}"
     if len(classes.kept) > _PRINTED:
@@ -121,7 +121,7 @@ def tables(results: Sequence[dict[str, Any]], classes: ClassMapping) -> str:
         )
         for of_sizes in zip(*(result["by_class"] for result in results), strict=True)
     ]
-    return f"{text}\n\n{_columns([head, *rows])}"
+    return f"{text}\n\n{columns([head, *rows])}"
 
 
 def subset(classes: ClassMapping) -> str:
@@ -132,8 +132,8 @@ def subset(classes: ClassMapping) -> str:
     )
 
 
-def _columns(rows: Sequence[tuple[str, ...]]) -> str:
-    """Returns rows of cells as lines with aligned columns; names of classes are aligned left."""
+def columns(rows: Sequence[tuple[str, ...]]) -> str:
+    """Returns rows of cells as aligned lines. A last column "class" is aligned left."""
     widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
     left = rows[0][-1] == "class"
 

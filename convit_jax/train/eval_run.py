@@ -1,6 +1,6 @@
 """Runs an evaluation at each image size and writes its results."""
 
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 import contextlib
 import json
 import logging
@@ -74,6 +74,38 @@ def _evaluate(
     prepared: EvalRun, model: ConViT, interruption: Interruption
 ) -> dict[str, Any] | None:
     """Evaluates a model at its image size; None if the evaluation was interrupted."""
+    start = time.perf_counter()
+    result, compiling = evaluate_each(
+        prepared, model, lambda params: {"": params}, interruption, predictions=True
+    )
+    if result is None:
+        return None
+    rate = result["images"] / (time.perf_counter() - start - compiling)
+    return {"image_size": list(model.image_shape[:2]), **result, "images_per_second": rate}
+
+
+def evaluate_each(
+    prepared: EvalRun,
+    model: ConViT,
+    make: Callable[[dict[str, Any]], dict[str, Any]],
+    interruption: Interruption,
+    predictions: bool = False,
+) -> tuple[dict[str, Any] | None, float]:
+    """Evaluates several versions of the weights, each on every image, and reads each image once.
+
+    Args:
+      prepared: the evaluation, from `eval_setup.prepare`.
+      model: one of its models.
+      make: returns {prefix: parameters} for the parameters of the model. Arrays that the versions
+        share are put on the devices once.
+      interruption: the requests to stop.
+      predictions: whether to return predictions, see `evaluation.make_eval_step`.
+
+    Returns:
+      The results of `evaluation.evaluate`, None if it was interrupted; and the seconds that reading
+      no images took: compilation and the transfer of the weights.
+    """
+    start = time.perf_counter()
     config, mesh, size = prepared.config, prepared.mesh, model.image_shape[:2]
     params = adapt.fit_params(
         prepared.loaded.params,
@@ -83,29 +115,38 @@ def _evaluate(
         adapt_channels=False,
         grid=prepared.loaded.model.grid,
     )
-    params = jax.device_put(params, sharding.replicated(mesh))
+    versions = _put_once(make(params), mesh)
     classes = None if prepared.classes.is_identity else prepared.classes.logits
     step = evaluation.make_eval_step(
-        model, config.data.mean, config.data.std, mesh, predictions=True, classes=classes
+        model, config.data.mean, config.data.std, mesh, predictions, classes
     )
-    start = time.perf_counter()
     batch = _abstract_batch(prepared.share.batch_size, model, mesh)
-    compiled = step.lower(params, batch).compile()
-    log.info("%d x %d: compiled in %.1f s", *size, time.perf_counter() - start)
+    compiled = step.lower(next(iter(versions.values())), batch).compile()
+    seconds = time.perf_counter() - start
+    log.info("%d x %d: compiled in %.1f s", *size, seconds)
     transform = transforms.EvalTransform(
         size, config.augment.eval_crop, model.in_channels == 1, reading(config)
     )
     chunks = EvalChunks(prepared.source, transform, prepared.share, config.data.skip_corrupt)
-    start = time.perf_counter()
+    total = len(prepared.source)
     with contextlib.closing(iterate(chunks, workers=prepared.workers)) as batches:
-        watched = _watch(batches, len(prepared.source), prepared.share.batch_size)
+        watched = _watch(batches, total, prepared.share.batch_size)
         result = evaluation.evaluate(
-            compiled, {"": params}, watched, mesh, len(prepared.source), interruption.requested
+            compiled, versions, watched, mesh, total, interruption.requested
         )
-    if result is None:
-        return None
-    rate = result["images"] / (time.perf_counter() - start)
-    return {"image_size": list(size), **result, "images_per_second": rate}
+    return result, seconds
+
+
+def _put_once(tree: Any, mesh: Mesh) -> Any:
+    """Puts the arrays of a tree on all devices; an array that occurs several times, once."""
+    put: dict[int, jax.Array] = {}
+
+    def of(leaf: Any) -> jax.Array:
+        if id(leaf) not in put:
+            put[id(leaf)] = jax.device_put(leaf, sharding.replicated(mesh))
+        return put[id(leaf)]
+
+    return jax.tree.map(of, tree)
 
 
 def _abstract_batch(batch_size: int, model: ConViT, mesh: Mesh) -> dict[str, jax.ShapeDtypeStruct]:

@@ -22,6 +22,7 @@ GROUPS = {
     "backbone": r"(?!head/).*",  # all but the head
     "gates": r"gpsa_blocks/attn/gate",
     "positional": r"gpsa_blocks/attn/pos_proj/.*",
+    "gpsa": r"gpsa_blocks/attn/.*",  # attention of the GPSA layers: all of GPSA, no norms, no MLPs
 }
 
 

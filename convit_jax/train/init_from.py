@@ -36,6 +36,9 @@ _DECIDED = tuple(
     name for name in options_of_kind("structure", "changeable", "function") if name != "num_classes"
 )
 
+# Options of the initialisation.
+_OF_RANDOM_WEIGHTS = ("locality_strength", "use_local_init", "gate_init")
+
 
 def settle_model(config: ml_collections.ConfigDict, workdir: Workdir) -> Loaded | None:
     """Decides the model of a run: fills in the keys that the configuration leaves open.
@@ -77,6 +80,13 @@ def settle_new_model(config: ml_collections.ConfigDict) -> Loaded | None:
     loaded = read_weights(config.init_from, ema=config.init_ema, heads_if_open=stated_heads(config))
     complete(config, loaded)
     _check_structure(config, loaded)
+    for key in _OF_RANDOM_WEIGHTS:
+        if config.model[key] is not None:
+            log.warning(
+                "model.%s=%s changes nothing: it is an option of random weights, and init_from=%s "
+                "has others",
+                key, config.model[key], config.init_from,
+            )  # fmt: skip
     return loaded
 
 

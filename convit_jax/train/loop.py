@@ -17,6 +17,7 @@ from convit_jax.parallel import processes, sharding
 from convit_jax.parallel.signals import Interruption
 from convit_jax.train import evaluation, same_run
 from convit_jax.train.metrics import Metrics
+from convit_jax.train.probe import Probe
 from convit_jax.train.profiling import Profile
 from convit_jax.train.setup import Run
 from convit_jax.train.step import Batch, TrainState, TrainStep
@@ -54,6 +55,7 @@ def train(run: Run) -> dict[str, float] | None:
     eval_step = evaluation.make_eval_step(
         run.program.model, config.data.mean, config.data.std, run.program.mesh
     )
+    probe = Probe(run)
     eval_every = max(1, round(config.train.eval_every * run.steps_per_epoch))
     log_every = min(config.train.log_every, max(1, int(run.steps_per_epoch)))
     eval_steps = frozenset((*range(eval_every, total, eval_every), total))
@@ -82,10 +84,8 @@ def train(run: Run) -> dict[str, float] | None:
             if step in eval_steps and result is None and not stopped:
                 windows.report()
                 checkpoints.save(step, state, carried)  # the evaluation may fail
-                result = _evaluate(run, eval_step, state, metrics, interruption)
+                result = _evaluate(run, eval_step, probe, state, metrics, interruption)
                 stopped = result is None
-                if result is not None:
-                    metrics.evaluation(step, result)
             checkpoints.save(step, state, carried, metrics=result, stopping=stopped)
             if stopped or step == total:
                 break
@@ -209,22 +209,25 @@ def _compiled_step(run: Run, state: TrainState, batch: Batch) -> TrainStep:
     """Compiles the step, once for the whole run; a batch of another shape would be an error."""
     start = time.perf_counter()
     log.info("compiling the training step ...")
-    compiled = run.program.jitted_step().lower(state, batch).compile()
+    distillation = run.program.distillation
+    teacher = () if distillation is None else (distillation.on_devices(),)
+    compiled = run.program.jitted_step().lower(state, batch, *teacher).compile()
     log.info("compiled the training step in %.1f s", time.perf_counter() - start)
-    return compiled
+    return lambda state, batch: compiled(state, batch, *teacher)
 
 
 def _evaluate(
     run: Run,
     eval_step: evaluation.EvalStep,
+    probe: Probe,
     state: TrainState,
     metrics: Metrics,
     interruption: Interruption,
 ) -> dict[str, float] | None:
-    """Evaluates the weights and, if there are any, the averaged weights.
+    """Evaluates the weights and, if there are any, the averaged weights; writes the results.
 
     Names of results of the averaged weights begin with "ema_". Returns None if the evaluation was
-    interrupted.
+    interrupted. The probe measures the weights that are trained, not the averaged ones.
     """
 
     chunks = run.test_chunks
@@ -233,7 +236,7 @@ def _evaluate(
         metrics.evaluating(len(chunks) // chunks.share.chunks) as watch,
         contextlib.closing(iterate(chunks, workers=run.workers)) as batches,
     ):
-        return evaluation.evaluate(
+        result = evaluation.evaluate(
             eval_step,
             params,
             watch(batches),
@@ -241,6 +244,9 @@ def _evaluate(
             len(chunks.source),
             interruption.requested,
         )
+        if result is not None:
+            metrics.evaluation(int(state.step), result, probe(state.params))
+        return result
 
 
 def _save_weights(run: Run, params: Any) -> None:

@@ -168,14 +168,17 @@ class Metrics:
             bar.close()
             self._paused += time.perf_counter() - start
 
-    def evaluation(self, step: int, metrics: Mapping[str, float]) -> None:
+    def evaluation(
+        self, step: int, metrics: Mapping[str, float], measured: Values | None = None
+    ) -> None:
         """Writes and shows the metrics of an evaluation after `step`.
 
         Args:
           step: number of finished steps.
           metrics: "top1", "loss", "ema_top1" (if there are averaged weights) and others.
+          measured: what a `Probe` measured; written, and not shown.
         """
-        self.write("eval", step, metrics)
+        self.write("eval", step, {**metrics, **(measured or {})})
         shown = f"test top-1 {metrics['top1']:.2%}  loss {metrics['loss']:.4f}"
         if "ema_top1" in metrics:
             shown += f"  averaged weights {metrics['ema_top1']:.2%}"
@@ -183,7 +186,7 @@ class Metrics:
             log.info("step %d/%d  %s", step, self._total, shown)
 
     def write(self, kind: str, step: int, metrics: Values) -> None:
-        """Appends metrics to the files; "gates" is a list, all others are numbers."""
+        """Appends metrics to the files."""
         now = time.time()
         for writer in self._writers:
             writer.write(kind, step, now, metrics)

@@ -23,7 +23,8 @@ from convit_jax.model.attention import choose_forms
 from convit_jax.model.network import ConViT
 from convit_jax.model.variants import create_model
 from convit_jax.parallel import processes, sharding
-from convit_jax.train import init_from, same_run
+from convit_jax.train import distillation, init_from, same_run
+from convit_jax.train import teacher as teachers
 from convit_jax.train.step import Program
 from convit_jax.workdir.checkpoints import newest_step
 from convit_jax.workdir.folder import Workdir
@@ -130,6 +131,7 @@ def prepare(config: ml_collections.ConfigDict, workdir: Workdir, profile: bool =
     model.check_classifies("training")
     fit.fit_normalisation(config, model.in_channels)
     make_transforms(config, model)  # raises its errors now
+    teacher = processes.on_all(lambda: teachers.read(config))
     changed, sources, data = processes.on_all(lambda: _open_data(config, workdir, model, mesh))
     same_run.check_processes(config, data)
     train_source, test_source = sources
@@ -138,7 +140,10 @@ def prepare(config: ml_collections.ConfigDict, workdir: Workdir, profile: bool =
     draws = draws_per_epoch(len(train_source), config.data.repeats)
     steps_per_epoch = draws / config.train.batch_size
     total_steps = _total_steps(config, steps_per_epoch, workdir)
-    program = Program.make(config, model, mesh, steps_per_epoch, total_steps)
+    distill = None
+    if teacher is not None:
+        distill = distillation.fit(teacher, config, model, train_source.class_names, mesh)
+    program = Program.make(config, model, mesh, steps_per_epoch, total_steps, distill)
     program.augmentation  # noqa: B018  # made now, so that it raises its errors now
     init_params = None
     if loaded is not None:

@@ -1,8 +1,9 @@
 """One step of training, and the state that it carries from step to step."""
 
+from collections.abc import Callable
 import dataclasses
 import functools
-from typing import Any
+from typing import Any, cast
 
 import flax.struct
 import jax
@@ -11,10 +12,12 @@ from jax.sharding import Mesh
 import ml_collections
 import optax
 
+from convit_jax.model.locality import gates
 from convit_jax.model.network import ConViT
 from convit_jax.parallel import sharding
 from convit_jax.train import freezing, optim
 from convit_jax.train.augmentation import BatchAugmentation
+from convit_jax.train.distillation import Distillation
 from convit_jax.train.freezing import Frozen
 
 
@@ -35,7 +38,7 @@ class TrainState(flax.struct.PyTreeNode):
 
 
 Batch = dict[str, jax.Array]
-TrainStep = jax.stages.Compiled  # (state, batch) -> (state, metrics)
+TrainStep = Callable[[TrainState, Batch], tuple[TrainState, dict[str, jax.Array]]]
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -49,6 +52,7 @@ class Program:
       schedule: learning rate by step, for the metrics.
       mesh: mesh of all devices.
       frozen: parameters that are frozen; None trains all.
+      distillation: the teacher and its loss; None learns from the labels alone.
     """
 
     config: ml_collections.ConfigDict
@@ -57,6 +61,7 @@ class Program:
     schedule: optax.Schedule
     mesh: Mesh
     frozen: Frozen | None = None
+    distillation: Distillation | None = None
 
     @classmethod
     def make(
@@ -66,6 +71,7 @@ class Program:
         mesh: Mesh,
         steps_per_epoch: float,
         total_steps: int,
+        distillation: Distillation | None = None,
     ) -> "Program":
         """Makes a program from a model, with the recipe's optimiser and schedule.
 
@@ -85,7 +91,7 @@ class Program:
         elif epochs:
             raise ValueError(f"optim.freeze_epochs={epochs:g}: expected optim.freeze with it")
         optimizer = optim.make_optimizer(config.optim, schedule, frozen)
-        return cls(config, model, optimizer, schedule, mesh, frozen)
+        return cls(config, model, optimizer, schedule, mesh, frozen, distillation)
 
     @functools.cached_property
     def augmentation(self) -> BatchAugmentation:
@@ -130,27 +136,31 @@ class Program:
     def jitted_step(self) -> jax.stages.Wrapped:
         """Returns a jitted (state, batch) -> (state, metrics); the old state is donated.
 
+        With a teacher, its parameters are a third argument, see `Distillation.on_devices`.
+
         The randomness of a step is a function of (seed, step). The batch is "image" (B, height,
         width, channels) uint8, "label" (B,), and "skipped" (B,), the number of corrupt images that
         each image replaces. The metrics are "loss", "grad_norm" (the norm of the gradients before
         clipping), "learning_rate" and "skipped_images". A model with GPSA also has "gates":
         (layers,), the mean over the heads of sigmoid(gate) after the step.
         """
+        teacher = () if self.distillation is None else (self.distillation.shardings,)
         return jax.jit(
             self._train_step,
-            in_shardings=(self.state_shardings, sharding.over_batch(self.mesh)),
+            in_shardings=(self.state_shardings, sharding.over_batch(self.mesh), *teacher),
             out_shardings=(self.state_shardings, sharding.replicated(self.mesh)),
             donate_argnums=0,
         )
 
     def _train_step(
-        self, state: TrainState, batch: Batch
+        self, state: TrainState, batch: Batch, teacher: Any = None
     ) -> tuple[TrainState, dict[str, jax.Array]]:
         key = jax.random.fold_in(jax.random.key(self.config.seed), state.step)
         augment_key, dropout_key = jax.random.split(key)
         augmented = self.augmentation(batch["image"], batch["label"], augment_key)
+        loss_fn = functools.partial(self._loss, teacher=teacher)
         loss, grads = optim.mean_gradients(
-            self._loss, state.params, augmented, dropout_key, self.config.train.accum_steps
+            loss_fn, state.params, augmented, dropout_key, self.config.train.accum_steps
         )
         if self.frozen is not None:
             grads = self.frozen.gradients(state.step, grads)
@@ -167,16 +177,21 @@ class Program:
             "skipped_images": batch["skipped"].sum(),
         }
         if "gpsa_blocks" in params:
-            gate = params["gpsa_blocks"]["attn"]["gate"]  # (layers, H)
-            metrics["gates"] = jax.nn.sigmoid(gate).mean(axis=-1)
+            metrics["gates"] = gates(params).mean(axis=-1)
         return TrainState(state.step + 1, params, opt_state, ema), metrics
 
-    def _loss(self, params: Any, batch: tuple[jax.Array, jax.Array], key: jax.Array) -> jax.Array:
-        """Returns the mean loss of augmented images and their label distributions."""
+    def _loss(
+        self, params: Any, batch: tuple[jax.Array, jax.Array], key: jax.Array, teacher: Any
+    ) -> jax.Array:
+        """Returns the mean loss of augmented images, by their label distributions and a teacher."""
         images, labels = batch
         if self.frozen is not None:
             params = self.frozen.without_gradient(params)
         # Gather split parameters here. Without this, XLA would move activations between devices.
         params = jax.lax.with_sharding_constraint(params, sharding.replicated(self.mesh))
         logits = self.model.apply({"params": params}, images, train=True, rngs={"dropout": key})
-        return optax.softmax_cross_entropy(logits, labels).mean()
+        loss = optax.softmax_cross_entropy(logits, labels).mean()
+        if self.distillation is None:
+            return loss
+        theirs = self.distillation.logits(teacher, images)
+        return self.distillation.loss(loss, cast(jax.Array, logits), theirs)

@@ -21,10 +21,23 @@ from convit_jax.workdir.folder import Workdir
 
 log = logging.getLogger(__name__)
 
-Values = Mapping[str, float | Sequence[float]]  # "gates" has one number per GPSA layer
+# A metric is a number, a number for each layer, or for each head of each layer.
+Value = float | Sequence[float] | Sequence[Sequence[float]]
+Values = Mapping[str, Value]
 
+# What TensorBoard calls the metrics of layers and heads: gate/layer_01, gate/layer_01/head_01.
+_LAYERS = {"gates": "gate", "head_gates": "gate", "nonlocality": "nonlocality"}
 # Metrics that TensorBoard shows under "speed" instead of "train".
 _SPEED = ("images_per_second", "data_seconds", "data_wait", "mfu")
+
+
+def read_lines(workdir: Workdir) -> list[dict[str, Any]]:
+    """Returns the whole lines of metrics.jsonl in their order; none if there is no such file."""
+    try:
+        lines = workdir.metrics.read_bytes().splitlines(keepends=True)
+    except FileNotFoundError:
+        return []
+    return [json.loads(line) for line in lines if _place_of(line)[0] < math.inf]
 
 
 class JsonLines:
@@ -122,14 +135,20 @@ def _import_tensorboardx() -> ModuleType:
 
 def _tags(kind: str, metrics: Values) -> Iterator[tuple[str, float]]:
     for name, value in metrics.items():
-        if isinstance(value, Sequence):  # the gates
-            yield from ((f"gate/layer_{i:02}", float(gate)) for i, gate in enumerate(value, 1))
+        if isinstance(value, Sequence):
+            layers: Sequence[Any] = value
+            for i, of_layer in enumerate(layers, 1):
+                tag = f"{_LAYERS[name]}/layer_{i:02}"
+                if isinstance(of_layer, Sequence):
+                    yield from ((f"{tag}/head_{h:02}", float(x)) for h, x in enumerate(of_layer, 1))
+                else:
+                    yield tag, float(of_layer)
         else:
             yield f"{'speed' if name in _SPEED else kind}/{name}", float(value)
 
 
-def _json_value(value: float | Sequence[float]) -> int | float | list | None:
-    """Returns a number or a list of numbers for JSON, with None in place of NaN and infinity."""
+def _json_value(value: Value) -> int | float | list | None:
+    """Returns a number, or numbers in lists, for JSON, with None in place of NaN and infinity."""
     if isinstance(value, int):
         return value
     if isinstance(value, Sequence):

@@ -193,6 +193,7 @@ def test_the_weights_decide_the_model_that_the_configuration_leaves_open(tmp_pat
             with pytest.raises(ValueError, match="give num_heads=N"):
                 setup.prepare(wanted, Workdir(tmp_path / "bare"))
             wanted.model.num_heads = 2
+        wanted.model.gate_init = 0.0
         caplog.clear()
         prepared = setup.prepare(wanted, Workdir(tmp_path / f"run of {name}"))
         made, chosen = prepared.program.model, prepared.config.model
@@ -203,6 +204,7 @@ def test_the_weights_decide_the_model_that_the_configuration_leaves_open(tmp_pat
             ("convit_tiny", None) if name == "tiny" else (None, 2)
         )
         assert caplog.text.count(f"taken from {path}: ") == 1
+        assert "model.gate_init=0.0 changes nothing: it is an option of random" in caplog.text
         jax.tree.map(
             np.testing.assert_array_equal,
             prepared.init_params["last_block"], loaded.params["last_block"],

@@ -9,16 +9,16 @@ import optax
 import pytest
 import small_models
 
-from convit_jax import ConViT, recipe
+from convit_jax import ConViT, ablations, recipe
 from convit_jax.parallel import sharding
-from convit_jax.train import freezing, optim
+from convit_jax.train import freezing, optim, setup
 from convit_jax.train.step import Program
 from convit_jax.workdir.checkpoints import Checkpoints
 
 OPTIM = recipe.get_config().optim
-MODEL = ConViT(
-    image_size=16, patch_size=4, embed_dim=16, depth=2, local_up_to_layer=1, num_classes=10
-)
+SIZES = {"image_size": 16, "patch_size": 4, "embed_dim": 16, "depth": 2, "num_heads": 4}
+SIZES |= {"num_classes": 10, "local_up_to_layer": 1}
+MODEL = ConViT(**SIZES)
 
 
 def test_a_frozen_parameter_later_begins_as_in_torch():
@@ -53,12 +53,15 @@ def test_a_frozen_parameter_later_begins_as_in_torch():
 
 
 def test_what_is_frozen_for_good_keeps_its_bits_and_has_no_state(tmp_path, caplog):
+    """Row f of the paper's Table 3, with frozen norms besides."""
     caplog.set_level(logging.INFO, "convit_jax")
     config = recipe.get_config()
+    config.model.update(name="convit_tiny", **SIZES)
+    ablations.apply(config, "f")
     config.train.batch_size = 8
     config.mixup.group_size = 8
-    config.optim.update(freeze="gates, positional, .*norm.*", ema_decay=0.9, lr=0.1)
-    program = Program.make(config, MODEL, sharding.make_mesh(), 1.0, 10)
+    config.optim.update(freeze=f"{config.optim.freeze}, .*norm.*", ema_decay=0.9, lr=0.1)
+    program = Program.make(config, setup.make_model(config), sharding.make_mesh(), 1.0, 10)
     names = {"gate", "pos_proj", "norm1", "norm2", "norm"}
     state = program.init_state()
     first = jax.device_get(state)
@@ -94,14 +97,15 @@ def test_what_is_frozen_for_good_keeps_its_bits_and_has_no_state(tmp_path, caplo
         for (path, old), (_, new) in zip(before, after, strict=True):
             is_frozen = any(key.key in names for key in path)
             assert (old.tobytes() == np.asarray(new).tobytes()) == is_frozen, path
+    assert not np.any(state.params["gpsa_blocks"]["attn"]["gate"])
     assert metrics["grad_norm"] > 0
 
 
 def test_what_cannot_be_frozen_is_refused():
     deit = small_models.random_params(small_models.DEIT)
     for freeze, message in (
-        ("gates", "'gates' matches no parameter; expected one of backbone, gates, positional, or a "
-         "regular .* among blocks/attn/proj/bias, .*, pos_embed"),
+        ("gates", "'gates' matches no parameter; expected one of backbone, gates, positional, "
+         "gpsa, or a regular .* among blocks/attn/proj/bias, .*, pos_embed"),
         ("backbone, blocks", "'blocks' matches no parameter"),
         ("blocks/(", r"'blocks/\(' is not a regular expression"),
         ("backbone, head/.*", "leaves no parameter to train"),

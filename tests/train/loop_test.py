@@ -1,5 +1,6 @@
 """The training step on one and on eight devices, the loop, and errors before it starts."""
 
+import functools
 import itertools
 import json
 import logging
@@ -14,6 +15,8 @@ from convit_jax import recipe
 from convit_jax.data.batches.chunks import Share, TrainChunks
 from convit_jax.data.batches.workers import iterate
 from convit_jax.data.open import open_source
+from convit_jax.model import locality
+from convit_jax.model.normalise import normalise
 from convit_jax.parallel import sharding
 from convit_jax.train import loop, optim, setup
 from convit_jax.train.step import Program
@@ -116,6 +119,7 @@ def test_a_run_learns_and_leaves_its_metrics(tmp_path, caplog):
     assert training[0]["gates"] == pytest.approx([1 / (1 + np.exp(-1))], abs=0.01)
     assert training[0]["learning_rate"] < training[3]["learning_rate"]
     assert json.loads((workdir / "config.json").read_text())["model"]["embed_dim"] == 16
+    check_probe(evaluations, workdir)
 
     # The exported weights, and the data stored with them, are those of the checkpoint.
     left = read_weights(workdir / "weights.safetensors")
@@ -131,12 +135,15 @@ def test_a_run_learns_and_leaves_its_metrics(tmp_path, caplog):
     config = small_config(epochs=0.05)
     config.model.embed_dim = 16
     config.optim.update(lr=1e-9, warmup_lr=1e-9, min_lr=1e-9, weight_decay=0.0, ema_decay=0.5)
+    config.train.probe_images = 0
     config.init_from = str(workdir / "weights.safetensors")
     for start in (f"starting from {config.init_from}", f"continuing from step 1 of {tmp_path}"):
         caplog.clear()
         again = loop.train(setup.prepare(config, Workdir(tmp_path / "again")))
         assert again["top1"] == again["ema_top1"] == result["top1"]
         assert start in caplog.text
+    last = (tmp_path / "again" / "metrics.jsonl").read_text().splitlines()[-1]
+    assert json.loads(last).keys() & {"top1", "nonlocality", "head_gates"} == {"top1"}
 
     # A finished run returns its result again and does no work.
     before = (workdir / "metrics.jsonl").read_text()
@@ -144,6 +151,23 @@ def test_a_run_learns_and_leaves_its_metrics(tmp_path, caplog):
     assert (workdir / "metrics.jsonl").read_text() == before
     starts = (workdir / "starts.jsonl").read_text().splitlines()
     assert [json.loads(line)["step"] for line in starts] == [0, 269]
+
+
+def check_probe(evaluations, workdir):
+    """Asserts that gates and non-locality of the last evaluation are those of the final weights.
+
+    They are measured on 32 of the 360 test images, spread evenly.
+    """
+    loaded, test = read_weights(workdir / "weights.safetensors"), open_source("digits", "test")
+    places = np.linspace(0, 359, 32).astype(int)
+    images = np.stack([test[int(i)]["image"] for i in places])
+    images = normalise(images, loaded.mean, loaded.std)
+    measure = jax.jit(functools.partial(locality.image_nonlocality, loaded.model))
+    expected = measure({"params": loaded.params}, images)["blended"].mean(axis=(1, 2))
+    np.testing.assert_allclose(evaluations[-1]["nonlocality"], expected, rtol=1e-5)
+    gates = locality.gates(loaded.params)
+    np.testing.assert_allclose(evaluations[-1]["head_gates"], gates, rtol=1e-6)
+    assert evaluations[0]["nonlocality"] != evaluations[-1]["nonlocality"]
 
 
 def test_an_evaluation_that_was_interrupted_is_finished_by_the_next_start(tmp_path, monkeypatch):

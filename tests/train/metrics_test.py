@@ -72,7 +72,9 @@ def test_files_hold_what_was_measured(tmp_path, clock, caplog):
         with metrics.evaluating(2) as watch:
             assert list(watch(iter("ab"))) == ["a", "b"]
             clock[0] += 1000.0
-        metrics.evaluation(25, {"top1": 0.25, "loss": 2.0, "images": 9, "ema_top1": 0.5})
+        measured = {"nonlocality": [1.5, 2.5], "head_gates": [[0.75, 0.25]]}
+        result = {"top1": 0.25, "loss": 2.0, "images": 9, "ema_top1": 0.5}
+        metrics.evaluation(25, result, measured)
         clock[0] += 3.0
         metrics.train(30, {"loss": 1.25, "data_seconds": 5.0})  # partly before the last call
         clock[0] += 2.0
@@ -86,6 +88,7 @@ def test_files_hold_what_was_measured(tmp_path, clock, caplog):
     }  # fmt: skip
     assert evaluation["kind"] == "eval"
     assert evaluation["images"] == 9
+    assert {name: evaluation[name] for name in measured} == measured
     assert (last["images_per_second"], last["data_wait"], last["mfu"]) == (160.0, 1.0, 0.05)
     assert end["images_per_second"] == 320.0
 
@@ -106,7 +109,11 @@ def test_files_hold_what_was_measured(tmp_path, clock, caplog):
         "speed/images_per_second": 320.0, "speed/data_wait": 0.25, "speed/mfu": 0.1,
         "gate/layer_01": 0.75, "gate/layer_02": 0.5,
     })  # fmt: skip
-    assert scalars(events[1])["eval/top1"] == 0.25
+    assert scalars(events[1]) == {
+        "eval/top1": 0.25, "eval/loss": 2.0, "eval/images": 9, "eval/ema_top1": 0.5,
+        "nonlocality/layer_01": 1.5, "nonlocality/layer_02": 2.5,
+        "gate/layer_01/head_01": 0.75, "gate/layer_01/head_02": 0.25,
+    }  # fmt: skip
 
 
 def test_without_a_known_peak_there_is_no_mfu(tmp_path, caplog):

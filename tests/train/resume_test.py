@@ -131,6 +131,10 @@ def assert_close(workdir, other):
     for left, right in zip(lines, others, strict=True):
         np.testing.assert_allclose(left["loss"], right["loss"], rtol=1e-5)
         assert left.get("images") == right.get("images")
+        assert left.keys() == right.keys()
+        if left["kind"] == "eval":
+            for name in ("nonlocality", "head_gates"):
+                np.testing.assert_allclose(left[name], right[name], rtol=1e-3)
     left, right = runs.state(workdir), runs.state(other)
     for name, value in left.items():
         np.testing.assert_allclose(value, right[name], atol=1e-4, err_msg=name)

@@ -10,6 +10,7 @@ import pytest
 from small_models import MODEL, random_params
 
 from convit_jax.cli import convert as command
+from convit_jax.model.flops import forward_flops
 from convit_jax.weights import safetensors
 from convit_jax.weights.digest import digest
 from convit_jax.weights.loaded import Loaded
@@ -47,6 +48,8 @@ def test_a_file_says_what_its_callers_need(exported):
         "mean": [0.5, 0.4, 0.3],
         "std": [0.1, 0.2, 0.3],
         "class_names": list("abcde"),
+        "parameters": sum(x.size for x in jax.tree.leaves(LOADED.params)),
+        "flops": forward_flops(MODEL),
         "weights_sha256": digest(LOADED.params),
     }
     pixels = np.random.default_rng(0).integers(0, 256, (2, 16, 16, 3), np.uint8)

@@ -1,0 +1,60 @@
+"""The picture of a study: lines over a numeric column, or a bar for each row."""
+
+import pathlib
+
+from convit_jax import extras
+from convit_jax.storage import whole_file
+from convit_jax.study.plans import Study
+from convit_jax.study.results import Results
+
+
+def draw(study: Study, results: Results, path: pathlib.Path) -> None:
+    """Draws the table of a study as a PNG file. Error bars show the spread over the seeds.
+
+    Args:
+      study: the study.
+      results: its results; cells without results are left out.
+      path: the file to write.
+
+    Raises:
+      ModuleNotFoundError: if matplotlib is not installed.
+      OSError: if the file cannot be written.
+    """
+    with extras.needed("study", "convit study"):
+        from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(7, 4.5), layout="constrained")
+    axes = figure.subplots()
+    places = _places(study)
+    for row in study.rows:
+        there = [(places[c], results.get((row, c))) for c in study.columns]
+        found = [(place, result) for place, result in there if result and result.values]
+        if found:
+            axes.errorbar(
+                [place for place, _ in found],
+                [result.mean or 0.0 for _, result in found],
+                [result.spread or 0.0 for _, result in found],
+                marker="o", capsize=3, label=row,
+            )  # fmt: skip
+    numeric = [*places.values()] != [*range(len(places))]
+    if numeric:
+        axes.set_xscale("log")
+    axes.set_xticks([*places.values()], [*places], minor=False)
+    axes.minorticks_off()
+    axes.set(xlabel=study.across, ylabel="top-1 accuracy (%)", title=study.title)
+    axes.grid(alpha=0.3)
+    if axes.lines:
+        axes.legend(title=study.corner, fontsize="small")
+    with whole_file(path) as unfinished:
+        figure.savefig(unfinished, format="png", dpi=150)
+
+
+def _places(study: Study) -> dict[str, float]:
+    """Returns the place of each column on the axis: its value if all are positive numbers."""
+    try:
+        places = {column: float(column) for column in study.columns}
+    except ValueError:
+        places = {}
+    if places and min(places.values()) > 0:
+        return places
+    return {column: i for i, column in enumerate(study.columns)}

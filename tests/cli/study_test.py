@@ -1,0 +1,88 @@
+"""`convit study`."""
+
+from collections.abc import Iterator
+import contextlib
+import json
+import os
+import shlex
+import signal
+import subprocess
+import sys
+import time
+
+import pytest
+from runs import ROOT
+
+from convit_jax.cli import study
+
+# Two runs of a few seconds each: ConViT and DeiT on half of the images.
+SMALL = (
+    "sample-efficiency", "--config=digits", "--seeds=1", "--shares=0.5",
+    "--config.train.epochs=1", "--config.train.eval_every=1", "--config.model.depth=2",
+    "--config.model.local_up_to_layer=1", "--config.data.workers=0",
+)  # fmt: skip
+COMMAND = [sys.executable, "-m", "convit_jax", "study", *SMALL]
+
+
+def test_what_a_study_would_run_is_printed(capsys, tmp_path):
+    study.main([*SMALL, f"--out={tmp_path}", "--print"])
+    lines = capsys.readouterr().out.splitlines()
+    assert len(lines) == 2
+    assert lines[0].startswith("convit train --config=digits --config.train.epochs=1 ")
+    assert lines[-1].endswith(f"--workdir={tmp_path}/digits/deit-images_0.5-seed_0")
+    assert not [*tmp_path.iterdir()]
+    with pytest.raises(SystemExit, match="expected one share for locality"):
+        study.main(["locality", "--config=digits", "--shares=0.5,1"])
+
+
+@pytest.mark.slow
+def test_a_study_that_is_killed_goes_on_and_makes_the_same_table(capsys, tmp_path):
+    whole, killed = tmp_path / "whole", tmp_path / "killed"
+    subprocess.run([*COMMAND, f"--out={whole}"], cwd=ROOT, check=True, timeout=1200)
+
+    @contextlib.contextmanager
+    def begun(line: str) -> Iterator[subprocess.Popen]:
+        """Starts a study, and yields its process when it has logged a line."""
+        command = [*COMMAND, f"--out={killed}"]
+        with subprocess.Popen(command, cwd=ROOT, stderr=subprocess.PIPE, text=True) as process:
+            assert any(line in text for text in process.stderr)
+            yield process
+
+    # Killed with its child in the second run. The next start repeats that one alone, and is
+    # stopped by a signal.
+    with begun(": 2 of 2") as process:
+        time.sleep(3)
+        children = subprocess.run(
+            ["pgrep", "-P", str(process.pid)], capture_output=True, text=True
+        ).stdout.split()
+        for number in (process.pid, *map(int, children)):
+            os.kill(number, signal.SIGKILL)
+    with begun(": 1 of 1") as process:
+        process.terminate()
+        assert "the same command continues" in process.stderr.read()
+    assert process.returncode == 0
+
+    # A third start finishes. Its table is that of the study that nobody disturbed.
+    subprocess.run([*COMMAND, f"--out={killed}"], cwd=ROOT, check=True, timeout=1200)
+    tables = [(out / "digits" / "sample-efficiency.md").read_text() for out in (whole, killed)]
+    assert tables[0] == tables[1]
+    assert tables[0].count("|") == 4 * 3
+    assert (whole / "digits" / "sample-efficiency.png").read_bytes().startswith(b"\x89PNG")
+    cells = json.loads((whole / "digits" / "sample-efficiency.json").read_text())["cells"]
+    assert all(len(cell["top1_percent"]) == 1 for cell in cells)
+
+    # What --print prints is what ran, and --collect makes the table without training.
+    study.main([*SMALL, f"--out={whole}", "--print"])
+    printed = capsys.readouterr().out.splitlines()
+    ran = [
+        (whole / "digits" / f"{cell['runs'][0]['name']}.log").read_text().splitlines()[0]
+        for cell in cells
+    ]
+    assert printed == ran
+    assert "--config.data.sampling_ratio=0.5" in shlex.split(ran[0])
+    study.main([*SMALL, f"--out={whole}", "--collect"])
+    assert tables[0] in capsys.readouterr().out
+
+    # Runs of another configuration are not taken for those of this one.
+    with pytest.raises(SystemExit, match=r"another configuration(.|\n)*train.epochs: saved 1"):
+        study.main([*SMALL, f"--out={whole}", "--config.train.epochs=2", "--collect"])
