@@ -36,10 +36,10 @@ from convit_jax.weights.loaded import Loaded
 from convit_jax.weights.safetensors import save_weights
 model = convit_jax.ConViT(image_size=8, patch_size=4, embed_dim=8, num_heads=2, depth=2,
                           local_up_to_layer=1, num_classes=3)
-params = model.init(jax.random.key(0), jax.numpy.zeros((1, 8, 8, 3)))["params"]
+params = jax.jit(model.init)(jax.random.key(0), jax.numpy.zeros((1, 8, 8, 3)))["params"]
 save_weights({str(tmp_path / "w.safetensors")!r}, Loaded(model, jax.device_get(params)))
 loaded, variables = convit_jax.load({str(tmp_path / "w.safetensors")!r})
-print(loaded.apply(variables, jax.numpy.ones((2, 8, 8, 3))).shape)
+print(jax.jit(loaded.apply)(variables, jax.numpy.ones((2, 8, 8, 3))).shape)
 """
     done = subprocess.run(
         [sys.executable, "-c", code], capture_output=True, text=True, cwd=tmp_path
@@ -157,10 +157,10 @@ params = layer.init(jax.random.key(0), jax.numpy.ones((2, 35, 32)), grid=(5, 7))
 from convit_jax.weights.loaded import Loaded
 from convit_jax.weights.safetensors import save_weights
 model = convit_jax.create_model("convit_tiny", image_size=32, num_classes=2)
-variables = model.init(jax.random.key(0), jax.numpy.ones((1, 32, 32, 3)))
+variables = jax.jit(model.init)(jax.random.key(0), jax.numpy.ones((1, 32, 32, 3)))
 save_weights("w.safetensors", Loaded(model, jax.device_get(variables["params"])))
 model, variables = convit_jax.load("w.safetensors")
-print(model.apply(variables, jax.numpy.ones((1, 32, 32, 3))).shape)
+print(jax.jit(model.apply)(variables, jax.numpy.ones((1, 32, 32, 3))).shape)
 """
     left_out = ("PYTHONPATH", "JAX_COMPILATION_CACHE")  # its limit needs a package
     env = {key: value for key, value in os.environ.items() if not key.startswith(left_out)}
