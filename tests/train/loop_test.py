@@ -44,9 +44,7 @@ def wide_config(fsdp, **train_options):
 def interrupt_evaluations(patch, stop=lambda: True):
     """Ends evaluations as a signal does, while stop() is true."""
     evaluate = loop.evaluation.evaluate
-    patch.setattr(
-        loop.evaluation, "evaluate", lambda *args: evaluate(*args[:-1], interrupted=stop)
-    )
+    patch.setattr(loop.evaluation, "evaluate", lambda *args: evaluate(*args[:-1], interrupted=stop))
 
 
 def make_step(config, num_devices):
