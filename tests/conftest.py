@@ -13,7 +13,9 @@ import tempfile
 _TESTS = pathlib.Path(__file__).parent
 sys.path[:0] = [str(_TESTS.parent), str(_TESTS)]
 
+import buckets  # noqa: E402
 import compiling  # noqa: E402
+import pytest  # noqa: E402
 
 # The two workers share the cores. With a thread for each core, PyTorch and NumPy would wait in busy
 # loops for threads that the other worker holds up. The tests of timm took several times as long.
@@ -35,7 +37,6 @@ os.environ["JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS"] = "0.1"
 os.environ["JAX_COMPILATION_CACHE_MAX_SIZE"] = str(8 * 2**30)
 
 import jax  # noqa: E402
-import pytest  # noqa: E402
 
 jax.config.update("jax_default_matmul_precision", "highest")
 
@@ -52,3 +53,33 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     """Puts the tests of long files first; all others keep their order."""
     places = {name: place for place, name in enumerate(_LONG)}
     items.sort(key=lambda item: places.get(item.path.name, len(_LONG)))
+
+
+@pytest.fixture(scope="session")
+def _gcs():
+    with buckets.gcs_emulator() as environment, buckets.in_environment(environment):
+        yield f"gs://{buckets.BUCKET}"
+
+
+@pytest.fixture(scope="session")
+def _s3():
+    with buckets.s3_emulator() as environment, buckets.in_environment(environment):
+        yield f"s3://{buckets.BUCKET}"
+
+
+@pytest.fixture
+def gcs(_gcs, request):
+    """The URL of an empty folder in an emulated bucket of Google Cloud Storage."""
+    return f"{_gcs}/{request.node.name}"
+
+
+@pytest.fixture
+def s3(_s3, request):
+    """The URL of an empty folder in an emulated bucket of S3."""
+    return f"{_s3}/{request.node.name}"
+
+
+@pytest.fixture(params=["gcs", "s3"])
+def bucket(request):
+    """The URL of an empty folder in an emulated bucket, of each kind in turn."""
+    return request.getfixturevalue(request.param)

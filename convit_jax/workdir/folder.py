@@ -1,8 +1,9 @@
 """The workdir, the folder of a run, and every path in it. No other module spells these names."""
 
 import os
-import pathlib
 import tempfile
+
+from convit_jax.storage import as_path
 
 
 class Workdir:
@@ -28,17 +29,16 @@ class Workdir:
     """
 
     def __init__(self, path: str | os.PathLike):
-        """Expands "~" in `path`.
+        """Names the paths in a folder.
+
+        Args:
+          path: a local folder, with "~" for the home folder, or gs://BUCKET/NAME, s3://BUCKET/NAME.
 
         Raises:
-          ValueError: if `path` is a URL; only local folders are supported.
+          ValueError: if `path` is a URL of another kind.
+          ModuleNotFoundError: if the package is missing that reads and writes such a bucket.
         """
-        if "://" in str(path):
-            raise ValueError(
-                f"--workdir: expected a local folder, got {path}: mount the bucket, for example "
-                "with gcsfuse, and give the folder"
-            )
-        self.path = path = pathlib.Path(path).expanduser()
+        self.path = path = as_path(path)
         self.config = path / "config.json"
         self.classes = path / "classes.json"
         self.data = path / "data.json"

@@ -13,9 +13,9 @@ def test_the_home_folder_is_meant_by_a_tilde(monkeypatch, tmp_path):
     assert Workdir("~/run").checkpoints == tmp_path / "run" / "checkpoints"
 
 
-@pytest.mark.parametrize("url", ["gs://bucket/run", "s3://bucket/run", "file:///tmp/run"])
-def test_a_url_is_refused_before_a_folder_of_that_name_is_made(url):
-    with pytest.raises(ValueError, match="--workdir: expected a local folder, got"):
+@pytest.mark.parametrize("url", ["file:///tmp/run", "gs:///run", "https://bucket/run"])
+def test_a_url_of_another_kind_is_refused_before_a_folder_of_that_name_is_made(url):
+    with pytest.raises(ValueError, match="expected a local path, gs://BUCKET/NAME or s3://"):
         Workdir(url)
 
 

@@ -5,6 +5,9 @@ import contextlib
 import os
 import pathlib
 import socket
+import tempfile
+
+from convit_jax.storage.paths import as_path, is_bucket
 
 
 @contextlib.contextmanager
@@ -14,14 +17,32 @@ def whole_file(path: str | os.PathLike, *kinds: type[Exception]) -> Iterator[pat
     A reader sees the old file or the new one, never a part of it, even after a power cut. Two
     processes, on one host or two, may write the same file at a time: the last to finish wins.
 
+    A file for a bucket is written in a temporary folder and uploaded when it is complete. A bucket
+    shows an object only when all of it has arrived.
+
     Args:
-      path: the file to write.
+      path: the file to write, on disk or in a bucket.
       *kinds: types of exceptions, besides OSError, that the writer raises if the file system fails.
 
     Raises:
       OSError: if the file cannot be written; the message names `path`.
     """
-    path = pathlib.Path(path)
+    path = as_path(path)
+    written = _uploaded if is_bucket(path) else _replaced
+    try:
+        with written(path) as unfinished:
+            yield unfinished
+    except Exception as error:
+        if not isinstance(error, (OSError, *kinds)):
+            raise
+        number = getattr(error, "errno", None)
+        reason = getattr(error, "strerror", None) or error
+        raise OSError(number, f"cannot be written: {reason}", str(path)) from error
+
+
+@contextlib.contextmanager
+def _replaced(path: pathlib.Path) -> Iterator[pathlib.Path]:
+    """Yields a path beside `path`, which is renamed to `path` if the block succeeds."""
     unfinished = path.with_name(f"{path.name}.{socket.gethostname()}-{os.getpid()}.part")
     try:
         unfinished.touch()
@@ -31,15 +52,22 @@ def whole_file(path: str | os.PathLike, *kinds: type[Exception]) -> Iterator[pat
         with unfinished.open("rb") as file:
             os.fsync(file.fileno())
         unfinished.replace(path)
-    except Exception as error:
-        if not isinstance(error, (OSError, *kinds)):
-            raise
-        number = getattr(error, "errno", None)
-        reason = getattr(error, "strerror", None) or error
-        raise OSError(number, f"cannot be written: {reason}", str(path)) from error
     finally:
         with contextlib.suppress(OSError):
             unfinished.unlink(missing_ok=True)
+
+
+@contextlib.contextmanager
+def _uploaded(path: pathlib.Path) -> Iterator[pathlib.Path]:
+    """Yields a path in a temporary folder, which is uploaded to `path` if the block succeeds."""
+    import fsspec
+
+    with tempfile.TemporaryDirectory(prefix="convit") as folder:
+        unfinished = pathlib.Path(folder, path.name)
+        unfinished.touch()
+        yield unfinished
+        file_system, name = fsspec.core.url_to_fs(os.fspath(path))
+        file_system.put_file(os.fspath(unfinished), name)
 
 
 def write_text(path: str | os.PathLike, text: str) -> None:

@@ -1,0 +1,59 @@
+"""Paths of local files, and of objects in buckets."""
+
+import functools
+import os
+import pathlib
+from typing import cast
+
+from convit_jax import extras
+
+# Scheme of a URL -> the package that reads and writes it, and the extra of setup.cfg that has it.
+SCHEMES = {"gs": ("gcsfs", "gcs"), "s3": ("s3fs", "s3")}
+
+
+def is_bucket(path: str | os.PathLike) -> bool:
+    """Returns whether a path is a URL, such as gs://BUCKET/NAME, and not a local file or folder."""
+    return "://" in os.fspath(path)
+
+
+def as_path(path: str | os.PathLike) -> pathlib.Path:
+    """Returns the path of a local file or folder, with "~" expanded, or of an object in a bucket.
+
+    The path of an object is an `etils.epath.Path`, which has the methods of pathlib. A folder in a
+    bucket is no more than the beginning of the names of objects: making one does nothing, and one
+    without objects does not exist.
+
+    Args:
+      path: a local path, gs://BUCKET/NAME or s3://BUCKET/NAME.
+
+    Raises:
+      ValueError: if it is a URL of another kind, or names no bucket.
+      ModuleNotFoundError: if the package is missing that reads and writes such a bucket.
+    """
+    text = os.fspath(path)
+    if not is_bucket(text):
+        return pathlib.Path(text).expanduser()
+    scheme, _, rest = text.partition("://")
+    if scheme not in SCHEMES or not rest.partition("/")[0]:
+        expected = " or ".join(f"{scheme}://BUCKET/NAME" for scheme in SCHEMES)
+        raise ValueError(f"expected a local path, {expected}, got {text!r}")
+    _load(scheme)
+    from etils import epath
+
+    return cast(pathlib.Path, epath.Path(text))
+
+
+@functools.cache
+def _load(scheme: str) -> None:
+    """Imports the package for a kind of bucket and sets it up; only once in a process."""
+    package, extra = SCHEMES[scheme]
+    # gcsfs asks for the kind of each bucket by gRPC, which no emulator speaks and some proxies
+    # block: without an answer it tries for minutes.
+    os.environ.setdefault("GCSFS_EXPERIMENTAL_ZB_HNS_SUPPORT", "false")
+    with extras.needed(extra, f"{scheme}://"):
+        __import__(package)
+    import fsspec
+
+    # A listing that is kept hides what other processes have written since.
+    for protocol in {scheme, "gcs" if scheme == "gs" else scheme}:
+        fsspec.config.conf.setdefault(protocol, {}).setdefault("use_listings_cache", False)

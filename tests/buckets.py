@@ -1,0 +1,115 @@
+"""Buckets on this machine: emulators of Google Cloud Storage and of S3, as processes.
+
+Tests use the fixtures `gcs` and `s3` of conftest.py, or `bucket`, which is both in turn. A test is
+skipped where the package of the emulator is not installed.
+"""
+
+from collections.abc import Iterator
+import contextlib
+import importlib.util
+import os
+import pathlib
+import shutil
+import socket
+import subprocess
+import sys
+import time
+
+import pytest
+
+BUCKET = "bkt"
+
+
+def free_port() -> int:
+    with socket.socket() as listener:
+        listener.bind(("127.0.0.1", 0))
+        return listener.getsockname()[1]
+
+
+@contextlib.contextmanager
+def serving(command: list[str], port: int) -> Iterator[None]:
+    """Runs a server until the end of the block; begins the block when its port answers."""
+    process = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+    try:
+        while True:
+            with contextlib.suppress(OSError), socket.create_connection(("127.0.0.1", port)):
+                break
+            assert process.poll() is None, f"{command} ended with {process.returncode}"
+            time.sleep(0.05)
+        yield
+    finally:
+        process.kill()
+        process.wait()
+
+
+def _script(name: str) -> str:
+    """Returns the path of a console script of this environment."""
+    beside = pathlib.Path(sys.executable).with_name(name)
+    return str(beside) if beside.exists() else shutil.which(name) or name
+
+
+@contextlib.contextmanager
+def gcs_emulator() -> Iterator[dict[str, str]]:
+    """Yields the environment in which gs://bkt is a bucket of an emulator, in memory."""
+    for package in ("gcsfs", "gcp_storage_emulator"):
+        if importlib.util.find_spec(package) is None:
+            pytest.skip(f"gs:// needs {package}: pip install -e '.[test]'")
+    port = free_port()
+    command = [
+        _script("gcp-storage-emulator"), "start", "--host=127.0.0.1", f"--port={port}",
+        "--in-memory", f"--default-bucket={BUCKET}",
+    ]  # fmt: skip
+    with serving(command, port):
+        yield gcs_environment(f"http://127.0.0.1:{port}")
+
+
+def gcs_environment(url: str) -> dict[str, str]:
+    """Returns the environment in which gs:// is served at a URL, without an account."""
+    return {
+        "STORAGE_EMULATOR_HOST": url,  # gcsfs
+        "FSSPEC_GCS_TOKEN": "anon",
+        "TENSORSTORE_GCS_HTTP_URL": url,
+        "GOOGLE_AUTH_TOKEN_FOR_TESTING": "x",  # tensorstore
+    }
+
+
+@contextlib.contextmanager
+def s3_emulator() -> Iterator[dict[str, str]]:
+    """Yields the environment in which s3://bkt is a bucket of an emulator, in memory."""
+    for package in ("s3fs", "moto"):
+        if importlib.util.find_spec(package) is None:
+            pytest.skip(f"s3:// needs {package}: pip install -e '.[test]'")
+    port = free_port()
+    with serving([_script("moto_server"), "-H", "127.0.0.1", "-p", str(port)], port):
+        environment = s3_environment(f"http://127.0.0.1:{port}")
+        with pytest.MonkeyPatch.context() as patch:
+            for key, value in environment.items():
+                patch.setenv(key, value)
+            import s3fs
+
+            s3fs.S3FileSystem(endpoint_url=environment["AWS_ENDPOINT_URL"]).mkdir(BUCKET)
+        yield environment
+
+
+def s3_environment(url: str) -> dict[str, str]:
+    """Returns the environment in which s3:// is served at a URL, to a user called x."""
+    return {
+        "AWS_ENDPOINT_URL": url,
+        "AWS_ACCESS_KEY_ID": "x",
+        "AWS_SECRET_ACCESS_KEY": "x",
+        "AWS_DEFAULT_REGION": "us-east-1",
+        "AWS_REGION": "us-east-1",
+        "AWS_EC2_METADATA_DISABLED": "true",
+    }
+
+
+@contextlib.contextmanager
+def in_environment(variables: dict[str, str]) -> Iterator[None]:
+    """Sets environment variables until the end of the block, and forgets connections before it."""
+    import fsspec
+
+    with pytest.MonkeyPatch.context() as patch:
+        for key, value in variables.items():
+            patch.setenv(key, value)
+        fsspec.config.set_conf_env(fsspec.config.conf, dict(os.environ))
+        yield
