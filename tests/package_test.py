@@ -127,10 +127,20 @@ def test_every_command_works_from_a_wheel_in_an_empty_folder(wheel, tmp_path):
     assert str(tmp_path / "venv") in where
     assert "convert" in convit("--help")
     assert convit("--version").startswith("convit-jax 0.")
-    for command in ("train", "eval", "predict", "convert", "data"):
-        assert f"usage: convit {command}" in convit(command, "--help")
-    for command in ("check", "prepare"):
-        assert f"usage: convit data {command}" in convit("data", command, "--help")
+    helps = """
+from convit_jax.cli.main import main
+for command in ("train", "eval", "predict", "convert", "data", "data check", "data prepare"):
+    try:
+        main([*command.split(), "--help"])
+    except SystemExit as end:
+        assert not end.code
+"""
+    done = subprocess.run(
+        [programs / "python", "-c", helps], cwd=empty, env=env, capture_output=True, text=True
+    )
+    assert done.returncode == 0, done.stderr
+    for command in ("train", "eval", "predict", "convert", "data", "data check", "data prepare"):
+        assert f"usage: convit {command} " in done.stdout
     assert "1,437 images of 10 classes" in convit("data", "check", "--config=digits")
     convit("train", "--config=digits", "--workdir=run", "--config.train.epochs=1")
     assert "top-1" in convit("eval", "--workdir=run")
