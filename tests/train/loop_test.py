@@ -1,4 +1,8 @@
-"""The training step on one and on eight devices, the loop, and errors before it starts."""
+"""The training step on one and on eight devices, the loop, and errors before it starts.
+
+Most of the time is compilation, so tests share configurations, and with them compiled programs:
+epochs and learning rates are constants of the program.
+"""
 
 import itertools
 import json
