@@ -17,6 +17,11 @@ import buckets  # noqa: E402
 import compiling  # noqa: E402
 import pytest  # noqa: E402
 
+# The two workers share the cores. With a thread for each core, PyTorch and NumPy would wait in busy
+# loops for threads that the other worker holds up. The tests of timm took several times as long.
+for _threads in ("OMP_NUM_THREADS", "OPENBLAS_NUM_THREADS"):
+    os.environ.setdefault(_threads, "1")
+
 if "cuda" not in os.environ.get("JAX_PLATFORMS", ""):
     os.environ["JAX_PLATFORMS"] = "cpu"
     os.environ["XLA_FLAGS"] = compiling.flags(devices=8)
@@ -34,6 +39,20 @@ os.environ["JAX_COMPILATION_CACHE_MAX_SIZE"] = str(8 * 2**30)
 import jax  # noqa: E402
 
 jax.config.update("jax_default_matmul_precision", "highest")
+
+# Files whose tests take longest, and so start first: one of them begun at the end would leave the
+# other worker idle.
+_LONG = (
+    "examples_test.py", "finetune_test.py", "resume_test.py", "docs_test.py", "resolution_test.py",
+    "package_test.py", "eval_run_test.py", "processes_test.py", "loop_test.py", "data_test.py",
+    "train_test.py", "network_test.py",
+)  # fmt: skip
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Puts the tests of long files first; all others keep their order."""
+    places = {name: place for place, name in enumerate(_LONG)}
+    items.sort(key=lambda item: places.get(item.path.name, len(_LONG)))
 
 
 @pytest.fixture(scope="session")

@@ -14,6 +14,7 @@ from typing import Any
 import urllib.error
 import urllib.request
 
+import compiling
 from PIL import Image
 import pytest
 from runs import ROOT
@@ -158,7 +159,10 @@ def use_kernel_of_this_python(folder: pathlib.Path, monkeypatch) -> None:
 
 
 def environment() -> dict[str, str]:
-    """Returns the environment of the kernel: a user's, with one CPU device and this checkout."""
-    env = {name: value for name, value in os.environ.items() if name != "XLA_FLAGS"}
+    """Returns the environment of the kernel: one CPU device, as a user has, and this checkout."""
     path = os.pathsep.join(filter(None, (str(ROOT), os.environ.get("PYTHONPATH"))))
-    return env | {"JAX_PLATFORMS": "cpu", "PYTHONPATH": path}
+    return os.environ | {
+        "JAX_PLATFORMS": "cpu",
+        "XLA_FLAGS": compiling.flags(),
+        "PYTHONPATH": path,
+    }

@@ -36,10 +36,10 @@ from convit_jax.weights.loaded import Loaded
 from convit_jax.weights.safetensors import save_weights
 model = convit_jax.ConViT(image_size=8, patch_size=4, embed_dim=8, num_heads=2, depth=2,
                           local_up_to_layer=1, num_classes=3)
-params = model.init(jax.random.key(0), jax.numpy.zeros((1, 8, 8, 3)))["params"]
+params = jax.jit(model.init)(jax.random.key(0), jax.numpy.zeros((1, 8, 8, 3)))["params"]
 save_weights({str(tmp_path / "w.safetensors")!r}, Loaded(model, jax.device_get(params)))
 loaded, variables = convit_jax.load({str(tmp_path / "w.safetensors")!r})
-print(loaded.apply(variables, jax.numpy.ones((2, 8, 8, 3))).shape)
+print(jax.jit(loaded.apply)(variables, jax.numpy.ones((2, 8, 8, 3))).shape)
 """
     done = subprocess.run(
         [sys.executable, "-c", code], capture_output=True, text=True, cwd=tmp_path
@@ -127,10 +127,20 @@ def test_every_command_works_from_a_wheel_in_an_empty_folder(wheel, tmp_path):
     assert str(tmp_path / "venv") in where
     assert "convert" in convit("--help")
     assert convit("--version").startswith("convit-jax 0.")
-    for command in ("train", "eval", "predict", "convert", "data"):
-        assert f"usage: convit {command}" in convit(command, "--help")
-    for command in ("check", "prepare"):
-        assert f"usage: convit data {command}" in convit("data", command, "--help")
+    helps = """
+from convit_jax.cli.main import main
+for command in ("train", "eval", "predict", "convert", "data", "data check", "data prepare"):
+    try:
+        main([*command.split(), "--help"])
+    except SystemExit as end:
+        assert not end.code
+"""
+    done = subprocess.run(
+        [programs / "python", "-c", helps], cwd=empty, env=env, capture_output=True, text=True
+    )
+    assert done.returncode == 0, done.stderr
+    for command in ("train", "eval", "predict", "convert", "data", "data check", "data prepare"):
+        assert f"usage: convit {command} " in done.stdout
     assert "1,437 images of 10 classes" in convit("data", "check", "--config=digits")
     convit("train", "--config=digits", "--workdir=run", "--config.train.epochs=1")
     assert "top-1" in convit("eval", "--workdir=run")
@@ -157,10 +167,10 @@ params = layer.init(jax.random.key(0), jax.numpy.ones((2, 35, 32)), grid=(5, 7))
 from convit_jax.weights.loaded import Loaded
 from convit_jax.weights.safetensors import save_weights
 model = convit_jax.create_model("convit_tiny", image_size=32, num_classes=2)
-variables = model.init(jax.random.key(0), jax.numpy.ones((1, 32, 32, 3)))
+variables = jax.jit(model.init)(jax.random.key(0), jax.numpy.ones((1, 32, 32, 3)))
 save_weights("w.safetensors", Loaded(model, jax.device_get(variables["params"])))
 model, variables = convit_jax.load("w.safetensors")
-print(model.apply(variables, jax.numpy.ones((1, 32, 32, 3))).shape)
+print(jax.jit(model.apply)(variables, jax.numpy.ones((1, 32, 32, 3))).shape)
 """
     left_out = ("PYTHONPATH", "JAX_COMPILATION_CACHE")  # its limit needs a package
     env = {key: value for key, value in os.environ.items() if not key.startswith(left_out)}

@@ -165,6 +165,7 @@ def test_a_corrupt_image_stops_the_run_by_name_or_is_replaced(imagenet, tmp_path
     (bad / "broken.JPEG").write_bytes(b"this is no image")
     config = small(convit_ti.get_config())
     config.data.update(source=f"folder:{tmp_path / 'data'}", workers=0, repeats=1)
+    config.mixup.update(mixup=0.0, cutmix=0.0, erase_prob=0.0)
     config.train.update(batch_size=8, epochs=2.0)
     with pytest.raises(CorruptImageError, match=r"zz/broken\.JPEG.*data\.skip_corrupt=True"):
         loop.train(setup.prepare(config, Workdir(tmp_path / "strict")))

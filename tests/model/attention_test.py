@@ -28,9 +28,11 @@ def init(module, x, grid=None, seed=0):
 def random_params(module: GPSA, width: int, grid, seed: int = 0, biased: bool = False):
     """Parameters at which every part of GPSA matters (`reference.randomise` says why)."""
     x = jnp.zeros((1, grid[0] * grid[1], width))
-    params = init(module, x, grid, seed)
+    shapes = jax.eval_shape(functools.partial(module.init, grid=grid), jax.random.key(0), x)
     rng = np.random.default_rng(seed)
-    params = jax.tree.map(lambda p: rng.normal(0, 1.5 / p.shape[0] ** 0.5, p.shape), params)
+    params = jax.tree.map(
+        lambda p: rng.normal(0, 1.5 / p.shape[0] ** 0.5, p.shape), shapes["params"]
+    )
     params["gate"] = rng.normal(size=params["gate"].shape)
     params["pos_proj"]["kernel"] = rng.normal(0, 0.3, params["pos_proj"]["kernel"].shape)
     return jax.tree.map(lambda p: jnp.asarray(p, jnp.float32), params)

@@ -230,7 +230,7 @@ def accumulated():
     }
     batch = sharding.put_batch(batch, mesh)
     results = {}
-    for accum_steps in (1, 2, 4):
+    for accum_steps in (1, 4):
         config.train.accum_steps = accum_steps
         state = jax.tree.map(jnp.copy, initial)  # the step donates its state
         step = Program(config, model, optimizer, schedule, mesh).jitted_step()
@@ -241,10 +241,9 @@ def accumulated():
     return results
 
 
-@pytest.mark.parametrize("accum_steps", [2, 4])
-def test_accumulated_gradients_update_as_the_whole_batch(accumulated, accum_steps):
+def test_accumulated_gradients_update_as_the_whole_batch(accumulated):
     """Sums over the batch are in another order, so only rounding may differ."""
-    (whole, whole_metrics), (parts, parts_metrics) = accumulated[1][1], accumulated[accum_steps][1]
+    (whole, whole_metrics), (parts, parts_metrics) = accumulated[1][1], accumulated[4][1]
     for name in ("loss", "grad_norm"):
         np.testing.assert_allclose(parts_metrics[name], whole_metrics[name], rtol=1e-6)
     assert whole_metrics["grad_norm"] > 0.2  # above clip_norm: taken before clipping
@@ -257,7 +256,7 @@ def test_accumulation_moves_no_images_and_saves_memory(accumulated):
     pattern = r" (all-\w+|collective-\w+|reduce-scatter|ragged-all-to-all)\("
     collectives = {n: re.findall(pattern, step.as_text()) for n, (step, _) in accumulated.items()}
     assert set(collectives[1]) == {"all-reduce"}
-    assert collectives[1] == collectives[2] == collectives[4]
+    assert collectives[1] == collectives[4]
     temporary = {
         n: step.memory_analysis().temp_size_in_bytes for n, (step, _) in accumulated.items()
     }
