@@ -81,7 +81,7 @@ def images_per_second(chunks: TrainChunks, workers: int, count: int) -> float:
     # Training chunks are endless, so neither the start nor the stop of workers is timed.
     batches = iterate(chunks, workers=workers)
     with contextlib.closing(batches):
-        for _ in range(16):  # warms up and uses the batches that were made ahead
+        for _ in range(8):  # warms up and uses the batches that were made ahead
             next(batches)
         start = time.perf_counter()
         images = sum(len(next(batches)["label"]) for _ in range(count))
@@ -125,7 +125,7 @@ def time_bucket(root: pathlib.Path, url: str, repetitions: int) -> None:
         size = np.mean([len(source[64 * repetition + i]["image"]) for i in range(64)])
         rates["one after another"].append(64 / (time.perf_counter() - start))
         for place, run in runs.items():
-            rates[place].append(images_per_second(run.train_chunks, 1, 40))
+            rates[place].append(images_per_second(run.train_chunks, 1, 24))
     print(f"{size / 1e3:.0f} kB an image, answers after {DELAY * 1e3:.0f} ms")
     base = np.array(rates["one after another"])
     for name, found in rates.items():

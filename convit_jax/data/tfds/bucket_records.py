@@ -20,7 +20,7 @@ from convit_jax.data.threads import in_threads
 
 log = logging.getLogger(__name__)
 
-_PARTS = 64  # most parts of an index
+_PARTS = 16  # most parts of an index
 _BLOCK = 2**23  # bytes of a shard that are read at a time to index it
 
 
