@@ -71,46 +71,57 @@ def assert_equal(found, expected) -> None:
             assert one["name"].split("/")[-3:] == other["name"].split("/")[-3:]
 
 
-def test_a_tfds_set_in_a_bucket_is_that_on_disk(disk, bucket, monkeypatch):
+def test_a_tfds_set_in_a_bucket_is_that_on_disk(disk, bucket):
     buckets.upload(disk / "tfrecord", bucket)
+    for split in SPLITS:
+        source = open_source(NAME, split, data_dir=bucket)
+        assert_equal(source, open_source(NAME, split, data_dir=str(disk / "tfrecord")))
+        assert f"3 shards in {bucket}/imagenet2012/5.1.0" in source.description
+    assert check_images(source, 4)[1] == []
+
+
+def test_the_index_of_a_bucket_is_kept_in_parts_until_a_shard_changes(disk, gcs, monkeypatch):
+    buckets.upload(disk / "tfrecord", gcs)
     indexed = []
     index_shard = bucket_records.index_shard
     monkeypatch.setattr(
-        bucket_records, "index_shard", lambda *args: indexed.append(args) or index_shard(*args)
+        bucket_records, "index_shard", lambda *args: indexed.append(args[0]) or index_shard(*args)
     )
     monkeypatch.setattr(bucket_records, "_BLOCK", 1000)  # smaller than some records
     monkeypatch.setattr(bucket_records, "_PARTS", 2)
+    where = {"data_dir": gcs, "cache_dir": f"{gcs}/run/index"}
 
-    def opened(split):
+    def opened(process=0, processes=1):
         indexed.clear()
-        source = open_source(NAME, split, data_dir=bucket, cache_dir=f"{bucket}/run/index")
-        return source, len(indexed)
+        with monkeypatch.context() as patch:
+            patch.setattr("jax.process_index", lambda: process)
+            patch.setattr("jax.process_count", lambda: processes)
+            source = open_source(NAME, "train", **where)
+        return source, [int(path.rpartition("train.tfrecord-")[2][:5]) for path in indexed]
 
-    for split in SPLITS:
-        source, count = opened(split)
-        assert count == 3
-        assert_equal(source, open_source(NAME, split, data_dir=str(disk / "tfrecord")))
-        assert f"3 shards in {bucket}/imagenet2012/5.1.0" in source.description
-        assert opened(split)[1] == 0
-    places = (bucket, str(disk / "tfrecord"))
-    assert_equal(*(open_source(NAME, "train", data_dir=d, sampling_ratio=0.5) for d in places))
-    assert check_images(source, 4)[1] == []
+    # The second process of two begins with the second part.
+    assert opened(1, 2)[1][0] == 2
+    source, shards = opened()
+    assert shards == []
+    assert_equal(source, open_source(NAME, "train", data_dir=str(disk / "tfrecord")))
+    parts = sorted(path.name for path in storage.as_path(where["cache_dir"]).iterdir())
+    assert parts == [f"imagenet2012-5.1.0-train-index-0{part}.npz" for part in range(2)]
+    places = (where, {"data_dir": str(disk / "tfrecord")})
+    assert_equal(*(open_source(NAME, "train", sampling_ratio=0.5, **place) for place in places))
     # A shard that changes is indexed again, with the others of its part.
-    shard = (
-        storage.as_path(bucket) / "imagenet2012/5.1.0/imagenet2012-train.tfrecord-00000-of-00003"
-    )
+    shard = storage.as_path(gcs) / "imagenet2012/5.1.0/imagenet2012-train.tfrecord-00000-of-00003"
     content = shard.read_bytes()
     shard.write_bytes(content[:-5] + b"?" + content[-4:])
-    source, count = opened("train")
-    assert count == 2
+    source, shards = opened()
+    assert sorted(shards) == [0, 1]
     with pytest.raises(CorruptImageError, match=r"-00000-of-00003, record 6: its .* fail their"):
         source[6]
     shard.write_bytes(content[:-5])
     with pytest.raises(ValueError, match=r"-00000-of-00003, record 6: the shard is truncated, at"):
-        opened("train")
+        opened()
     buckets.remove(shard)
     with pytest.raises(FileNotFoundError, match="1 of 3 shards of the train split are missing"):
-        opened("train")
+        opened()
 
 
 def test_class_folders_in_a_bucket_are_those_on_disk(disk, bucket, caplog):
