@@ -10,8 +10,8 @@ a folder of JPEGs and prints the share of the time that is spent waiting for a b
 photos of benchmarks.input_pipeline: 500 x 375 pixels, quality 90.
 
 "bucket" does both with photos of 110 kB that lie in a bucket, which benchmarks.slow_bucket serves
-on this machine and whose answers come after 30 ms. It times one worker process beside reading the
-images one after another, and beside one worker process that reads them from the disk.
+on this machine and whose answers come after 30 ms. It times reading them one after another, reading
+them ahead as a worker does, and one worker process with the bucket and with the disk.
 """
 
 import argparse
@@ -112,26 +112,33 @@ def slow_bucket(root: pathlib.Path) -> Iterator[str]:
 
 
 def time_bucket(root: pathlib.Path, url: str, repetitions: int) -> None:
-    """Prints images/s from a bucket: one after another, and with one worker; and from the disk."""
+    """Prints images/s from a bucket, read alone and made into batches, and from the disk."""
     places = {"bucket": f"{url}/images", "disk": root / "images"}
     runs = {
         place: setup.prepare(make_config(images, 64, 1, 0), Workdir(root / f"run-{place}"))
         for place, images in places.items()
     }
-    rates: dict[str, list[float]] = {"one after another": [], **{place: [] for place in runs}}
+    names = ("read one after another", "read ahead", *places)
+    rates: dict[str, list[float]] = {name: [] for name in names}
     for repetition in range(repetitions):
         source = runs["bucket"].train_chunks.source
         start = time.perf_counter()
         size = np.mean([len(source[64 * repetition + i]["image"]) for i in range(64)])
-        rates["one after another"].append(64 / (time.perf_counter() - start))
+        rates["read one after another"].append(64 / (time.perf_counter() - start))
+        start = time.perf_counter()
+        source.request(range(128))
+        for index in range(1024):
+            source.request(range(index + 128, index + 129))
+            source[index]
+        rates["read ahead"].append(1024 / (time.perf_counter() - start))
         for place, run in runs.items():
             rates[place].append(images_per_second(run.train_chunks, 1, 24))
     print(f"{size / 1e3:.0f} kB an image, answers after {DELAY * 1e3:.0f} ms")
-    base = np.array(rates["one after another"])
+    base = np.array(rates["read one after another"])
     for name, found in rates.items():
         low, median, high = np.percentile(np.array(found) / base, [25, 50, 75])
         print(
-            f"{name + (', one worker' if name in runs else ''):<20}{np.median(found):6.0f} "
+            f"{name + (', one worker' if name in runs else ''):<24}{np.median(found):6.0f} "
             f"images/s, {median:.1f} ({low:.1f} to {high:.1f}) times"
         )
 
