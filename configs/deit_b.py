@@ -4,10 +4,10 @@ On one machine, with all of its devices:
 
     python main.py --config=configs/deit_b.py --config.data.dir=DATA --workdir=DIR
 
-On a TPU pod slice, with DATA and DIR on file systems that its hosts see:
+On a TPU pod slice, with DATA and DIR in a bucket (docs/pods.md has the steps before):
 
-    gcloud compute tpus tpu-vm ssh NAME --zone=ZONE --worker=all --command="cd convit && \\
-        python main.py --config=configs/deit_b.py --config.data.dir=DATA --workdir=DIR"
+    scripts/tpu_pod.sh run --name=NAME --zone=ZONE --workdir=DIR -- --config=deit_b \\
+        --config.data.dir=DATA
 
 Devices: a batch has 1,024 images, which is 128 on each of 8 devices or 64 on each of 16.
 --config.train.accum_steps=4 computes it in four parts, for fewer devices or less memory.

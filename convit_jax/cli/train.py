@@ -18,15 +18,28 @@ from convit_jax.workdir.folder import Workdir
 log = logging.getLogger(__name__)
 
 
-def main(argv: Sequence[str] | None = None, prog: str = "convit train") -> None:
-    """Parses the flags and trains. A user's error ends the process with a message."""
+def main(argv: Sequence[str] | None = None, prog: str = "convit train") -> int:
+    """Parses the flags and trains; returns the exit status.
+
+    A user's error ends the process with a message.
+    """
     parser = options.make_parser(prog, __doc__ or "")
     options.add_config(parser)
     add = parser.add_argument
     add("--workdir", metavar="DIR", required=True, help="folder of the run; made if missing")
     add("--profile", action="store_true", help="record a trace of five steps in WORKDIR/profile")
+    add(
+        "--stopped_status",
+        type=options.not_negative,
+        default=0,
+        metavar="N",
+        help="exit status of a run that a signal stops before its end (default: 0); with N=75, a "
+        "scheduler can tell it from a finished run and start it again",
+    )
     options.add_processes(parser)
     args, overrides = options.parse(parser, argv)
+    if args.stopped_status > 255:
+        parser.error(f"--stopped_status: expected at most 255, got {args.stopped_status}")
     options.start_logging()
     with options.report(ValueError, OSError):
         workdir = Workdir(args.workdir)
@@ -52,4 +65,7 @@ def main(argv: Sequence[str] | None = None, prog: str = "convit train") -> None:
             run = setup.prepare(config, workdir, args.profile)
         with options.report(OSError, FloatingPointError, ImageError, processes.RemoteError):
             setup.use_compilation_cache(config, workdir)
-            loop.train(run)
+            stopped = loop.train(run) is None
+        if stopped and args.stopped_status:
+            processes.disconnect()
+    return args.stopped_status if stopped else 0

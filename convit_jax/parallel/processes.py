@@ -91,6 +91,16 @@ def initialize(
         jax.config.update("jax_rocm_visible_devices", "all")
 
 
+def disconnect() -> None:
+    """Waits for all processes of the run and disconnects them; then each may end on its own.
+
+    A normal exit of Python does the same. An exit status other than 0 needs it before, so that the
+    others do not take this process for a failed one. Every process must call it.
+    """
+    if _launch is not None:
+        jax.distributed.shutdown()
+
+
 def is_main() -> bool:
     """Whether this process is the one that reports and writes."""
     return jax.process_index() == 0

@@ -36,13 +36,17 @@ log.info("an ordinary line")
 log.warning("a warning")
 print("devices", jax.device_count(), "main", processes.is_main())
 print("on this host", processes.on_this_host())
+time.sleep(0.5 * jax.process_index())
+processes.disconnect()
+time.sleep(0.5 * jax.process_index())
+os._exit(75)
 """
 
 
 def test_processes_make_one_run(tmp_path):
     pair = start_pair(TOGETHER, tmp_path / "runs", devices=2)
     first, second = finish(pair)
-    assert [process.returncode for process in pair] == [0, 0], first + second
+    assert [process.returncode for process in pair] == [75, 75], first + second
     assert "process 0 of 2: 2 x cpu, 4 in all" in first
     assert "process 1 of 2: 2 x cpu, 4 in all" in second
     assert "devices 4 main True" in first

@@ -37,10 +37,10 @@ def whole(flags, tmp_path_factory):
 def stopped(flags, tmp_path_factory):
     """The working directory of a run that got SIGTERM in its middle."""
     workdir = tmp_path_factory.mktemp("stopped") / "run"
-    process = runs.start(workdir, *flags)
+    process = runs.start(workdir, *flags, "--stopped_status=75")
     runs.wait_for(lambda path: reached(path, 8), process, workdir)
     process.send_signal(signal.SIGTERM)
-    runs.finish(process, workdir)
+    runs.finish(process, workdir, code=75)
     return workdir
 
 
@@ -113,7 +113,8 @@ def test_sigterm_saves_and_ends_well(stopped, flags, whole, tmp_path):
     assert f"continuing from step {step}" in runs.output(workdir)
     assert_same(workdir, whole)
 
-    again = runs.start(workdir, *flags)  # finished: nothing is trained or lost
+    # A finished run: nothing is trained or lost.
+    again = runs.start(workdir, *flags, "--stopped_status=75")
     runs.finish(again, workdir)
     assert "24 steps" in runs.output(workdir).splitlines()[-1]
     assert_same(workdir, whole)
