@@ -255,6 +255,7 @@ def open_split(
         test_split=config.data.test_split,
         sampling_ratio=config.data.sampling_ratio if split == "train" else 1.0,
         cache_dir=str(workdir.index) if workdir else None,
+        copy_dir=config.data.cache,
     )
 
 

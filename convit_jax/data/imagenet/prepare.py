@@ -6,9 +6,7 @@ file name). tfds itself needs TensorFlow to prepare it, and disk space for a sec
 images.
 """
 
-from collections.abc import Iterator
 from concurrent import futures
-import contextlib
 import errno
 import hashlib
 import json
@@ -174,7 +172,7 @@ def _write(final: pathlib.Path, plan: _Plan, progress: bool) -> None:
     """Writes shards and metadata into a folder beside `final`, then renames it to `final`."""
     incomplete = final.with_name(final.name + ".incomplete")
     incomplete.mkdir(parents=True, exist_ok=True)
-    with _locked(incomplete):
+    with storage.locked(incomplete):
         for unfinished in incomplete.glob("*.part"):  # left by a run that was killed
             if unfinished.is_file():
                 unfinished.unlink()
@@ -320,25 +318,6 @@ def _check_room(folder: pathlib.Path, missing: list[tar_files.Images]) -> None:
             f"{free:,}: make room, or choose another data_dir",
             str(folder),
         )
-
-
-@contextlib.contextmanager
-def _locked(folder: pathlib.Path) -> Iterator[None]:
-    """Locks a folder against other runs; the lock ends with the process, however that ends."""
-    import fcntl  # does not exist on Windows, and neither does ArrayRecord
-
-    handle = os.open(folder, os.O_RDONLY)
-    try:
-        fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except BlockingIOError as error:
-        os.close(handle)
-        raise BlockingIOError(error.errno, "another run is writing here", str(folder)) from None
-    except OSError as error:  # some network file systems have no locks
-        log.warning("%s: cannot be locked (%s): do not start a second run", folder, error)
-    try:
-        yield
-    finally:
-        os.close(handle)
 
 
 def _compare_encoded_anew(plan: _Plan, done: dict[str, dict]) -> None:

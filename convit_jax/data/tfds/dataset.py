@@ -12,7 +12,7 @@ from typing import Any
 
 import numpy as np
 
-from convit_jax.data import held_out, threads
+from convit_jax.data import held_out, local_copy, threads
 from convit_jax.data.corrupt import CorruptImageError
 from convit_jax.data.source import Source, Subset, check_index, hashes
 from convit_jax.data.tfds import records
@@ -132,7 +132,12 @@ class Splits:
 
 
 def open_tfds(
-    spec: str, split: str, data_dir: str, cache_dir: str | None, splits: Splits
+    spec: str,
+    split: str,
+    data_dir: str,
+    cache_dir: str | None,
+    splits: Splits,
+    copy_dir: str = "",
 ) -> Source:
     """Opens a split of a prepared data set.
 
@@ -142,6 +147,8 @@ def open_tfds(
       data_dir: folder of the tfds data sets; empty: $TFDS_DATA_DIR, else ~/tensorflow_datasets.
       cache_dir: folder for the indices of large data sets; None stores none.
       splits: which splits are read.
+      copy_dir: folder on a local disk; the shards are copied to it once and read there. Who opens
+        "train" opens "test" too, so the shards of both are copied then. Empty copies nothing.
 
     Raises:
       FileNotFoundError: if the data set or one of its shards is missing.
@@ -159,6 +166,7 @@ def open_tfds(
             f"{_prepare_again(info, folder, root)}"
         )
     name, divided = _choose_split(info, split, splits, folder)
+    _warn_of_test_split(name, splits, folder)
     paths = [os.fspath(path) for path in info.splits[name].filepaths]
     lengths = info.splits[name].shard_lengths
     missing = [path for path in paths if not os.path.isfile(path)]
@@ -168,6 +176,9 @@ def open_tfds(
             f"the first is {missing[0]}; copy them, or "
             f"{_prepare_again(info, folder, root)}"
         )
+    if copy_dir:
+        folder = local_copy.copied([*paths, *_also_read(info, split, splits, folder)], copy_dir)
+        paths = [os.path.join(folder, os.path.basename(path)) for path in paths]
     cache_name = f"{info.full_name}-{name}".replace("/", "-")
     shards: records.Records
     if format_name == "tfrecord":
@@ -208,13 +219,24 @@ def _choose_split(info: Any, split: str, splits: Splits, folder: pathlib.Path) -
             f"{folder}: expected a {expected or 'validation or test'} split with images, got "
             f"{counts}" + (f"; choose with --config.data.{key}={choice[0]}" if choice else "")
         )
+    return wanted, divided
+
+
+def _warn_of_test_split(name: str, splits: Splits, folder: pathlib.Path) -> None:
     in_training = splits.val_fraction < 1  # 1 is an evaluation of weights, without a run
-    if wanted == "test" and not splits.test_split and in_training:
+    if name == "test" and not splits.test_split and in_training:
         log.info(
             "%s: its test split chooses the best checkpoint of a run, as there is no validation "
             "split: the accuracy on it is optimistic", folder,
         )  # fmt: skip
-    return wanted, divided
+
+
+def _also_read(info: Any, split: str, splits: Splits, folder: pathlib.Path) -> list[str]:
+    """Returns the shards that are read besides those of a split: who trains evaluates too."""
+    if split == "test":
+        return []
+    name, _ = _choose_split(info, "test", splits, folder)
+    return [os.fspath(path) for path in info.splits[name].filepaths]
 
 
 def _divide(source: RecordSource, name: str, split: str, splits: Splits) -> Subset:

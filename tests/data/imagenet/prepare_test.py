@@ -20,6 +20,7 @@ from PIL import Image
 import pytest
 import tensorflow_datasets as tfds
 
+from convit_jax import storage
 from convit_jax.data.imagenet import prepare, tar_files
 
 # Images of each class. The named ones are on tfds' lists; their content is made to match.
@@ -386,8 +387,8 @@ def test_other_tars_or_shards_do_not_go_on(tars, tmp_path, half_done):
 
 def test_second_run_at_once_is_refused(tars, tmp_path, half_done):
     with (
-        prepare._locked(half_done),
-        pytest.raises(BlockingIOError, match="another run is writing here"),
+        storage.locked(half_done),
+        pytest.raises(BlockingIOError, match="another process is writing here"),
     ):
         run(tars, tmp_path)
     assert run(tars, tmp_path).is_dir()

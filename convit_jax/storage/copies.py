@@ -1,0 +1,213 @@
+"""Copies of files on the local disk, checked against what the bucket says of the object."""
+
+import base64
+from collections.abc import Iterator
+import contextlib
+import dataclasses
+import datetime
+import functools
+import hashlib
+import itertools
+import os
+import pathlib
+import tempfile
+from typing import Any, NamedTuple
+import zlib
+
+from convit_jax.storage.paths import as_path, is_bucket
+from convit_jax.storage.whole import whole_file
+
+_TRIES = 2  # times that a file is copied if the copy differs
+_BLOCK = 2**22  # bytes read at a time
+
+
+class _Checksum(NamedTuple):
+    """The checksum of a file.
+
+    Attributes:
+      kind: "crc32c", "md5" or "crc32".
+      value: the checksum, as the bucket writes it.
+      part: number of bytes of each part of an S3 object that was uploaded in parts, whose value is
+        the MD5 of the MD5s of the parts; 0 if it has no parts.
+    """
+
+    kind: str
+    value: str
+    part: int = 0
+
+
+@dataclasses.dataclass(frozen=True)
+class Entry:
+    """A file or an object in the listing of its folder.
+
+    Attributes:
+      size: number of bytes.
+      modified: when it was last written, in whole seconds since 1970.
+    """
+
+    size: int
+    modified: int
+
+
+def files_in(folder: str | os.PathLike) -> dict[str, Entry]:
+    """Returns {name: entry} of the files of a folder, from one listing.
+
+    Raises:
+      FileNotFoundError: if the folder does not exist.
+    """
+    folder = as_path(folder)
+    if is_bucket(folder):
+        file_system, name = _opened(folder)
+        infos = (info for info in file_system.ls(name, detail=True) if info["type"] == "file")
+        return {info["name"].rpartition("/")[2]: _entry(info) for info in infos}
+    stats = {path.name: path.stat() for path in folder.iterdir() if path.is_file()}
+    return {name: Entry(stat.st_size, int(stat.st_mtime)) for name, stat in stats.items()}
+
+
+@contextlib.contextmanager
+def local_file(path: str | os.PathLike) -> Iterator[pathlib.Path]:
+    """Yields the path of a local file with the content of `path`.
+
+    That is `path` itself on a disk. An object in a bucket is copied to a temporary file, which is
+    deleted at the end of the block.
+
+    Raises:
+      OSError: see `fetch`.
+    """
+    path = as_path(path)
+    if not is_bucket(path):
+        yield path
+        return
+    with tempfile.TemporaryDirectory(prefix="convit") as folder:
+        copy = pathlib.Path(folder, path.name)
+        fetch(path, copy)
+        yield copy
+
+
+def fetch(source: str | os.PathLike, copy: pathlib.Path) -> None:
+    """Copies a file or an object to the local disk. The copy appears when it is whole and checked.
+
+    Its size and checksum are compared with those that the bucket keeps: CRC-32C on gs://, the ETag
+    on s3://. Those of the copy of a file are compared with those of the bytes that were read. Only
+    the size of an S3 object that is encrypted with a key of KMS or of the customer is compared. The
+    copy has the modification time of the source.
+
+    Args:
+      source: the file or object to copy.
+      copy: the local file to write.
+
+    Raises:
+      OSError: if the source cannot be read or the copy cannot be written, or if the copy has
+        repeatedly other bytes than the source.
+    """
+    source = as_path(source)
+    read, entry = _from_bucket(source) if is_bucket(source) else _from_disk(source)
+    try:
+        with whole_file(copy) as unfinished:
+            for _ in range(_TRIES):
+                expected = read(unfinished)
+                wrong = _difference(unfinished, entry.size, expected)
+                if not wrong:
+                    os.utime(unfinished, (entry.modified, entry.modified))
+                    return
+            raise _DifferentError(wrong)
+    except _DifferentError as error:
+        raise OSError(f"{source}: copied {_TRIES} times to {copy.parent}, with {error}") from None
+
+
+class _DifferentError(Exception):
+    """A copy differs from its source. No OSError, so that `whole_file` leaves its message alone."""
+
+
+def _from_bucket(source: pathlib.Path) -> tuple[Any, Entry]:
+    """Returns a function that copies an object and returns its checksum, and the object's entry."""
+    file_system, name = _opened(source)
+    info = file_system.info(name)
+    checksum = _stored_checksum(file_system, name, info)
+
+    def read(copy: pathlib.Path) -> _Checksum | None:
+        file_system.get_file(name, os.fspath(copy))
+        return checksum
+
+    return read, _entry(info)
+
+
+def _from_disk(source: pathlib.Path) -> tuple[Any, Entry]:
+    """Returns a function that copies a file and returns the checksum of its bytes; its entry."""
+    stat = source.stat()
+
+    def read(copy: pathlib.Path) -> _Checksum:
+        crc = 0
+        with source.open("rb", buffering=0) as file, copy.open("wb", buffering=0) as out:
+            while block := file.read(_BLOCK):
+                crc = zlib.crc32(block, crc)
+                out.write(block)
+        return _Checksum("crc32", str(crc))
+
+    return read, Entry(stat.st_size, int(stat.st_mtime))
+
+
+def _opened(path: pathlib.Path) -> tuple[Any, str]:
+    """Returns the file system of a bucket, and the name of the object there."""
+    import fsspec
+
+    return fsspec.core.url_to_fs(os.fspath(path))
+
+
+def _entry(info: dict[str, Any]) -> Entry:
+    """Returns the entry of an object from what gcsfs or s3fs say of it."""
+    written = info.get("LastModified") or datetime.datetime.fromisoformat(info["timeCreated"])
+    return Entry(info["size"], int(written.timestamp()))
+
+
+def _stored_checksum(file_system: Any, name: str, info: dict[str, Any]) -> _Checksum | None:
+    """Returns the checksum that the bucket keeps of an object; None if it keeps none."""
+    if "crc32c" in info:
+        return _Checksum("crc32c", info["crc32c"])
+    if "ETag" not in info:
+        return None
+    bucket, key, _ = file_system.split_path(name)
+    try:
+        head = file_system.call_s3("head_object", Bucket=bucket, Key=key, PartNumber=1)
+    except OSError:  # some services that speak S3's protocol know no parts
+        return None
+    if head.get("ServerSideEncryption", "AES256") != "AES256" or "SSECustomerAlgorithm" in head:
+        return None  # its ETag is no checksum
+    etag = info["ETag"].strip('"')
+    return _Checksum("md5", etag, head["ContentLength"] if "-" in etag else 0)
+
+
+def _difference(path: pathlib.Path, size: int, expected: _Checksum | None) -> str:
+    """Says how a file differs from what is expected; empty if it does not."""
+    found = path.stat().st_size
+    if found != size:
+        return f"{found:,} bytes instead of {size:,}"
+    if expected is None:
+        return ""
+    value = _value(path, expected)
+    return "" if value == expected.value else f"{expected.kind} {value}, not {expected.value}"
+
+
+def _value(path: pathlib.Path, like: _Checksum) -> str:
+    """Returns the checksum of a file, of the kind of another checksum and written like it."""
+    with path.open("rb") as file:
+        blocks = iter(lambda: file.read(_BLOCK), b"")
+        if like.kind == "crc32":
+            crc = 0
+            for block in blocks:
+                crc = zlib.crc32(block, crc)
+            return str(crc)
+        if like.kind == "crc32c":
+            import google_crc32c
+
+            crc = 0
+            for block in blocks:
+                crc = google_crc32c.extend(crc, block)
+            return base64.b64encode(crc.to_bytes(4, "big")).decode()
+        if not like.part:
+            md5 = functools.partial(hashlib.md5, usedforsecurity=False)
+            return hashlib.file_digest(file, md5).hexdigest()
+        parts = itertools.takewhile(len, (file.read(like.part) for _ in itertools.count()))
+        digests = [hashlib.md5(part, usedforsecurity=False).digest() for part in parts]
+        total = hashlib.md5(b"".join(digests), usedforsecurity=False).hexdigest()
+        return f"{total}-{len(digests)}"
