@@ -1,7 +1,7 @@
 """Copies of files on the local disk, checked against what the bucket says of the object."""
 
 import base64
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 import contextlib
 import dataclasses
 import datetime
@@ -60,8 +60,28 @@ def files_in(folder: str | os.PathLike) -> dict[str, Entry]:
         file_system, name = _opened(folder)
         infos = (info for info in file_system.ls(name, detail=True) if info["type"] == "file")
         return {info["name"].rpartition("/")[2]: _entry(info) for info in infos}
-    stats = {path.name: path.stat() for path in folder.iterdir() if path.is_file()}
-    return {name: Entry(stat.st_size, int(stat.st_mtime)) for name, stat in stats.items()}
+    return {path.name: entry(path) for path in folder.iterdir() if path.is_file()}
+
+
+def entry(path: str | os.PathLike) -> Entry:
+    """Returns the size and the time of a file or an object.
+
+    Raises:
+      FileNotFoundError: if it does not exist.
+    """
+    path = as_path(path)
+    if is_bucket(path):
+        file_system, name = _opened(path)
+        return _entry(file_system.info(name))
+    stat = path.stat()
+    return Entry(stat.st_size, int(stat.st_mtime))
+
+
+def matching(pattern: str) -> list[str]:
+    """Returns the URLs of the objects that match a pattern such as gs://BUCKET/photos/*.jpg."""
+    file_system, name = _opened(as_path(pattern))
+    start = pattern.partition("://")[0]
+    return [f"{start}://{found}" for found in file_system.glob(name) if file_system.isfile(found)]
 
 
 @contextlib.contextmanager
@@ -101,14 +121,14 @@ def fetch(source: str | os.PathLike, copy: pathlib.Path) -> None:
         repeatedly other bytes than the source.
     """
     source = as_path(source)
-    read, entry = _from_bucket(source) if is_bucket(source) else _from_disk(source)
+    read, there = (_from_bucket if is_bucket(source) else _from_disk)(source)
     try:
         with whole_file(copy) as unfinished:
             for _ in range(_TRIES):
                 expected = read(unfinished)
-                wrong = _difference(unfinished, entry.size, expected)
+                wrong = _difference(unfinished, there.size, expected)
                 if not wrong:
-                    os.utime(unfinished, (entry.modified, entry.modified))
+                    os.utime(unfinished, (there.modified, there.modified))
                     return
             raise _DifferentError(wrong)
     except _DifferentError as error:
@@ -119,8 +139,11 @@ class _DifferentError(Exception):
     """A copy differs from its source. No OSError, so that `whole_file` leaves its message alone."""
 
 
-def _from_bucket(source: pathlib.Path) -> tuple[Any, Entry]:
-    """Returns a function that copies an object and returns its checksum, and the object's entry."""
+_Read = Callable[[pathlib.Path], _Checksum | None]  # copies a file, and returns its checksum
+
+
+def _from_bucket(source: pathlib.Path) -> tuple[_Read, Entry]:
+    """Returns a function that copies an object, with the checksum of the bucket, and its entry."""
     file_system, name = _opened(source)
     info = file_system.info(name)
     checksum = _stored_checksum(file_system, name, info)
@@ -132,9 +155,8 @@ def _from_bucket(source: pathlib.Path) -> tuple[Any, Entry]:
     return read, _entry(info)
 
 
-def _from_disk(source: pathlib.Path) -> tuple[Any, Entry]:
-    """Returns a function that copies a file and returns the checksum of its bytes; its entry."""
-    stat = source.stat()
+def _from_disk(source: pathlib.Path) -> tuple[_Read, Entry]:
+    """Returns a function that copies a file, with the checksum of the bytes read, and its entry."""
 
     def read(copy: pathlib.Path) -> _Checksum:
         crc = 0
@@ -144,7 +166,7 @@ def _from_disk(source: pathlib.Path) -> tuple[Any, Entry]:
                 out.write(block)
         return _Checksum("crc32", str(crc))
 
-    return read, Entry(stat.st_size, int(stat.st_mtime))
+    return read, entry(source)
 
 
 def _opened(path: pathlib.Path) -> tuple[Any, str]:

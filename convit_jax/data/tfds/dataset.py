@@ -168,6 +168,9 @@ def open_tfds(
     name, divided = _choose_split(info, split, splits, folder)
     _warn_of_test_split(name, splits, folder)
     paths = [os.fspath(path) for path in info.splits[name].filepaths]
+    if copy_dir:
+        folder = local_copy.copied([*paths, *_also_read(info, split, splits, folder)], copy_dir)
+        paths = [os.path.join(folder, os.path.basename(path)) for path in paths]
     lengths = info.splits[name].shard_lengths
     missing = [path for path in paths if not os.path.isfile(path)]
     if missing:
@@ -176,9 +179,6 @@ def open_tfds(
             f"the first is {missing[0]}; copy them, or "
             f"{_prepare_again(info, folder, root)}"
         )
-    if copy_dir:
-        folder = local_copy.copied([*paths, *_also_read(info, split, splits, folder)], copy_dir)
-        paths = [os.path.join(folder, os.path.basename(path)) for path in paths]
     cache_name = f"{info.full_name}-{name}".replace("/", "-")
     shards: records.Records
     if format_name == "tfrecord":

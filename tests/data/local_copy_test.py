@@ -1,0 +1,137 @@
+"""data.cache: a local copy of a tfds data set, made once, whole and checked."""
+
+import errno
+import os
+import re
+import shutil
+import signal
+import subprocess
+import sys
+
+import make_imagenet
+import pytest
+
+from convit_jax import storage
+from convit_jax.data import local_copy
+from convit_jax.data.open import SPLITS, open_source
+
+NAME = "tfds:imagenet2012"
+
+# Copies one file after the other, and names each; killed within the third with "kill".
+COPYING = """
+import logging, os, signal, sys
+from convit_jax import storage
+from convit_jax.data import local_copy
+from convit_jax.storage import copies
+logging.basicConfig(format="%(message)s", level=logging.INFO, stream=sys.stdout)
+difference, count = copies._difference, 0
+
+def count_or_die(path, size, expected):
+    global count
+    count += 1
+    if count == 3 and sys.argv[1] == "kill":
+        path.write_bytes(b"half")
+        os.kill(os.getpid(), signal.SIGKILL)
+    return difference(path, size, expected)
+
+copies._difference = count_or_die
+local_copy.in_threads = lambda verb, unit, function, items: [function(item) for item in items]
+local_copy.copied(sys.argv[3:], sys.argv[2])
+print("copied", count, flush=True)
+"""
+
+
+@pytest.fixture
+def files(tmp_path):
+    """Paths of six files."""
+    folder = tmp_path / "slow"
+    folder.mkdir()
+    paths = [folder / f"shard-{i}" for i in range(6)]
+    for i, path in enumerate(paths):
+        path.write_bytes(os.urandom(1000 + i))
+    return [str(path) for path in paths]
+
+
+def test_a_killed_copy_is_continued_by_one_of_two_processes(files, tmp_path):
+    cache = tmp_path / "cache"
+
+    def start(mode):
+        command = [sys.executable, "-u", "-c", COPYING, mode, str(cache), *files]
+        return subprocess.Popen(command, stdout=subprocess.PIPE, text=True)
+
+    killed = start("kill")
+    killed.communicate()
+    assert killed.returncode == -signal.SIGKILL
+    folder = local_copy._place(tmp_path / "slow", cache)
+    left = sorted(path.name for path in folder.iterdir())
+    assert left[:2] == ["shard-0", "shard-1"]
+    assert [name.endswith(".part") for name in left] == [False, False, True]
+    with storage.locked(folder):  # so that both find work to do
+        both = [start("finish") for _ in range(2)]
+        for process in both:
+            assert "waiting for another process" in process.stdout.readline()
+    texts = [process.communicate()[0] for process in both]
+    assert [process.returncode for process in both] == [0, 0]
+    assert sorted(text.splitlines()[-1] for text in texts) == ["copied 0", "copied 4"]
+    assert "copying 4 files, 4,014 bytes" in "".join(texts)
+    whole = {path.name: path.read_bytes() for path in (tmp_path / "slow").iterdir()}
+    assert {path.name: path.read_bytes() for path in folder.iterdir()} == whole
+
+
+def test_what_is_missing_or_has_changed_is_copied_if_it_fits(files, tmp_path, monkeypatch, caplog):
+    caplog.set_level("INFO")
+    cache = tmp_path / "cache"
+    real = os.statvfs(tmp_path)
+    full = os.statvfs_result((*real[:4], 6014 // real.f_frsize, *real[5:]))
+    with monkeypatch.context() as patch:
+        patch.setattr(os, "statvfs", lambda path: full)
+        free = shutil.disk_usage(tmp_path).free
+        text = f"expected 6,015 bytes of free disk for 6 files of .*slow, found {free:,}: make room"
+        with pytest.raises(OSError, match=text) as raised:
+            local_copy.copied(files, str(cache))
+    assert raised.value.errno == errno.ENOSPC
+    folder = local_copy._place(tmp_path / "slow", cache)
+    assert list(folder.iterdir()) == []
+    assert local_copy.copied(files, str(cache)) == folder
+    os.utime(files[2], (1, 1))
+    with open(files[3], "a") as file:
+        file.write("more")
+    caplog.clear()
+    local_copy.copied(files, str(cache))
+    assert "copying 2 files" in caplog.text
+    assert "2 of them have changed since they were copied" in caplog.text
+    assert storage.files_in(folder) == storage.files_in(tmp_path / "slow")
+    caplog.clear()
+    local_copy.copied(files, str(cache))
+    assert not caplog.records
+    with pytest.raises(FileNotFoundError, match="1 of 7 files are missing, the first is none"):
+        local_copy.copied([*files, str(tmp_path / "slow" / "none")], str(cache))
+    with pytest.raises(ValueError, match=r"data\.cache: expected a folder on a local disk"):
+        local_copy.copied(files, "gs://bkt/cache")
+
+
+@pytest.mark.parametrize("file_format", ["array_record", "tfrecord"])
+def test_the_copy_of_a_data_set_is_the_same_data(tmp_path, file_format):
+    examples = {split: found[:6] for split, found in make_imagenet.make_examples().items()}
+    version = make_imagenet.write_tfds(tmp_path / "data", examples, file_format)
+    options = {"data_dir": str(tmp_path / "data")}
+    there = {split: open_source(NAME, split, **options) for split in SPLITS}
+    options["copy_dir"] = str(tmp_path / "cache")
+    open_source(NAME, "test", **options)
+    folder = local_copy._place(version, tmp_path / "cache")
+    assert {path.name.split(".")[0] for path in folder.iterdir()} == {"imagenet2012-validation"}
+    copied = {split: open_source(NAME, split, **options) for split in SPLITS}
+    for shard in version.glob("*record*"):
+        shard.write_bytes(b"")  # nothing is read here from now on
+    for split, source in copied.items():
+        assert str(folder) in source.description
+        assert source.fingerprints().tolist() == there[split].fingerprints().tolist()
+        want = {
+            item.name: item.image
+            for item in examples["train" if split == "train" else "validation"]
+        }
+        assert {example["name"]: example["image"] for example in source} == want
+    with pytest.raises(
+        ValueError, match=re.escape("data.cache: expected empty for data.source=digits")
+    ):
+        open_source("digits", "train", copy_dir=str(tmp_path))
