@@ -1,39 +1,22 @@
 """Copies of files on the local disk, checked against what the bucket says of the object."""
 
-import base64
 from collections.abc import Callable, Iterator
 import contextlib
 import dataclasses
 import datetime
-import functools
-import hashlib
-import itertools
 import os
 import pathlib
 import tempfile
-from typing import Any, NamedTuple
+from typing import Any
 import zlib
 
+from convit_jax.storage import checksums
+from convit_jax.storage.checksums import Checksum
 from convit_jax.storage.paths import as_path, is_bucket
 from convit_jax.storage.whole import whole_file
 
 _TRIES = 2  # times that a file is copied if the copy differs
 _BLOCK = 2**22  # bytes read at a time
-
-
-class _Checksum(NamedTuple):
-    """The checksum of a file.
-
-    Attributes:
-      kind: "crc32c", "md5" or "crc32".
-      value: the checksum, as the bucket writes it.
-      part: number of bytes of each part of an S3 object that was uploaded in parts, whose value is
-        the MD5 of the MD5s of the parts; 0 if it has no parts.
-    """
-
-    kind: str
-    value: str
-    part: int = 0
 
 
 @dataclasses.dataclass(frozen=True)
@@ -139,16 +122,16 @@ class _DifferentError(Exception):
     """A copy differs from its source. No OSError, so that `whole_file` leaves its message alone."""
 
 
-_Read = Callable[[pathlib.Path], _Checksum | None]  # copies a file, and returns its checksum
+_Read = Callable[[pathlib.Path], Checksum | None]  # copies a file, and returns its checksum
 
 
 def _from_bucket(source: pathlib.Path) -> tuple[_Read, Entry]:
     """Returns a function that copies an object, with the checksum of the bucket, and its entry."""
     file_system, name = _opened(source)
     info = file_system.info(name)
-    checksum = _stored_checksum(file_system, name, info)
+    checksum = checksums.of_object(file_system, name, info)
 
-    def read(copy: pathlib.Path) -> _Checksum | None:
+    def read(copy: pathlib.Path) -> Checksum | None:
         file_system.get_file(name, os.fspath(copy))
         return checksum
 
@@ -158,13 +141,13 @@ def _from_bucket(source: pathlib.Path) -> tuple[_Read, Entry]:
 def _from_disk(source: pathlib.Path) -> tuple[_Read, Entry]:
     """Returns a function that copies a file, with the checksum of the bytes read, and its entry."""
 
-    def read(copy: pathlib.Path) -> _Checksum:
+    def read(copy: pathlib.Path) -> Checksum:
         crc = 0
         with source.open("rb", buffering=0) as file, copy.open("wb", buffering=0) as out:
             while block := file.read(_BLOCK):
                 crc = zlib.crc32(block, crc)
                 out.write(block)
-        return _Checksum("crc32", str(crc))
+        return Checksum("crc32", str(crc))
 
     return read, entry(source)
 
@@ -182,54 +165,12 @@ def _entry(info: dict[str, Any]) -> Entry:
     return Entry(info["size"], int(written.timestamp()))
 
 
-def _stored_checksum(file_system: Any, name: str, info: dict[str, Any]) -> _Checksum | None:
-    """Returns the checksum that the bucket keeps of an object; None if it keeps none."""
-    if "crc32c" in info:
-        return _Checksum("crc32c", info["crc32c"])
-    if "ETag" not in info:
-        return None
-    bucket, key, _ = file_system.split_path(name)
-    try:
-        head = file_system.call_s3("head_object", Bucket=bucket, Key=key, PartNumber=1)
-    except OSError:  # some services that speak S3's protocol know no parts
-        return None
-    if head.get("ServerSideEncryption", "AES256") != "AES256" or "SSECustomerAlgorithm" in head:
-        return None  # its ETag is no checksum
-    etag = info["ETag"].strip('"')
-    return _Checksum("md5", etag, head["ContentLength"] if "-" in etag else 0)
-
-
-def _difference(path: pathlib.Path, size: int, expected: _Checksum | None) -> str:
+def _difference(path: pathlib.Path, size: int, expected: Checksum | None) -> str:
     """Says how a file differs from what is expected; empty if it does not."""
     found = path.stat().st_size
     if found != size:
         return f"{found:,} bytes instead of {size:,}"
     if expected is None:
         return ""
-    value = _value(path, expected)
+    value = checksums.of_file(path, expected)
     return "" if value == expected.value else f"{expected.kind} {value}, not {expected.value}"
-
-
-def _value(path: pathlib.Path, like: _Checksum) -> str:
-    """Returns the checksum of a file, of the kind of another checksum and written like it."""
-    with path.open("rb") as file:
-        blocks = iter(lambda: file.read(_BLOCK), b"")
-        if like.kind == "crc32":
-            crc = 0
-            for block in blocks:
-                crc = zlib.crc32(block, crc)
-            return str(crc)
-        if like.kind == "crc32c":
-            import google_crc32c
-
-            crc = 0
-            for block in blocks:
-                crc = google_crc32c.extend(crc, block)
-            return base64.b64encode(crc.to_bytes(4, "big")).decode()
-        if not like.part:
-            md5 = functools.partial(hashlib.md5, usedforsecurity=False)
-            return hashlib.file_digest(file, md5).hexdigest()
-        parts = itertools.takewhile(len, (file.read(like.part) for _ in itertools.count()))
-        digests = [hashlib.md5(part, usedforsecurity=False).digest() for part in parts]
-        total = hashlib.md5(b"".join(digests), usedforsecurity=False).hexdigest()
-        return f"{total}-{len(digests)}"

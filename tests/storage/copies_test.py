@@ -6,7 +6,7 @@ import re
 import pytest
 
 from convit_jax import storage
-from convit_jax.storage import copies
+from convit_jax.storage import checksums, copies
 
 
 def damaging(file_system, times):
@@ -52,7 +52,7 @@ def test_copies_of_objects_uploaded_in_parts_are_checked(s3, tmp_path):
     file_system.put_file(str(tmp_path / "file"), name, chunksize=5 * 2**20)
     assert file_system.info(name)["ETag"].endswith('-3"')
     storage.fetch(f"{s3}/file", tmp_path / "copy")
-    checksum = copies._stored_checksum(file_system, name, file_system.info(name))
+    checksum = checksums.of_object(file_system, name, file_system.info(name))
     assert checksum.part == 5 * 2**20
     with (tmp_path / "copy").open("r+b") as file:
         assert not copies._difference(tmp_path / "copy", 11 * 2**20, checksum)

@@ -47,11 +47,13 @@ def prepare_imagenet(
     Both tars are checked before anything is written. The shards are then written to a folder
     `*.incomplete`, which gets its final name when it is complete. Until then nothing can be read.
     An interrupted run continues after the last complete shard when it is started again, and writes
-    the same bytes. In a bucket, which cannot rename a folder, the shards get their final names at once,
-    and the data set exists for tfds and for us when dataset_info.json, which is written last, is
-    there. Each shard is made in the temporary folder of the system first. Memory holds one shard (about 140 MB) and the index, below 1 GB in all. Images
+    the same bytes. Memory holds one shard (about 140 MB) and the index, below 1 GB in all. Images
     are read from the tars in random order. This takes under half an hour from a solid-state disk
     and hours from a hard disk.
+
+    A bucket cannot rename a folder. There the shards get their final names at once, each from the
+    temporary folder of the system, and dataset_info.json is written last. Without it neither tfds
+    nor this project sees a data set.
 
     As in tfds, the training images that are CMYK (22) or PNG (1) are encoded again as RGB JPEG of
     quality 100, and all others keep their bytes. The validation labels are those that tfds ships.
