@@ -4,7 +4,6 @@ import errno
 import os
 import re
 import shutil
-import signal
 import subprocess
 import sys
 
@@ -17,27 +16,47 @@ from convit_jax.data.open import SPLITS, open_source
 
 NAME = "tfds:imagenet2012"
 
-# Copies one file after the other, and names each; killed within the third with "kill".
+# Forks processes that copy one file after the other: one is killed within its third file, then two
+# begin while the folder is locked. Each prints how many files it copied.
 COPYING = """
-import logging, os, signal, sys
+import logging, os, pathlib, signal, sys
 from convit_jax import storage
 from convit_jax.data import local_copy
 from convit_jax.storage import copies
 logging.basicConfig(format="%(message)s", level=logging.INFO, stream=sys.stdout)
-difference, count = copies._difference, 0
+difference, count, dies = copies._difference, 0, True
+cache, folder, *files = sys.argv[1:]
 
 def count_or_die(path, size, expected):
     global count
     count += 1
-    if count == 3 and sys.argv[1] == "kill":
+    if count == 3 and dies:
         path.write_bytes(b"half")
         os.kill(os.getpid(), signal.SIGKILL)
     return difference(path, size, expected)
 
+def fork(start):
+    child = os.fork()
+    if not child:
+        os.read(start, 1)
+        local_copy.copied(files, cache)
+        print("copied", count, flush=True)
+        os._exit(0)
+    return child
+
 copies._difference = count_or_die
 local_copy.in_threads = lambda verb, unit, function, items: [function(item) for item in items]
-local_copy.copied(sys.argv[3:], sys.argv[2])
-print("copied", count, flush=True)
+start, go = os.pipe()
+os.write(go, b"1")
+child = fork(start)
+print(os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]), sorted(os.listdir(folder)), flush=True)
+dies = False
+children = [fork(start), fork(start)]
+with storage.locked(pathlib.Path(folder)):
+    os.write(go, b"23")
+    sys.stdin.readline()
+for child in children:
+    os.waitpid(child, 0)
 """
 
 
@@ -54,26 +73,20 @@ def files(tmp_path):
 
 def test_a_killed_copy_is_continued_by_one_of_two_processes(files, tmp_path):
     cache = tmp_path / "cache"
-
-    def start(mode):
-        command = [sys.executable, "-u", "-c", COPYING, mode, str(cache), *files]
-        return subprocess.Popen(command, stdout=subprocess.PIPE, text=True)
-
-    killed = start("kill")
-    killed.communicate()
-    assert killed.returncode == -signal.SIGKILL
     folder = local_copy._place(tmp_path / "slow", cache)
-    left = sorted(path.name for path in folder.iterdir())
-    assert left[:2] == ["shard-0", "shard-1"]
-    assert [name.endswith(".part") for name in left] == [False, False, True]
-    with storage.locked(folder):  # so that both find work to do
-        both = [start("finish") for _ in range(2)]
-        for process in both:
-            assert "waiting for another process" in process.stdout.readline()
-    texts = [process.communicate()[0] for process in both]
-    assert [process.returncode for process in both] == [0, 0]
-    assert sorted(text.splitlines()[-1] for text in texts) == ["copied 0", "copied 4"]
-    assert "copying 4 files, 4,014 bytes" in "".join(texts)
+    command = [sys.executable, "-u", "-c", COPYING, str(cache), str(folder), *files]
+    lines = []
+    with subprocess.Popen(
+        command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
+    ) as process:
+        while sum("waiting for another process" in line for line in lines) < 2:
+            lines.append(process.stdout.readline())
+            assert lines[-1], lines
+        lines += process.communicate("both wait\n")[0].splitlines()
+    killed = next(line for line in lines if line.startswith("-9 "))
+    assert re.fullmatch(r"-9 \['shard-0', 'shard-1', 'shard-2.*\.part'\]\n", killed)
+    assert sorted(line for line in lines if line.startswith("copied")) == ["copied 0", "copied 4"]
+    assert "copying 4 files, 4,014 bytes" in "".join(lines)
     whole = {path.name: path.read_bytes() for path in (tmp_path / "slow").iterdir()}
     assert {path.name: path.read_bytes() for path in folder.iterdir()} == whole
 
