@@ -45,7 +45,11 @@ def copied(paths: Iterable[str], cache: str) -> pathlib.Path:
     entries = {name: listed[name] for name in names}
     folder = _place(source, pathlib.Path(cache).expanduser().absolute())
     if _missing(folder, entries):
-        folder.mkdir(parents=True, exist_ok=True)
+        try:
+            folder.mkdir(parents=True, exist_ok=True)
+        except OSError as error:
+            text = f"data.cache={cache}: expected a folder that can be written: {error.strerror}"
+            raise type(error)(error.errno, text, os.fspath(folder)) from error
         wait = f"data.cache: waiting for another process that copies to {folder}"
         with storage.locked(folder, wait=wait):
             for unfinished in folder.glob("*.part"):  # left by a process that was killed

@@ -30,24 +30,27 @@ def find_images(arguments: Iterable[str]) -> tuple[list[str], dict[str, str]]:
     """
     paths, reasons = [], {}
     for argument in arguments:
-        in_bucket = storage.is_bucket(argument)
-        path = storage.as_path(argument) if in_bucket else pathlib.Path(argument)
-        if path.is_dir():
-            reason = f"no images in this folder ({', '.join(EXTENSIONS)})"
-            try:
-                found = [os.path.join(argument, name) for name in walk(argument).images]
-            except OSError as error:  # the folder, or one in it, cannot be read
-                found, reason = [], str(error)
-        elif glob.has_magic(argument) and not path.exists():
-            look = storage.matching if in_bucket else _matching
-            found = look(argument)
-            reason = "no file matches this pattern"
-        else:
-            found, reason = [argument], ""  # a missing file is reported when it is read
+        try:
+            found, reason = _named_by(argument)
+        except (OSError, ValueError) as error:  # the folder, or one in it, cannot be read
+            found, reason = [], str(error)
         if not found:
             reasons[argument] = reason
         paths += sorted(found)
     return list(dict.fromkeys(paths)), reasons
+
+
+def _named_by(argument: str) -> tuple[list[str], str]:
+    """Returns the image files that an argument names, and the reason if there are none."""
+    in_bucket = storage.is_bucket(argument)
+    path = storage.as_path(argument) if in_bucket else pathlib.Path(argument)
+    if path.is_dir():
+        found = [os.path.join(argument, name) for name in walk(argument).images]
+        return found, f"no images in this folder ({', '.join(EXTENSIONS)})"
+    if glob.has_magic(argument) and not path.exists():
+        look = storage.matching if in_bucket else _matching
+        return look(argument), "no file matches this pattern"
+    return [argument], ""  # a missing file is reported when it is read
 
 
 def _matching(pattern: str) -> list[str]:

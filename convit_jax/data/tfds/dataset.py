@@ -166,7 +166,7 @@ def open_tfds(
             f"{_prepare_again(info, folder, root)}"
         )
     name, divided = _choose_split(info, split, splits, folder)
-    _warn_of_test_split(name, splits, folder)
+    _say_if_test_split_chooses(name, splits, folder)
     paths = [os.fspath(path) for path in info.splits[name].filepaths]
     if copy_dir:
         folder = local_copy.copied([*paths, *_also_read(info, split, splits, folder)], copy_dir)
@@ -222,7 +222,7 @@ def _choose_split(info: Any, split: str, splits: Splits, folder: pathlib.Path) -
     return wanted, divided
 
 
-def _warn_of_test_split(name: str, splits: Splits, folder: pathlib.Path) -> None:
+def _say_if_test_split_chooses(name: str, splits: Splits, folder: pathlib.Path) -> None:
     in_training = splits.val_fraction < 1  # 1 is an evaluation of weights, without a run
     if name == "test" and not splits.test_split and in_training:
         log.info(
