@@ -40,7 +40,7 @@ def fork(start):
     if not child:
         os.read(start, 1)
         local_copy.copied(files, cache)
-        print("copied", count, flush=True)
+        os.write(1, f"copied {count}\\n".encode())  # one line, whole
         os._exit(0)
     return child
 
@@ -121,6 +121,24 @@ def test_what_is_missing_or_has_changed_is_copied_if_it_fits(files, tmp_path, mo
         local_copy.copied([*files, str(tmp_path / "slow" / "none")], str(cache))
     with pytest.raises(ValueError, match=r"data\.cache: expected a folder on a local disk"):
         local_copy.copied(files, "gs://bkt/cache")
+
+
+def test_objects_of_a_bucket_are_copied_once(bucket, files, tmp_path, caplog):
+    caplog.set_level("INFO")
+    for path in files:
+        with storage.whole_file(f"{bucket}/data/{os.path.basename(path)}") as unfinished:
+            shutil.copy(path, unfinished)
+    urls = [f"{bucket}/data/{os.path.basename(path)}" for path in files]
+    folder = local_copy.copied(urls[:4], str(tmp_path / "cache"))
+    assert folder == tmp_path / "cache" / bucket.replace("://", "/") / "data"
+    local_copy.copied(urls, str(tmp_path / "cache"))
+    assert re.findall(r"copying \d files", caplog.text) == ["copying 4 files", "copying 2 files"]
+    for path in files:
+        name = os.path.basename(path)
+        assert (folder / name).read_bytes() == (tmp_path / "slow" / name).read_bytes()
+    storage.write_text(urls[0], "new")
+    local_copy.copied(urls, str(tmp_path / "cache"))
+    assert (folder / "shard-0").read_text() == "new"
 
 
 @pytest.mark.parametrize("file_format", ["array_record", "tfrecord"])
