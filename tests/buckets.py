@@ -17,6 +17,8 @@ import time
 
 import pytest
 
+from convit_jax import storage
+
 BUCKET = "bkt"
 
 
@@ -101,6 +103,17 @@ def s3_environment(url: str) -> dict[str, str]:
         "AWS_REGION": "us-east-1",
         "AWS_EC2_METADATA_DISABLED": "true",
     }
+
+
+def upload(folder: pathlib.Path, url: str) -> None:
+    """Copies a folder into an emulated bucket; the files directly in it come directly below `url`.
+
+    The files come one after another: the emulators refuse connections when many come at once.
+    """
+    for file in sorted(folder.rglob("*")):
+        if file.is_file():
+            path = storage.as_path(f"{url}/{file.relative_to(folder)}")
+            path.write_bytes(file.read_bytes())
 
 
 @contextlib.contextmanager

@@ -20,7 +20,7 @@ import time
 from convit_jax.cli import options
 from convit_jax.data import class_names
 from convit_jax.model.variants import VARIANTS, options_of_kind
-from convit_jax.storage import as_path, entry, is_bucket, whole_file
+from convit_jax.storage import as_path, is_bucket, size, whole_file
 from convit_jax.weights import hub, publish, safetensors, torch_pickle
 from convit_jax.weights.load import read_weights
 from convit_jax.weights.loaded import Loaded
@@ -83,7 +83,7 @@ def convert(args: argparse.Namespace) -> None:
         state_dict = to_torch(loaded.params)
         with whole_file(path, RuntimeError) as unfinished:  # raised by torch
             torch_pickle.write(unfinished, state_dict)
-    megabytes = entry(path).size / 1e6
+    megabytes = size(path) / 1e6
     log.info("wrote %s, %.1f MB, in %.1f s", path, megabytes, time.perf_counter() - start)
 
 

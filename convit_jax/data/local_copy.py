@@ -1,6 +1,6 @@
 """Copies of the files of a data set on a local disk, for data in a bucket or on a slow disk."""
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 import errno
 import logging
 import os
@@ -34,17 +34,14 @@ def copied(paths: Iterable[str], cache: str) -> pathlib.Path:
     if storage.is_bucket(cache):
         raise ValueError(f"data.cache: expected a folder on a local disk, got {cache!r}")
     paths = sorted(set(paths))
+    there = {}
+    for path, version in zip(paths, storage.versions(paths), strict=True):
+        if version is None:
+            raise FileNotFoundError(f"{path}: no such shard; copy or prepare the data set again")
+        there[path] = version
     source = storage.as_path(paths[0]).parent
-    listed = storage.files_in(source)
-    names = [os.path.basename(path) for path in paths]
-    if absent := [name for name in names if name not in listed]:
-        raise FileNotFoundError(
-            f"{source}: {len(absent):,} of {len(names):,} files are missing, the first is "
-            f"{absent[0]}; copy or prepare the data set again"
-        )
-    entries = {name: listed[name] for name in names}
     folder = _place(source, pathlib.Path(cache).expanduser().absolute())
-    if _missing(folder, entries):
+    if _outdated(there, folder):
         try:
             folder.mkdir(parents=True, exist_ok=True)
         except OSError as error:
@@ -54,7 +51,7 @@ def copied(paths: Iterable[str], cache: str) -> pathlib.Path:
         with storage.locked(folder, wait=wait):
             for unfinished in folder.glob("*.part"):  # left by a process that was killed
                 unfinished.unlink()
-            _copy(source, folder, _missing(folder, entries), cache)
+            _copy(_outdated(there, folder), folder, cache)
     return folder
 
 
@@ -66,35 +63,39 @@ def _place(source: pathlib.Path, cache: pathlib.Path) -> pathlib.Path:
     return cache / "file" / source.absolute().relative_to(source.absolute().anchor)
 
 
-def _missing(folder: pathlib.Path, entries: dict[str, storage.Entry]) -> dict[str, storage.Entry]:
-    """Returns the entries of the files that have no copy, or the copy of an older file."""
-    there = storage.files_in(folder) if folder.is_dir() else {}
-    return {name: entry for name, entry in entries.items() if there.get(name) != entry}
+def _outdated(
+    there: Mapping[str, storage.Version], folder: pathlib.Path
+) -> dict[str, storage.Version]:
+    """Returns the files that have no copy in a folder, or the copy of an older version."""
+    copies = storage.versions([os.path.join(folder, os.path.basename(path)) for path in there])
+    return {
+        path: version
+        for (path, version), copy in zip(there.items(), copies, strict=True)
+        if not copy or (copy.size, copy.modified) != (version.size, version.modified)
+    }
 
 
-def _copy(
-    source: pathlib.Path, folder: pathlib.Path, entries: dict[str, storage.Entry], cache: str
-) -> None:
+def _copy(files: Mapping[str, storage.Version], folder: pathlib.Path, cache: str) -> None:
     """Copies files in parallel, if the disk has room for them."""
-    if not entries:
+    if not files:
         return  # another process has copied them
-    needed, free = sum(entry.size for entry in entries.values()), shutil.disk_usage(folder).free
+    source = os.path.dirname(next(iter(files)))
+    needed, free = sum(version.size for version in files.values()), shutil.disk_usage(folder).free
     if free < needed:
         raise OSError(
             errno.ENOSPC,
-            f"data.cache={cache}: expected {needed:,} bytes of free disk for {len(entries):,} "
-            f"files of {source}, found {free:,}: make room, choose another disk, or leave "
-            f"data.cache empty",
+            f"data.cache={cache}: expected {needed:,} bytes of free disk for {len(files):,} files "
+            f"of {source}, found {free:,}: make room, choose another disk, or leave data.cache "
+            f"empty",
             os.fspath(folder),
         )
-    old = sum((folder / name).exists() for name in entries)
+    copies = [folder / os.path.basename(path) for path in files]
+    old = sum(copy.exists() for copy in copies)
     changed = f"; {old:,} of them have changed since they were copied" if old else ""
     log.info(
         "data.cache: copying %s files, %s bytes, of %s to %s%s",
-        f"{len(entries):,}", f"{needed:,}", source, folder, changed,
+        f"{len(files):,}", f"{needed:,}", source, folder, changed,
     )  # fmt: skip
     start = time.monotonic()
-    in_threads(
-        "Copying", "files", lambda name: storage.fetch(source / name, folder / name), entries
-    )
+    in_threads("Copying", "files", storage.fetch, files, copies)
     log.info("data.cache: copied and checked, in %.0f s", time.monotonic() - start)

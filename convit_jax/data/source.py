@@ -4,7 +4,7 @@ A source is a random-access sequence of labelled images. It can be pickled, so t
 can read from it, and it needs no TensorFlow. Images of files stay encoded: the workers decode them.
 """
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 import contextlib
 import dataclasses
 import hashlib
@@ -44,6 +44,13 @@ class Source(Protocol):
 
     def __getitem__(self, index: int) -> Example:
         """Returns an example; raises CorruptImageError if this one image cannot be read."""
+        ...
+
+    def request(self, indices: Sequence[int]) -> None:
+        """Begins to read examples of a bucket, each of which will be asked for soon and once.
+
+        Sources that are read at once do nothing.
+        """
         ...
 
     def names_and_labels(self, cache_dir: str | None = None) -> tuple[np.ndarray, np.ndarray]:
@@ -101,6 +108,7 @@ def check_images(source: Source, count: int = 32) -> tuple[float, list[str]]:
     """
     start, damage = time.perf_counter(), []
     indices = np.unique(np.linspace(0, len(source) - 1, count).astype(int))
+    source.request(indices.tolist())
     for index in indices:
         try:
             example = source[int(index)]
@@ -151,6 +159,9 @@ class Subset:
 
     def __getitem__(self, index: int) -> Example:
         return self.source[int(self.indices[check_index(index, len(self))])]
+
+    def request(self, indices: Sequence[int]) -> None:
+        self.source.request(self.indices[np.asarray(indices, int)].tolist())
 
     def names_and_labels(self, cache_dir: str | None = None) -> tuple[np.ndarray, np.ndarray]:
         names, labels = self.source.names_and_labels(cache_dir)

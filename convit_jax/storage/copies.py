@@ -2,8 +2,6 @@
 
 from collections.abc import Callable, Iterator
 import contextlib
-import dataclasses
-import datetime
 import os
 import pathlib
 import tempfile
@@ -12,59 +10,12 @@ import zlib
 
 from convit_jax.storage import checksums
 from convit_jax.storage.checksums import Checksum
+from convit_jax.storage.listing import Version, version_of
 from convit_jax.storage.paths import as_path, is_bucket
 from convit_jax.storage.whole import whole_file
 
 _TRIES = 2  # times that a file is copied if the copy differs
 _BLOCK = 2**22  # bytes read at a time
-
-
-@dataclasses.dataclass(frozen=True)
-class Entry:
-    """A file or an object in the listing of its folder.
-
-    Attributes:
-      size: number of bytes.
-      modified: when it was last written, in whole seconds since 1970.
-    """
-
-    size: int
-    modified: int
-
-
-def files_in(folder: str | os.PathLike) -> dict[str, Entry]:
-    """Returns {name: entry} of the files of a folder, from one listing.
-
-    Raises:
-      FileNotFoundError: if the folder does not exist.
-    """
-    folder = as_path(folder)
-    if is_bucket(folder):
-        file_system, name = _opened(folder)
-        infos = (info for info in file_system.ls(name, detail=True) if info["type"] == "file")
-        return {info["name"].rpartition("/")[2]: _entry(info) for info in infos}
-    return {path.name: entry(path) for path in folder.iterdir() if path.is_file()}
-
-
-def entry(path: str | os.PathLike) -> Entry:
-    """Returns the size and the time of a file or an object.
-
-    Raises:
-      FileNotFoundError: if it does not exist.
-    """
-    path = as_path(path)
-    if is_bucket(path):
-        file_system, name = _opened(path)
-        return _entry(file_system.info(name))
-    stat = path.stat()
-    return Entry(stat.st_size, int(stat.st_mtime))
-
-
-def matching(pattern: str) -> list[str]:
-    """Returns the URLs of the objects that match a pattern such as gs://BUCKET/photos/*.jpg."""
-    file_system, name = _opened(as_path(pattern))
-    start = pattern.partition("://")[0]
-    return [f"{start}://{found}" for found in file_system.glob(name) if file_system.isfile(found)]
 
 
 @contextlib.contextmanager
@@ -125,8 +76,8 @@ class _DifferentError(Exception):
 _Read = Callable[[pathlib.Path], Checksum | None]  # copies a file, and returns its checksum
 
 
-def _from_bucket(source: pathlib.Path) -> tuple[_Read, Entry]:
-    """Returns a function that copies an object, with the checksum of the bucket, and its entry."""
+def _from_bucket(source: pathlib.Path) -> tuple[_Read, Version]:
+    """Returns a function that copies an object, with the bucket's checksum, and its version."""
     file_system, name = _opened(source)
     info = file_system.info(name)
     checksum = checksums.of_object(file_system, name, info)
@@ -135,11 +86,11 @@ def _from_bucket(source: pathlib.Path) -> tuple[_Read, Entry]:
         file_system.get_file(name, os.fspath(copy))
         return checksum
 
-    return read, _entry(info)
+    return read, version_of(info)
 
 
-def _from_disk(source: pathlib.Path) -> tuple[_Read, Entry]:
-    """Returns a function that copies a file, with the checksum of the bytes read, and its entry."""
+def _from_disk(source: pathlib.Path) -> tuple[_Read, Version]:
+    """Returns a function that copies a file, with the checksum of what it read; its version."""
 
     def read(copy: pathlib.Path) -> Checksum:
         crc = 0
@@ -149,7 +100,8 @@ def _from_disk(source: pathlib.Path) -> tuple[_Read, Entry]:
                 out.write(block)
         return Checksum("crc32", str(crc))
 
-    return read, entry(source)
+    stat = source.stat()
+    return read, Version(stat.st_size, "", int(stat.st_mtime))
 
 
 def _opened(path: pathlib.Path) -> tuple[Any, str]:
@@ -157,12 +109,6 @@ def _opened(path: pathlib.Path) -> tuple[Any, str]:
     import fsspec
 
     return fsspec.core.url_to_fs(os.fspath(path))
-
-
-def _entry(info: dict[str, Any]) -> Entry:
-    """Returns the entry of an object from what gcsfs or s3fs say of it."""
-    written = info.get("LastModified") or datetime.datetime.fromisoformat(info["timeCreated"])
-    return Entry(info["size"], int(written.timestamp()))
 
 
 def _difference(path: pathlib.Path, size: int, expected: Checksum | None) -> str:

@@ -132,6 +132,10 @@ class TrainChunks:
             "skipped": np.asarray(skipped, np.int32),
         }
 
+    def request(self, chunk: int) -> None:
+        """Begins to read the images of a chunk that will be made soon, if they are in a bucket."""
+        self.source.request(self._indices(self.share.positions(chunk)).tolist())
+
     def _at_once(self, draws: range, transform: TrainTransform) -> _Images:
         """Transforms all images of the draws at once."""
         source, indices = self.source, self._indices(draws)
@@ -236,6 +240,10 @@ class EvalChunks:
         padded = [*examples, *[(blank, 0)] * (len(positions) - len(examples))]
         images, (labels,) = gather((e or (blank, -1) for e in padded), len(positions))
         return {"image": images, "label": np.asarray(labels, np.int32), "mask": mask}
+
+    def request(self, chunk: int) -> None:
+        """Begins to read the images of a chunk that will be made soon, if they are in a bucket."""
+        self.source.request([p for p in self.share.positions(chunk) if p < len(self.source)])
 
     def _example(self, index: int) -> tuple[np.ndarray, int] | None:
         """Returns an image and its label; None for a corrupt image that may be left out."""

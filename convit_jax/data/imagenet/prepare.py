@@ -250,7 +250,7 @@ def _complete_shards(folder: pathlib.Path, plan: _Plan, source: str) -> dict[str
             "number. Delete the folder to begin anew, or continue with the tars it was begun with"
         )
     in_bucket = storage.is_bucket(folder)
-    there = storage.files_in(folder) if in_bucket else {}
+    there = storage.children(str(folder)).files if in_bucket else {}
 
     def is_whole(name: str, entry: dict) -> bool:
         if in_bucket:
