@@ -152,7 +152,8 @@ KEYS: dict[str, Key] = {
     ),
     "data.dir": Key(
         "",
-        "folder of tfds data sets; empty is $TFDS_DATA_DIR, or ~/tensorflow_datasets if unset",
+        "folder of tfds data sets, local, gs:// or s3://; empty is $TFDS_DATA_DIR, or "
+        "~/tensorflow_datasets if unset",
         may_change=True,
     ),
     "data.cache": Key(

@@ -116,6 +116,14 @@ def upload(folder: pathlib.Path, url: str) -> None:
             path.write_bytes(file.read_bytes())
 
 
+def remove(path: pathlib.Path) -> None:
+    """Removes an object. Its `unlink` would take the brackets of a test's name for a pattern."""
+    import fsspec
+
+    file_system, name = fsspec.core.url_to_fs(os.fspath(path))
+    file_system.rm_file(name)
+
+
 @contextlib.contextmanager
 def in_environment(variables: dict[str, str]) -> Iterator[None]:
     """Sets environment variables until the end of the block, and forgets connections before it."""

@@ -1,6 +1,6 @@
 """Data sets held in memory, among them scikit-learn's digits."""
 
-from collections.abc import Sequence
+from collections.abc import Iterable
 import dataclasses
 
 import numpy as np
@@ -38,7 +38,7 @@ class ArraySource:
         name, label = self.names[index].decode(), int(self.labels[index])
         return {"image": self.images[index], "label": label, "name": name}
 
-    def request(self, indices: Sequence[int]) -> None:
+    def request(self, indices: Iterable[int]) -> None:
         """Does nothing, since the images are in memory."""
 
     def names_and_labels(self, cache_dir: str | None = None) -> tuple[np.ndarray, np.ndarray]:

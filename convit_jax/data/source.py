@@ -4,7 +4,7 @@ A source is a random-access sequence of labelled images. It can be pickled, so t
 can read from it, and it needs no TensorFlow. Images of files stay encoded: the workers decode them.
 """
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable
 import contextlib
 import dataclasses
 import hashlib
@@ -46,10 +46,10 @@ class Source(Protocol):
         """Returns an example; raises CorruptImageError if this one image cannot be read."""
         ...
 
-    def request(self, indices: Sequence[int]) -> None:
+    def request(self, indices: Iterable[int]) -> None:
         """Begins to read examples of a bucket, each of which will be asked for soon and once.
 
-        Sources that are read at once do nothing.
+        Other sources do nothing, and compute none of the indices.
         """
         ...
 
@@ -160,8 +160,8 @@ class Subset:
     def __getitem__(self, index: int) -> Example:
         return self.source[int(self.indices[check_index(index, len(self))])]
 
-    def request(self, indices: Sequence[int]) -> None:
-        self.source.request(self.indices[np.asarray(indices, int)].tolist())
+    def request(self, indices: Iterable[int]) -> None:
+        self.source.request(int(self.indices[index]) for index in indices)
 
     def names_and_labels(self, cache_dir: str | None = None) -> tuple[np.ndarray, np.ndarray]:
         names, labels = self.source.names_and_labels(cache_dir)

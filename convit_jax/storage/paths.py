@@ -57,3 +57,6 @@ def _load(scheme: str) -> None:
     # A listing that is kept hides what other processes have written since.
     for protocol in {scheme, "gcs" if scheme == "gs" else scheme}:
         fsspec.config.conf.setdefault(protocol, {}).setdefault("use_listings_cache", False)
+    # botocore makes 10 requests at a time, and the images of a batch are requested together.
+    options = fsspec.config.conf.setdefault("s3", {}).setdefault("config_kwargs", {})
+    options.setdefault("max_pool_connections", 64)

@@ -2,19 +2,21 @@
 
 import contextlib
 import io
-import itertools
 import pathlib
+import re
 
 import buckets
 import make_imagenet
 import numpy as np
 from PIL import Image
 import pytest
+import runs
 
 from convit_jax import storage
 from convit_jax.data.batches.chunks import EvalChunks, Share, TrainChunks
 from convit_jax.data.batches.workers import iterate
 from convit_jax.data.corrupt import CorruptImageError
+from convit_jax.data.folders import class_folders
 from convit_jax.data.images.transforms import EvalTransform, TrainTransform
 from convit_jax.data.open import SPLITS, open_source
 from convit_jax.data.source import check_images
@@ -59,57 +61,67 @@ def assert_equal(found, expected) -> None:
     np.testing.assert_array_equal(found.fingerprints(), expected.fingerprints())
     for one, other in zip(found.names_and_labels(), expected.names_and_labels(), strict=True):
         np.testing.assert_array_equal(one, other)
-    for indices in itertools.batched(range(len(expected)), 8):
-        found.request([*indices, indices[0]])  # asked for twice, as by repeated augmentation
-        for index in (*indices, indices[0]):
+    for start in range(0, len(expected), 8):
+        # The first is asked for twice, as by repeated augmentation.
+        indices = [*range(start, min(start + 8, len(expected))), start]
+        found.request(indices)
+        for index in indices:
             one, other = found[index], expected[index]
             assert (one["image"], one["label"]) == (other["image"], other["label"])
             assert one["name"].split("/")[-3:] == other["name"].split("/")[-3:]
 
 
-def test_a_tfds_set_in_a_bucket_is_that_on_disk(disk, bucket, monkeypatch):
+def test_a_tfds_set_in_a_bucket_is_that_on_disk(disk, bucket):
     buckets.upload(disk / "tfrecord", bucket)
+    for split in SPLITS:
+        source = open_source(NAME, split, data_dir=bucket)
+        assert_equal(source, open_source(NAME, split, data_dir=str(disk / "tfrecord")))
+        assert f"3 shards in {bucket}/imagenet2012/5.1.0" in source.description
+    assert check_images(source, 4)[1] == []
+
+
+def test_the_index_of_a_bucket_is_kept_in_parts_until_a_shard_changes(disk, gcs, monkeypatch):
+    buckets.upload(disk / "tfrecord", gcs)
     indexed = []
     index_shard = bucket_records.index_shard
     monkeypatch.setattr(
-        bucket_records, "index_shard", lambda *args: indexed.append(args) or index_shard(*args)
+        bucket_records, "index_shard", lambda *args: indexed.append(args[0]) or index_shard(*args)
     )
     monkeypatch.setattr(bucket_records, "_BLOCK", 1000)  # smaller than some records
     monkeypatch.setattr(bucket_records, "_PARTS", 2)
+    where = {"data_dir": gcs, "cache_dir": f"{gcs}/run/index"}
 
-    def opened(split):
+    def opened(process=0, processes=1):
         indexed.clear()
-        source = open_source(NAME, split, data_dir=bucket, cache_dir=f"{bucket}/run/index")
-        return source, len(indexed)
+        with monkeypatch.context() as patch:
+            patch.setattr("jax.process_index", lambda: process)
+            patch.setattr("jax.process_count", lambda: processes)
+            source = open_source(NAME, "train", **where)
+        return source, [int(path.rpartition("train.tfrecord-")[2][:5]) for path in indexed]
 
-    for split in SPLITS:
-        source, count = opened(split)
-        assert count == 3
-        assert_equal(source, open_source(NAME, split, data_dir=str(disk / "tfrecord")))
-        assert f"3 shards in {bucket}/imagenet2012/5.1.0" in source.description
-        assert opened(split)[1] == 0
-    few = [
-        open_source(NAME, "train", data_dir=d, sampling_ratio=0.5)
-        for d in (bucket, str(disk / "tfrecord"))
-    ]
-    assert_equal(*few)
-    assert check_images(source, 4)[1] == []
+    # The second process of two begins with the second part.
+    assert opened(1, 2)[1][0] == 2
+    source, shards = opened()
+    assert shards == []
+    assert_equal(source, open_source(NAME, "train", data_dir=str(disk / "tfrecord")))
+    parts = sorted(path.name for path in storage.as_path(where["cache_dir"]).iterdir())
+    assert parts == [f"imagenet2012-5.1.0-train-index-0{part}.npz" for part in range(2)]
+    places = (where, {"data_dir": str(disk / "tfrecord")})
+    assert_equal(*(open_source(NAME, "train", sampling_ratio=0.5, **place) for place in places))
     # A shard that changes is indexed again, with the others of its part.
-    shard = storage.as_path(
-        f"{bucket}/imagenet2012/5.1.0/imagenet2012-train.tfrecord-00000-of-00003"
-    )
+    shard = storage.as_path(gcs) / "imagenet2012/5.1.0/imagenet2012-train.tfrecord-00000-of-00003"
     content = shard.read_bytes()
     shard.write_bytes(content[:-5] + b"?" + content[-4:])
-    source, count = opened("train")
-    assert count == 2
-    with pytest.raises(CorruptImageError, match=r"gs://|s3://.*-00000-of-00003, record 6: .* fail"):
+    source, shards = opened()
+    assert sorted(shards) == [0, 1]
+    with pytest.raises(CorruptImageError, match=r"-00000-of-00003, record 6: its .* fail their"):
         source[6]
     shard.write_bytes(content[:-5])
     with pytest.raises(ValueError, match=r"-00000-of-00003, record 6: the shard is truncated, at"):
-        opened("train")
-    shard.unlink()
+        opened()
+    buckets.remove(shard)
     with pytest.raises(FileNotFoundError, match="1 of 3 shards of the train split are missing"):
-        opened("train")
+        opened()
 
 
 def test_class_folders_in_a_bucket_are_those_on_disk(disk, bucket, caplog):
@@ -118,6 +130,7 @@ def test_class_folders_in_a_bucket_are_those_on_disk(disk, bucket, caplog):
     lines = []
     for root in (f"{bucket}/", str(disk / "folder")):
         caplog.clear()
+        class_folders._say.cache_clear()
         train, test = (open_source(f"folder:{root}", split) for split in SPLITS)
         lines.append(caplog.text.partition("train: ")[2])
         if root.startswith(bucket):
@@ -135,14 +148,16 @@ def test_class_folders_in_a_bucket_are_those_on_disk(disk, bucket, caplog):
     assert part[0]["name"].startswith(f"{path}/{SYNSETS[-1]}/")
     # One image that is gone is corrupt; if all are, the run ends.
     (path, *others) = [storage.as_path(there[1][i]["name"]) for i in range(len(test))]
-    path.unlink()
-    with pytest.raises(CorruptImageError, match=f"{path}: cannot be read: no such object"):
+    buckets.remove(path)
+    with pytest.raises(
+        CorruptImageError, match=re.escape(f"{path}: cannot be read: no such object")
+    ):
         there[1][0]
     for other in others:
-        other.unlink()
-    with pytest.raises(FileNotFoundError, match=f"{bucket}/val: the folder of the images is gone"):
+        buckets.remove(other)
+    with pytest.raises(FileNotFoundError, match=re.escape(f"{bucket}/val: the folder of")):
         there[1][0]
-    with pytest.raises(FileNotFoundError, match=rf"data\.source: no folder {bucket}/nowhere;"):
+    with pytest.raises(FileNotFoundError, match=re.escape(f"no folder {bucket}/nowhere;")):
         open_source(f"folder:{bucket}/nowhere", "train")
     with pytest.raises(ValueError, match=r"data\.source: expected a local path, gs://"):
         open_source("folder:az://b/x", "train")
@@ -158,19 +173,37 @@ def test_what_cannot_be_read_in_a_bucket_is_refused(disk, gcs):
         open_source("tfds:cifar10", "train", data_dir=gcs)
 
 
-def test_workers_read_the_same_batches_from_a_bucket(disk, gcs):
+def test_batches_from_a_bucket_are_those_from_disk(disk, gcs):
     buckets.upload(disk / "tfrecord", gcs)
     made = []
-    for data_dir, workers in ((gcs, 1), (gcs, 0), (str(disk / "tfrecord"), 0)):
+    for data_dir in (gcs, str(disk / "tfrecord")):
         train, test = (open_source(NAME, split, data_dir=data_dir) for split in SPLITS)
         chunks = TrainChunks(train, TrainTransform(16), Share(12), seed=1, repeats=3)
-        with contextlib.closing(iterate(chunks, 1, 4, workers)) as batches:
+        with contextlib.closing(iterate(chunks, 1, 4)) as batches:
             found = [{key: value.copy() for key, value in batch.items()} for batch in batches]
         with contextlib.closing(iterate(EvalChunks(test, EvalTransform(16), Share(4)))) as batches:
             made.append([*found, *batches])
         assert not getattr(train.shards, "ahead", storage.ReadAhead())._requested
-    for batches in made[1:]:
-        for one, other in zip(made[0], batches, strict=True):
-            assert one.keys() == other.keys()
-            for key in one:
-                np.testing.assert_array_equal(one[key], other[key])
+    for one, other in zip(*made, strict=True):
+        assert one.keys() == other.keys()
+        for key in one:
+            np.testing.assert_array_equal(one[key], other[key])
+
+
+@pytest.mark.slow
+def test_a_run_on_data_in_a_bucket_equals_one_on_data_on_disk(disk, gcs, tmp_path):
+    """A worker process reads the images, and every image gets the same prediction."""
+    buckets.upload(disk / "tfrecord", gcs)
+    folders = []
+    for name, data_dir in (("bucket", gcs), ("disk", disk / "tfrecord")):
+        folders.append(tmp_path / name)
+        flags = (*runs.SMALL, f"--config.data.dir={data_dir}")
+        for more in ((), ("--mode=eval", "--predictions")):
+            runs.finish(runs.start(folders[-1], *flags, *more, devices=1), folders[-1])
+        assert "Traceback" not in runs.output(folders[-1])
+    assert "3 shards, 0.0 GB, to index their records, and kept in" in runs.output(folders[0])
+    in_bucket, on_disk = folders
+    assert runs.metrics(in_bucket) == runs.metrics(on_disk)
+    predictions = [(folder / "predictions.jsonl").read_text() for folder in folders]
+    assert len(predictions[0].splitlines()) == 9
+    assert predictions[0] == predictions[1]

@@ -8,7 +8,7 @@ The stream is cut into chunks. One worker makes a chunk from its position alone,
 whole number of chunks. Every process reads its own contiguous share of each global batch.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 import dataclasses
 import functools
 import math
@@ -134,7 +134,7 @@ class TrainChunks:
 
     def request(self, chunk: int) -> None:
         """Begins to read the images of a chunk that will be made soon, if they are in a bucket."""
-        self.source.request(self._indices(self.share.positions(chunk)).tolist())
+        self.source.request(self._indices_when_asked(self.share.positions(chunk)))
 
     def _at_once(self, draws: range, transform: TrainTransform) -> _Images:
         """Transforms all images of the draws at once."""
@@ -166,6 +166,10 @@ class TrainChunks:
             for epoch in range(epochs[0], epochs[-1] + 1)
         ]
         return np.concatenate(parts)
+
+    def _indices_when_asked(self, draws: range) -> Iterator[int]:
+        """Yields `_indices`, which are not computed for a source that does not read them."""
+        yield from self._indices(draws).tolist()
 
     def _one_by_one(self, draws: range, make: Callable[..., np.ndarray]) -> _Images:
         """Reads the images of the draws one by one; `make` takes (image, draw)."""
@@ -243,7 +247,7 @@ class EvalChunks:
 
     def request(self, chunk: int) -> None:
         """Begins to read the images of a chunk that will be made soon, if they are in a bucket."""
-        self.source.request([p for p in self.share.positions(chunk) if p < len(self.source)])
+        self.source.request(p for p in self.share.positions(chunk) if p < len(self.source))
 
     def _example(self, index: int) -> tuple[np.ndarray, int] | None:
         """Returns an image and its label; None for a corrupt image that may be left out."""

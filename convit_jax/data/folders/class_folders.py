@@ -56,9 +56,9 @@ class FolderSource:
             image = corrupt.read_file(path, self.root)
         return {"image": image, "label": int(self.labels[index]), "name": path}
 
-    def request(self, indices: Sequence[int]) -> None:
+    def request(self, indices: Iterable[int]) -> None:
         if storage.is_bucket(self.root):
-            self.ahead.request([storage.Span(self._path(index)) for index in indices])
+            self.ahead.request(storage.Span(self._path(index)) for index in indices)
 
     def _path(self, index: int) -> str:
         return os.path.join(self.root, os.fsdecode(self.names[index]))

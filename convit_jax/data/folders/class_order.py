@@ -66,7 +66,7 @@ def _read(path: str) -> list[str]:
             f"one a line; got {path!r}, and there is no file {file.absolute()}"
         )
     try:
-        text = file.read_text(encoding="utf-8-sig", errors="surrogateescape")
+        text = file.read_bytes().decode("utf-8-sig", "surrogateescape")
     except OSError as error:
         raise ValueError(f"data.class_order: {path} cannot be read: {error}") from error
-    return [line.rstrip("\r") for line in text.split("\n") if line.strip()]
+    return [line for line in re.split(r"\r\n|\r|\n", text) if line.strip()]

@@ -4,7 +4,7 @@ Every record is a range of bytes of its shard, and the records of a batch are re
 """
 
 import bisect
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 import dataclasses
 import functools
 import itertools
@@ -20,7 +20,7 @@ from convit_jax.data.threads import in_threads
 
 log = logging.getLogger(__name__)
 
-_PARTS = 64  # most parts of an index
+_PARTS = 16  # most parts of an index
 _BLOCK = 2**23  # bytes of a shard that are read at a time to index it
 
 
@@ -48,8 +48,8 @@ class BucketTFRecords:
         length = int(self.spans[index, 1])
         return records.payload_of(record, length, lambda: self.where(index))
 
-    def request(self, indices: Sequence[int]) -> None:
-        self.ahead.request([self._span(int(index)) for index in indices])
+    def request(self, indices: Iterable[int]) -> None:
+        self.ahead.request(map(self._span, indices))
 
     def where(self, index: int) -> str:
         return records.where(self, index)

@@ -4,7 +4,7 @@ tensorflow_datasets is imported only to read the metadata when a data set is ope
 processes only read records and never import it.
 """
 
-from collections.abc import Sequence
+from collections.abc import Iterable
 import dataclasses
 import logging
 import os
@@ -80,7 +80,7 @@ class RecordSource:
             )
         return {"image": image, "label": label, "name": name}
 
-    def request(self, indices: Sequence[int]) -> None:
+    def request(self, indices: Iterable[int]) -> None:
         self.shards.request(indices)
 
     def names_and_labels(self, cache_dir: str | None = None) -> tuple[np.ndarray, np.ndarray]:

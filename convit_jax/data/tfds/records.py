@@ -6,7 +6,7 @@ following the lengths through the file once. ArrayRecord shards contain an index
 """
 
 import bisect
-from collections.abc import Callable, Collection, Sequence
+from collections.abc import Callable, Collection, Iterable, Sequence
 import dataclasses
 import functools
 import itertools
@@ -41,7 +41,7 @@ class Records(Protocol):
 
     def __getitem__(self, index: int) -> bytes: ...
 
-    def request(self, indices: Sequence[int]) -> None:
+    def request(self, indices: Iterable[int]) -> None:
         """Begins to read records that will be asked for soon, if they are in a bucket."""
         ...
 
@@ -82,7 +82,7 @@ class TFRecords:
             raise type(error)(text) from error
         return payload_of(record, length, lambda: self.where(index))
 
-    def request(self, indices: Sequence[int]) -> None:
+    def request(self, indices: Iterable[int]) -> None:
         """Does nothing, since a disk answers at once."""
 
     def where(self, index: int) -> str:
@@ -112,7 +112,7 @@ class ArrayRecords:
             kind = corrupt.CorruptImageError if damaged else ValueError
             raise kind(f"{self.where(index)}: {error}") from error
 
-    def request(self, indices: Sequence[int]) -> None:
+    def request(self, indices: Iterable[int]) -> None:
         """Does nothing, since a disk answers at once."""
 
     def where(self, index: int) -> str:

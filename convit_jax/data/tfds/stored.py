@@ -58,7 +58,8 @@ def cached(path: str | None, key: str, build: Callable[[], Arrays]) -> Arrays:
         log.warning("%s: not readable, so it is built again: %s", path, error)
     arrays = build()
     try:
-        storage.as_path(path).parent.mkdir(parents=True, exist_ok=True)
+        if not storage.is_bucket(path):
+            os.makedirs(os.path.dirname(path), exist_ok=True)
         with storage.whole_file(path) as unfinished, unfinished.open("wb") as out:
             np.savez(out, allow_pickle=False, key=np.array(key), **arrays)
     except OSError as error:
