@@ -1,6 +1,7 @@
 """Paths of local files, and of objects in buckets."""
 
 import functools
+import importlib
 import os
 import pathlib
 from typing import cast
@@ -8,6 +9,7 @@ from typing import cast
 from convit_jax import extras
 
 # Scheme of a URL -> the package that reads and writes it, and the extra of setup.cfg that has it.
+# The module of this package with the name of the extra adds retries to it.
 SCHEMES = {"gs": ("gcsfs", "gcs"), "s3": ("s3fs", "s3")}
 
 
@@ -52,8 +54,12 @@ def _load(scheme: str) -> None:
     os.environ.setdefault("GCSFS_EXPERIMENTAL_ZB_HNS_SUPPORT", "false")
     with extras.needed(extra, f"{scheme}://"):
         __import__(package)
-    import fsspec
+        import fsspec
 
     # A listing that is kept hides what other processes have written since.
     for protocol in {scheme, "gcs" if scheme == "gs" else scheme}:
         fsspec.config.conf.setdefault(protocol, {}).setdefault("use_listings_cache", False)
+    # Everybody who opens a bucket through fsspec gets ours: epath too, and so Orbax, JAX and tfds.
+    file_system = importlib.import_module(f"convit_jax.storage.{extra}").FileSystem
+    for protocol in file_system.protocol:
+        fsspec.register_implementation(protocol, file_system, clobber=True)
