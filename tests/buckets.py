@@ -103,6 +103,13 @@ def s3_environment(url: str) -> dict[str, str]:
     }
 
 
+# Kind of bucket -> the variable with the URL of its service, and the environment for another URL.
+PROXIED = {
+    "gcs": ("STORAGE_EMULATOR_HOST", gcs_environment),
+    "s3": ("AWS_ENDPOINT_URL", s3_environment),
+}
+
+
 @contextlib.contextmanager
 def in_environment(variables: dict[str, str]) -> Iterator[None]:
     """Sets environment variables until the end of the block, and forgets connections before it."""
@@ -112,4 +119,16 @@ def in_environment(variables: dict[str, str]) -> Iterator[None]:
         for key, value in variables.items():
             patch.setenv(key, value)
         fsspec.config.set_conf_env(fsspec.config.conf, dict(os.environ))
+        _forget_connections()
         yield
+    _forget_connections()
+
+
+def _forget_connections() -> None:
+    """Makes the next use of a bucket read the environment again."""
+    from etils.epath import backend
+    import fsspec
+
+    backend.fsspec_backend._get_filesystem.cache_clear()
+    for file_system in {fsspec.registry[name] for name in ("gcs", "s3") if name in fsspec.registry}:
+        file_system.clear_instance_cache()

@@ -55,8 +55,11 @@ class Proxy:
       url: where it listens.
       plan: returns the fault of a request, from its method, its path and the number of equal
         requests before it.
-      requests: (method, path, fault) of all requests so far.
+      requests: (method, path, fault) of all requests under this plan.
+      bucket: URL of a folder of a bucket for the test to use.
     """
+
+    bucket = ""
 
     def __init__(self, url: str):
         self.url = url

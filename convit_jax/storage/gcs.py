@@ -74,7 +74,7 @@ class FileSystem(Existence, core.GCSFileSystem):
             _check(*answer)
             return answer
 
-        reads = bool(key) and method.upper() not in ("POST", "PUT")
+        reads = bool(key) and (len(args) > 1 or method.upper() not in ("POST", "PUT"))
         upload = len(data) if isinstance(data, (bytes, bytearray, memoryview)) else 0
         name = key or options.get("prefix") or ""
         return await self._attempt(once, f"gs://{bucket}/{name}", reads, upload)
