@@ -57,3 +57,17 @@ def _load(scheme: str) -> None:
     # A listing that is kept hides what other processes have written since.
     for protocol in {scheme, "gcs" if scheme == "gs" else scheme}:
         fsspec.config.conf.setdefault(protocol, {}).setdefault("use_listings_cache", False)
+
+
+def absolute(path: pathlib.Path) -> pathlib.Path:
+    """Returns a path that does not depend on the working directory."""
+    return path if is_bucket(path) else path.resolve()
+
+
+def make_folder(path: pathlib.Path) -> None:
+    """Makes a local folder and its parents if they are missing.
+
+    Does nothing in a bucket: fsspec would make a bucket that is missing, or misspelt.
+    """
+    if not is_bucket(path):
+        path.mkdir(parents=True, exist_ok=True)
