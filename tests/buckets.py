@@ -55,11 +55,8 @@ def gcs_emulator() -> Iterator[dict[str, str]]:
         if importlib.util.find_spec(package) is None:
             pytest.skip(f"gs:// needs {package}: pip install -e '.[test]'")
     port = free_port()
-    command = [
-        _script("gcp-storage-emulator"), "start", "--host=127.0.0.1", f"--port={port}",
-        "--in-memory", f"--default-bucket={BUCKET}",
-    ]  # fmt: skip
-    with serving(command, port):
+    server = str(pathlib.Path(__file__).with_name("gcs_server.py"))
+    with serving([sys.executable, server, str(port), BUCKET], port):
         yield gcs_environment(f"http://127.0.0.1:{port}")
 
 

@@ -1,7 +1,19 @@
 """Files on disk and in buckets: their paths, and writing them whole or not at all."""
 
 from convit_jax.storage.faults import BucketError
-from convit_jax.storage.paths import as_path, is_bucket
+from convit_jax.storage.folders import local_folder
+from convit_jax.storage.growing import GrowingFile
+from convit_jax.storage.paths import absolute, as_path, is_bucket, make_folder
 from convit_jax.storage.whole import whole_file, write_text
 
-__all__ = ["BucketError", "as_path", "is_bucket", "whole_file", "write_text"]
+__all__ = [
+    "BucketError",
+    "GrowingFile",
+    "absolute",
+    "as_path",
+    "is_bucket",
+    "local_folder",
+    "make_folder",
+    "whole_file",
+    "write_text",
+]

@@ -63,3 +63,17 @@ def _load(scheme: str) -> None:
     file_system = importlib.import_module(f"convit_jax.storage.{extra}").FileSystem
     for protocol in file_system.protocol:
         fsspec.register_implementation(protocol, file_system, clobber=True)
+
+
+def absolute(path: pathlib.Path) -> pathlib.Path:
+    """Returns a path that does not depend on the working directory."""
+    return path if is_bucket(path) else path.resolve()
+
+
+def make_folder(path: pathlib.Path) -> None:
+    """Makes a local folder and its parents if they are missing.
+
+    Does nothing in a bucket: fsspec would make a bucket that is missing, or misspelt.
+    """
+    if not is_bucket(path):
+        path.mkdir(parents=True, exist_ok=True)

@@ -16,7 +16,7 @@ from typing import Any
 import jax
 import numpy as np
 
-from convit_jax import extras
+from convit_jax import extras, storage
 from convit_jax.model.network import ConViT
 from convit_jax.model.normalise import of_channels
 from convit_jax.model.variants import describe
@@ -117,7 +117,7 @@ def read_weights(
 def _contents(
     source: str | os.PathLike, *, ema: bool | None, offline: bool, checkpoint: str
 ) -> Contents:
-    path = pathlib.Path(source)
+    path = storage.as_path(source)
     if path.is_file():
         return _read_file(path, ema=bool(ema))
     if path.is_dir():

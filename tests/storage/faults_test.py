@@ -95,9 +95,7 @@ def test_what_is_missing_is_an_object_or_the_bucket(faulty):
     path = storage.as_path(f"{faulty.bucket}/none")
     assert not path.exists()
     assert not path.is_dir()
-    with pytest.raises(
-        FileNotFoundError, match=f"no such object.*{re.escape(str(path))}"
-    ) as raised:
+    with pytest.raises(FileNotFoundError, match=re.escape(str(path))) as raised:
         path.read_bytes()
     assert raised.value.errno == errno.ENOENT
     scheme = faulty.bucket.partition(":")[0]
