@@ -47,8 +47,7 @@ class AttentionPictures:
         """
         self.gates = np.zeros((0, loaded.model.num_heads))
         self._folder = storage.as_path(folder)
-        if not storage.is_bucket(folder):  # a bucket has no empty folders
-            self._folder.mkdir(parents=True, exist_ok=True)
+        storage.make_folder(self._folder)
         self._every_head = every_head
         self._names: set[str] = set()
 
