@@ -94,7 +94,7 @@ def _from_disk(source: pathlib.Path) -> tuple[_Read, Version]:
 
     def read(copy: pathlib.Path) -> Checksum:
         crc = 0
-        with source.open("rb", buffering=0) as file, copy.open("wb", buffering=0) as out:
+        with source.open("rb") as file, copy.open("wb") as out:
             while block := file.read(_BLOCK):
                 crc = zlib.crc32(block, crc)
                 out.write(block)
