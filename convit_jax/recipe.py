@@ -156,6 +156,12 @@ KEYS: dict[str, Key] = {
         "~/tensorflow_datasets if unset",
         may_change=True,
     ),
+    "data.cache": Key(
+        "",
+        "folder on a local disk to which the shards of a tfds data set are copied once, and where "
+        "they are read; empty reads them where they are",
+        may_change=True,
+    ),
     "data.val_fraction": Key(
         0.1, "share held out of class folders, or of a tfds data set, that have no other split"
     ),

@@ -15,6 +15,7 @@ sys.path[:0] = [str(_TESTS.parent), str(_TESTS)]
 
 import buckets  # noqa: E402
 import compiling  # noqa: E402
+import faulty_proxy  # noqa: E402
 import pytest  # noqa: E402
 
 if "cuda" not in os.environ.get("JAX_PLATFORMS", ""):
@@ -64,3 +65,18 @@ def s3(_s3, request):
 def bucket(request):
     """The URL of an empty folder in an emulated bucket, of each kind in turn."""
     return request.getfixturevalue(request.param)
+
+
+@pytest.fixture(params=["gcs", "s3"])
+def faulty(request):
+    """A proxy before an emulated bucket, of each kind in turn, with `bucket`, the URL of a folder.
+
+    Requests are tried again for 1.5 seconds.
+    """
+    folder = request.getfixturevalue(request.param)
+    key, environment = buckets.PROXIED[request.param]
+    with faulty_proxy.running(os.environ[key]) as proxy:
+        variables = environment(proxy.url) | {"CONVIT_BUCKET_RETRY_SECONDS": "1.5"}
+        with buckets.in_environment(variables):
+            proxy.bucket = folder.partition("[")[0]  # fsspec takes brackets for a pattern
+            yield proxy

@@ -70,13 +70,19 @@ def main(argv: Sequence[str] | None = None, prog: str = "convit predict") -> int
 def _parser(prog: str) -> argparse.ArgumentParser:
     parser = options.make_parser(prog, __doc__ or "", _EPILOG)
     add = parser.add_argument
-    add("images", nargs="+", metavar="IMAGE", help="file, folder searched at any depth, or pattern")
+    add(
+        "images",
+        nargs="+",
+        metavar="IMAGE",
+        help="file, folder searched at any depth, or pattern; any of them may be in a bucket "
+        "(gs://BUCKET/NAME)",
+    )
     add(
         "--weights",
         required=True,
         metavar="SRC",
-        help="weights: a file (.safetensors, .pth, .pt), the workdir of a run, or a name on "
-        "huggingface.co such as convit_base",
+        help="weights: a file (.safetensors, .pth, .pt), the workdir of a run, either of them in "
+        "a bucket (gs://BUCKET/NAME), or a name on huggingface.co such as convit_base",
     )
     add("--variant", metavar="NAME", help="name of the model, if the weights do not determine it")
     add(

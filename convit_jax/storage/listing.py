@@ -1,9 +1,10 @@
 """Lists what is in a bucket, and says which version of a file is there."""
 
 from collections.abc import Collection
+import datetime
 import os
 import stat
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 from convit_jax.storage import calls
 from convit_jax.storage.paths import is_bucket
@@ -18,10 +19,12 @@ class Version(NamedTuple):
     Attributes:
       size: in bytes.
       mark: changes when the content does: a checksum, or the time of the last change on disk.
+      modified: when it was written, in whole seconds since 1970.
     """
 
     size: int
     mark: str
+    modified: int
 
 
 class Children(NamedTuple):
@@ -49,7 +52,7 @@ def children(path: str) -> Children:
         if entry["type"] == "directory":
             folders.add(name)
         else:
-            files[name] = _version(entry)
+            files[name] = version_of(entry)
     if not folders and not files:
         raise FileNotFoundError(f"{path}: no such folder in the bucket")
     return Children(tuple(sorted(folders)), dict(sorted(files.items())))
@@ -68,6 +71,17 @@ def below(path: str) -> list[str]:
     names = calls.result(calls.begin(path.rstrip("/"), "_find"), path)
     found = (_name(name) for name in names if not name.endswith("/"))
     return sorted(name.removeprefix(start) for name in found if name.startswith(start))
+
+
+def matching(pattern: str) -> list[str]:
+    """Returns the URLs of the objects that match a pattern such as gs://BUCKET/photos/*.jpg.
+
+    Raises:
+      OSError: if the bucket cannot be listed.
+    """
+    scheme = pattern.partition("://")[0]
+    entries = calls.result(calls.begin(pattern, "_glob", detail=True), pattern)
+    return [f"{scheme}://{name}" for name, entry in entries.items() if entry["type"] == "file"]
 
 
 def is_folder(path: str | os.PathLike) -> bool:
@@ -106,12 +120,25 @@ def versions(paths: Collection[str]) -> list[Version | None]:
     return found
 
 
+def size(path: str | os.PathLike) -> int:
+    """Returns the number of bytes of a file, on disk or in a bucket.
+
+    Raises:
+      OSError: if it does not exist, or cannot be asked for.
+    """
+    if not is_bucket(path):
+        return os.path.getsize(path)
+    return int(calls.result(calls.begin(os.fspath(path), "_info"), os.fspath(path))["size"])
+
+
 def _on_disk(path: str) -> Version | None:
     try:
         found = os.stat(path)
     except (FileNotFoundError, NotADirectoryError):
         return None
-    return Version(found.st_size, str(found.st_mtime_ns)) if stat.S_ISREG(found.st_mode) else None
+    if not stat.S_ISREG(found.st_mode):
+        return None
+    return Version(found.st_size, str(found.st_mtime_ns), int(found.st_mtime))
 
 
 def _name(path: str) -> str:
@@ -119,6 +146,8 @@ def _name(path: str) -> str:
     return path.partition("://")[2] or path
 
 
-def _version(entry: dict) -> Version:
+def version_of(entry: dict[str, Any]) -> Version:
+    """Returns the version of an object from what gcsfs or s3fs say of it."""
     mark = next((str(entry[key]) for key in _MARKS if entry.get(key)), "")
-    return Version(int(entry["size"]), mark)
+    written = entry.get("LastModified") or datetime.datetime.fromisoformat(entry["timeCreated"])
+    return Version(int(entry["size"]), mark, int(written.timestamp()))

@@ -12,15 +12,14 @@ import dataclasses
 import hashlib
 import json
 import os
-import pathlib
 from typing import Any, cast
 
 import jax
 import jax.export
 import jax.numpy as jnp
 
+from convit_jax import storage
 from convit_jax.model.normalise import normalise
-from convit_jax.storage import whole_file
 from convit_jax.weights.digest import digest
 from convit_jax.weights.loaded import Loaded
 
@@ -95,7 +94,7 @@ def save_exported(
         exported = jax.export.export(jax.jit(inference), platforms=PLATFORMS)(images)
     line = json.dumps(about(loaded, batch, jnp.dtype(dtype).name)).encode()
     content = b"\n".join((exported.serialize(), line))
-    with whole_file(path) as unfinished:
+    with storage.whole_file(path) as unfinished:
         unfinished.write_bytes(b"\n".join((content, hashlib.sha256(content).hexdigest().encode())))
 
 
@@ -110,7 +109,7 @@ def read_exported(path: str | os.PathLike) -> Exported:
         jax that the installed one cannot read.
       OSError: if the file cannot be read.
     """
-    content, _, checksum = pathlib.Path(path).read_bytes().rpartition(b"\n")
+    content, _, checksum = storage.as_path(path).read_bytes().rpartition(b"\n")
     if hashlib.sha256(content).hexdigest().encode() != checksum:
         raise ValueError(
             f"{path}: its SHA-256 is not the one at its end: the file is damaged, or not one of "

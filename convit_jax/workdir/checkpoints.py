@@ -24,11 +24,14 @@ import orbax.checkpoint as ocp
 from orbax.checkpoint import checkpoint_managers
 
 from convit_jax import storage
+from convit_jax.workdir.orbax_paths import for_orbax
 
 log = logging.getLogger(__name__)
 
 # Orbax's name for the folder of metrics in a checkpoint, and for the file in that folder.
 _METRICS = ocp.checkpoint_manager.METRIC_ITEM_NAME
+# Orbax's name for the object that tells that a checkpoint in a bucket is complete.
+_COMMITTED = ocp.path.atomicity.COMMIT_SUCCESS_FILE
 
 Progress = dict[str, Any]  # values are JSON types
 
@@ -49,11 +52,19 @@ class Restored(NamedTuple):
     metrics: dict[str, float] | None
 
 
+def steps_of(folder: pathlib.Path) -> list[int]:
+    """Returns the steps of the complete checkpoints, readable or not, in their order."""
+    if not folder.is_dir():
+        return []
+    paths = [path for path in folder.iterdir() if path.name.isdigit()]
+    if storage.is_bucket(folder):  # on disk, an unfinished checkpoint has another name
+        paths = [path for path in paths if (path / _COMMITTED).exists()]
+    return sorted(int(path.name) for path in paths)
+
+
 def newest_step(folder: pathlib.Path) -> int | None:
     """Returns the step of the newest checkpoint, readable or not; None without a checkpoint."""
-    if not folder.is_dir():
-        return None
-    return max((int(path.name) for path in folder.iterdir() if path.name.isdigit()), default=None)
+    return max(steps_of(folder), default=None)
 
 
 def best_step(folder: pathlib.Path, metric: str) -> int | None:
@@ -61,10 +72,7 @@ def best_step(folder: pathlib.Path, metric: str) -> int | None:
 
     Returns None if no checkpoint has been evaluated.
     """
-    if newest_step(folder) is None:
-        return None
-    steps = (int(path.name) for path in folder.iterdir() if path.name.isdigit())
-    evaluated = {step: read_metrics(folder, step) for step in steps}
+    evaluated = {step: read_metrics(folder, step) for step in steps_of(folder)}
     values = {step: _value(metric, metrics) for step, metrics in evaluated.items() if metrics}
     return max(values, key=lambda step: (values[step], step), default=None)
 
@@ -159,7 +167,7 @@ class Checkpoints:
         self._folder = folder
         self._unevaluated: int | None = None  # step of the newest checkpoint if it has no metrics
         self._manager = _Manager(
-            folder.resolve(),
+            for_orbax(folder),
             options=ocp.CheckpointManagerOptions(
                 save_decision_policy=checkpoint_managers.AnySavePolicy(policies),
                 preservation_policy=checkpoint_managers.AnyPreservationPolicy(
@@ -167,6 +175,12 @@ class Checkpoints:
                 ),
                 best_fn=values[0],
                 cleanup_tmp_directories=True,
+                # Nothing can be renamed in a bucket: an object tells that a checkpoint is complete.
+                temporary_path_class=(
+                    ocp.path.atomicity.CommitFileTemporaryPath
+                    if storage.is_bucket(folder)
+                    else None
+                ),
             ),
             item_handlers={
                 "state": _tree_handler(),
@@ -277,7 +291,7 @@ class Checkpoints:
         self._manager.wait_until_finished()
         if jax.process_index() == 0:
             path = self._folder / str(step) / _METRICS / _METRICS
-            path.parent.mkdir(exist_ok=True)
+            storage.make_folder(path.parent)
             storage.write_text(path, json.dumps(metrics))
         multihost_utils.sync_global_devices("evaluated")
         self._manager.reload()
@@ -306,9 +320,13 @@ def _as_os_error(folder: pathlib.Path) -> Iterator[None]:
     except (OSError, ValueError) as error:
         code = re.search(r"os_error_code='(\d+)'", str(error))
         number = int(code[1]) if code else getattr(error, "errno", None)
-        if number is None:
+        if number is not None:
+            reason = os.strerror(number)
+        elif storage.is_bucket(folder):
+            reason = str(error).partition("\n")[0][:300]
+        else:
             raise
         raise OSError(
-            f"{folder}: cannot write a checkpoint: {os.strerror(number)}. Earlier ones are "
-            "kept: the same command continues from the newest"
+            f"{folder}: cannot write a checkpoint: {reason}. Earlier ones are kept: the same "
+            "command continues from the newest"
         ) from error

@@ -1,9 +1,10 @@
 """The workdir, the folder of a run, and every path in it. No other module spells these names."""
 
 import os
+import secrets
 import tempfile
 
-from convit_jax.storage import as_path
+from convit_jax.storage import as_path, is_bucket, write_text
 
 
 class Workdir:
@@ -59,7 +60,12 @@ class Workdir:
         return str(self.path)
 
     def check_writable(self) -> None:
-        """Raises OSError if the folder cannot be written or made; leaves the disk as it was."""
+        """Raises OSError if the folder cannot be written or made; leaves everything as it was."""
+        if is_bucket(self.path):
+            probe = self.path / f".writable-{secrets.token_hex(8)}"
+            write_text(probe, "")
+            probe.unlink()
+            return
         exists = self.path
         while not exists.exists():
             exists = exists.parent

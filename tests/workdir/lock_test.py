@@ -11,7 +11,7 @@ import pytest
 from runs import ROOT
 
 from convit_jax import storage
-from convit_jax.workdir import lock
+from convit_jax.workdir import lock, lock_entry
 from convit_jax.workdir.folder import Workdir
 from convit_jax.workdir.lock import Lock
 
@@ -99,7 +99,7 @@ def test_without_file_locks_the_entry_decides_also_on_one_host(tmp_path, monkeyp
     def unsupported(*_):
         raise OSError(95, "Operation not supported")
 
-    monkeypatch.setattr(lock.fcntl, "flock", unsupported)
+    monkeypatch.setattr(lock_entry.fcntl, "flock", unsupported)
     monkeypatch.setattr(lock, "_BEAT", 0.05)
     monkeypatch.setattr(lock, "_WAIT", 60.0)
     with Lock(Workdir(tmp_path)), pytest.raises(OSError, match="trains in this folder"):

@@ -6,9 +6,7 @@ file name). tfds itself needs TensorFlow to prepare it, and disk space for a sec
 images.
 """
 
-from collections.abc import Iterator
 from concurrent import futures
-import contextlib
 import errno
 import hashlib
 import json
@@ -16,6 +14,7 @@ import logging
 import os
 import pathlib
 import shutil
+import tempfile
 
 import numpy as np
 import tqdm
@@ -27,6 +26,7 @@ from convit_jax.data.imagenet import tar_files
 log = logging.getLogger(__name__)
 
 _NAME = "imagenet2012"
+_INFO = "dataset_info.json"  # tfds' file, without which a folder is no data set
 _STATE = "progress.json"  # lists the complete shards, beside them, until all are written
 _Plan = dict[str, tuple[str, tar_files.Images]]  # shard's file name -> split, images in order
 
@@ -51,12 +51,16 @@ def prepare_imagenet(
     are read from the tars in random order. This takes under half an hour from a solid-state disk
     and hours from a hard disk.
 
+    A bucket cannot rename a folder. There the shards get their final names at once, each from the
+    temporary folder of the system, and dataset_info.json is written last. Without it neither tfds
+    nor this project sees a data set.
+
     As in tfds, the training images that are CMYK (22) or PNG (1) are encoded again as RGB JPEG of
     quality 100, and all others keep their bytes. The validation labels are those that tfds ships.
 
     Args:
       tars: folder that holds ILSVRC2012_img_train.tar and ILSVRC2012_img_val.tar.
-      data_dir: folder of the tfds data sets; needs about 148 GB of disk space.
+      data_dir: folder of the tfds data sets, on a disk or in a bucket; takes about 148 GB.
       classes: number of classes that the training tar must hold.
       train_images: number of images that the training tar must hold.
       validation_images: number of images that the validation tar must hold.
@@ -70,8 +74,8 @@ def prepare_imagenet(
 
     Raises:
       FileNotFoundError: if a tar is missing.
-      ValueError: if a tar is damaged or does not hold what it should, or if the incomplete folder
-        was begun with other tars or another number of shards.
+      ValueError: if a tar is damaged or does not hold what it should, if the incomplete folder was
+        begun with other tars or another number of shards, or if `tars` is in a bucket.
       FileExistsError: if another data set is stored in the folder of the version.
       BlockingIOError: if another run is writing there.
       OSError: if the disk has too little space, or fails.
@@ -82,8 +86,8 @@ def prepare_imagenet(
         if not 1 <= shards[split] <= count:
             raise ValueError(f"{split}: expected 1 to {count} shards, got {shards[split]}")
     version = str(tar_files.tfds_module().Builder.VERSION)
-    final = pathlib.Path(data_dir).expanduser() / _NAME / version
-    if final.exists():
+    final = storage.as_path(data_dir) / _NAME / version
+    if final.exists() and not _is_unfinished(final):
         _check_finished(final, counts)
         return final
     train_tar, validation_tar = tar_files.find_tars(tars)
@@ -171,23 +175,39 @@ def _plan(split: str, images: tar_files.Images, shards: int) -> _Plan:
 
 
 def _write(final: pathlib.Path, plan: _Plan, progress: bool) -> None:
-    """Writes shards and metadata into a folder beside `final`, then renames it to `final`."""
+    """Writes shards and metadata into a folder beside `final`, then renames it to `final`.
+
+    A bucket gets them at `final`, the metadata last. It has no locks: two runs write equal shards.
+    """
+    if storage.is_bucket(final):
+        with tempfile.TemporaryDirectory(prefix="convit") as folder:
+            _write_all_metadata(pathlib.Path(folder), plan, _write_shards(final, plan, progress))
+            names = sorted(os.listdir(folder), key=lambda name: (name == _INFO, name))
+            for name in names:
+                with storage.whole_file(final / name) as unfinished:
+                    unfinished.write_bytes(pathlib.Path(folder, name).read_bytes())
+        (final / _STATE).unlink()
+        return
     incomplete = final.with_name(final.name + ".incomplete")
     incomplete.mkdir(parents=True, exist_ok=True)
-    with _locked(incomplete):
+    with storage.locked(incomplete):
         for unfinished in incomplete.glob("*.part"):  # left by a run that was killed
             if unfinished.is_file():
                 unfinished.unlink()
-        done = _write_shards(incomplete, plan, progress)
-        _compare_encoded_anew(plan, done)
-        splits = {}
-        for split in ("train", "validation"):
-            names = [name for name, (of, _) in plan.items() if of == split]
-            lengths = [len(plan[name][1]) for name in names]
-            splits[split] = lengths, sum(done[name]["bytes"] for name in names)
-        write_metadata(incomplete, splits)
+        _write_all_metadata(incomplete, plan, _write_shards(incomplete, plan, progress))
         os.rename(incomplete, final)
         (final / _STATE).unlink()
+
+
+def _write_all_metadata(folder: pathlib.Path, plan: _Plan, done: dict[str, dict]) -> None:
+    """Writes the metadata of the shards that `_write_shards` wrote."""
+    _compare_encoded_anew(plan, done)
+    splits = {}
+    for split in ("train", "validation"):
+        names = [name for name, (of, _) in plan.items() if of == split]
+        lengths = [len(plan[name][1]) for name in names]
+        splits[split] = lengths, sum(done[name]["bytes"] for name in names)
+    write_metadata(folder, splits)
 
 
 def _write_shards(folder: pathlib.Path, plan: _Plan, progress: bool) -> dict[str, dict]:
@@ -199,6 +219,7 @@ def _write_shards(folder: pathlib.Path, plan: _Plan, progress: bool) -> dict[str
     kept = sum(len(plan[name][1]) for name in done)
     if kept:
         log.info("%s: continuing after %d of %d images", folder, kept, total)
+    _write_state(folder, source, done)
     bar = tqdm.tqdm(
         desc=f"writing {_NAME}", total=total, initial=kept, unit=" images", disable=not progress
     )
@@ -208,9 +229,13 @@ def _write_shards(folder: pathlib.Path, plan: _Plan, progress: bool) -> dict[str
                 continue
             with storage.whole_file(folder / name) as unfinished:
                 done[name] = _write_shard(unfinished, images, split == "train", pool)
-            storage.write_text(folder / _STATE, json.dumps({"source": source, "shards": done}))
+            _write_state(folder, source, done)
             bar.update(len(images))
     return done
+
+
+def _write_state(folder: pathlib.Path, source: str, done: dict[str, dict]) -> None:
+    storage.write_text(folder / _STATE, json.dumps({"source": source, "shards": done}))
 
 
 def _complete_shards(folder: pathlib.Path, plan: _Plan, source: str) -> dict[str, dict]:
@@ -224,17 +249,21 @@ def _complete_shards(folder: pathlib.Path, plan: _Plan, source: str) -> dict[str
             f"{folder}: expected shards of these tars, found shards of other tars or in another "
             "number. Delete the folder to begin anew, or continue with the tars it was begun with"
         )
-    return {
-        name: entry
-        for name, entry in state["shards"].items()
-        if _num_records(folder / name) == len(plan[name][1])
-    }
+    in_bucket = storage.is_bucket(folder)
+    there = storage.children(str(folder)).files if in_bucket else {}
+
+    def is_whole(name: str, entry: dict) -> bool:
+        if in_bucket:
+            return name in there and there[name].size == entry["size"]
+        return _num_records(folder / name) == len(plan[name][1])
+
+    return {name: entry for name, entry in state["shards"].items() if is_whole(name, entry)}
 
 
 def _write_shard(
     path: pathlib.Path, images: tar_files.Images, encode_anew: bool, pool: futures.Executor
 ) -> dict:
-    """Writes one shard; returns the bytes of its records and the names of re-encoded images."""
+    """Writes one shard; returns the bytes of its records, its size, names of re-encoded images."""
     from array_record.python import array_record_module
 
     total, anew = 0, []
@@ -267,7 +296,7 @@ def _write_shard(
         os.close(file)
     if (found := _num_records(path)) != len(images):
         raise OSError(f"{path}: expected {len(images)} records, found {found}: is the disk full?")
-    return {"bytes": total, "encoded_anew": anew}
+    return {"bytes": total, "size": path.stat().st_size, "encoded_anew": anew}
 
 
 def _as_rgb_jpeg(content: bytes, name: str) -> bytes:
@@ -290,6 +319,12 @@ def _num_records(path: pathlib.Path) -> int:
     return count
 
 
+def _is_unfinished(final: pathlib.Path) -> bool:
+    """Returns whether a bucket has a part of the shards there; a disk never does."""
+    in_bucket = storage.is_bucket(final)
+    return in_bucket and (final / _STATE).exists() and not (final / _INFO).exists()
+
+
 def _check_finished(final: pathlib.Path, counts: dict[str, int]) -> None:
     """Raises FileExistsError unless `final` holds the data set that would be written."""
     import tensorflow_datasets as tfds
@@ -309,9 +344,15 @@ def _check_finished(final: pathlib.Path, counts: dict[str, int]) -> None:
 
 
 def _check_room(folder: pathlib.Path, missing: list[tar_files.Images]) -> None:
-    """Raises OSError if the disk has too little free space for the missing shards."""
+    """Raises OSError if the disk has too little free space for the missing shards.
+
+    A bucket has room for all; one shard at a time is on the disk of the temporary folder.
+    """
     # Headers, labels and names take some 200 bytes a record. Shards are padded to 64 KiB blocks.
-    needed = sum(int(images.sizes.sum()) + 300 * len(images) + 2**17 for images in missing)
+    sizes = [int(images.sizes.sum()) + 300 * len(images) + 2**17 for images in missing]
+    needed = sum(sizes)
+    if storage.is_bucket(folder):
+        folder, needed = pathlib.Path(tempfile.gettempdir()), max(sizes, default=0)
     free = shutil.disk_usage(folder).free
     if free < needed:
         raise OSError(
@@ -320,25 +361,6 @@ def _check_room(folder: pathlib.Path, missing: list[tar_files.Images]) -> None:
             f"{free:,}: make room, or choose another data_dir",
             str(folder),
         )
-
-
-@contextlib.contextmanager
-def _locked(folder: pathlib.Path) -> Iterator[None]:
-    """Locks a folder against other runs; the lock ends with the process, however that ends."""
-    import fcntl  # does not exist on Windows, and neither does ArrayRecord
-
-    handle = os.open(folder, os.O_RDONLY)
-    try:
-        fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except BlockingIOError as error:
-        os.close(handle)
-        raise BlockingIOError(error.errno, "another run is writing here", str(folder)) from None
-    except OSError as error:  # some network file systems have no locks
-        log.warning("%s: cannot be locked (%s): do not start a second run", folder, error)
-    try:
-        yield
-    finally:
-        os.close(handle)
 
 
 def _compare_encoded_anew(plan: _Plan, done: dict[str, dict]) -> None:

@@ -14,7 +14,7 @@ from typing import Any
 import numpy as np
 
 from convit_jax import storage
-from convit_jax.data import held_out, threads
+from convit_jax.data import held_out, local_copy, threads
 from convit_jax.data.corrupt import CorruptImageError
 from convit_jax.data.source import Source, Subset, check_index, hashes
 from convit_jax.data.tfds import bucket_records, records, stored
@@ -139,7 +139,12 @@ class Splits:
 
 
 def open_tfds(
-    spec: str, split: str, data_dir: str, cache_dir: str | None, splits: Splits
+    spec: str,
+    split: str,
+    data_dir: str,
+    cache_dir: str | None,
+    splits: Splits,
+    copy_dir: str = "",
 ) -> Source:
     """Opens a split of a prepared data set.
 
@@ -149,6 +154,8 @@ def open_tfds(
       data_dir: folder of the tfds data sets; empty: $TFDS_DATA_DIR, else ~/tensorflow_datasets.
       cache_dir: folder for the indices of large data sets; None stores none.
       splits: which splits are read.
+      copy_dir: folder on a local disk; the shards are copied to it once and read there. Who opens
+        "train" opens "test" too, so the shards of both are copied then. Empty copies nothing.
 
     Raises:
       FileNotFoundError: if the data set or one of its shards is missing.
@@ -166,7 +173,11 @@ def open_tfds(
             f"{_prepare_again(info, folder, root)}"
         )
     name, divided = _choose_split(info, split, splits, folder)
+    _say_if_test_split_chooses(name, splits, folder)
     paths = [os.fspath(path) for path in info.splits[name].filepaths]
+    if copy_dir:
+        folder = local_copy.copied([*paths, *_also_read(info, split, splits, folder)], copy_dir)
+        paths = [os.path.join(folder, os.path.basename(path)) for path in paths]
     lengths = info.splits[name].shard_lengths
     found = dict(zip(paths, storage.versions(paths), strict=True))
     versions = [version for version in found.values() if version is not None]
@@ -221,13 +232,24 @@ def _choose_split(info: Any, split: str, splits: Splits, folder: pathlib.Path) -
             f"{folder}: expected a {expected or 'validation or test'} split with images, got "
             f"{counts}" + (f"; choose with --config.data.{key}={choice[0]}" if choice else "")
         )
+    return wanted, divided
+
+
+def _say_if_test_split_chooses(name: str, splits: Splits, folder: pathlib.Path) -> None:
     in_training = splits.val_fraction < 1  # 1 is an evaluation of weights, without a run
-    if wanted == "test" and not splits.test_split and in_training:
+    if name == "test" and not splits.test_split and in_training:
         log.info(
             "%s: its test split chooses the best checkpoint of a run, as there is no validation "
             "split: the accuracy on it is optimistic", folder,
         )  # fmt: skip
-    return wanted, divided
+
+
+def _also_read(info: Any, split: str, splits: Splits, folder: pathlib.Path) -> list[str]:
+    """Returns the shards that are read besides those of a split: who trains evaluates too."""
+    if split == "test":
+        return []
+    name, _ = _choose_split(info, "test", splits, folder)
+    return [os.fspath(path) for path in info.splits[name].filepaths]
 
 
 def _divide(source: RecordSource, name: str, split: str, splits: Splits) -> Subset:
