@@ -37,6 +37,7 @@ _PREPARE = """Writes ImageNet from its two tar files in the layout of tensorflow
 
     convit data prepare --tars=DIR --data_dir=DATA
 
+DATA is a folder, which gets ArrayRecord files, or gs://BUCKET/NAME, which gets TFRecord files.
 The tar files, ILSVRC2012_img_train.tar and ILSVRC2012_img_val.tar, come from image-net.org. They
 are checked first. TensorFlow is not needed. After an interruption, the same command continues."""
 

@@ -1,9 +1,9 @@
-"""Writes ImageNet from its two tars as the ArrayRecord data set of tfds, without TensorFlow.
+"""Writes ImageNet from its two tars as a data set of tfds, without TensorFlow.
 
 The result is what `tfds.builder("imagenet2012", file_format="array_record")` prepares: the same
 files, the same metadata, and the same records in the same order (tfds shuffles by a hash of the
 file name). tfds itself needs TensorFlow to prepare it, and disk space for a second copy of the
-images.
+images. A bucket gets the same records as TFRecord, which can be read there.
 """
 
 from concurrent import futures
@@ -21,7 +21,7 @@ import tqdm
 
 from convit_jax import storage
 from convit_jax.data.first_names import first_names
-from convit_jax.data.imagenet import tar_files
+from convit_jax.data.imagenet import shard_files, tar_files
 
 log = logging.getLogger(__name__)
 
@@ -42,7 +42,7 @@ def prepare_imagenet(
     validation_shards: int = 64,
     progress: bool = True,
 ) -> pathlib.Path:
-    """Writes ImageNet (ILSVRC2012) as the tfds data set imagenet2012 in ArrayRecord shards.
+    """Writes ImageNet (ILSVRC2012) as the tfds data set imagenet2012.
 
     Both tars are checked before anything is written. The shards are then written to a folder
     `*.incomplete`, which gets its final name when it is complete. Until then nothing can be read.
@@ -51,9 +51,10 @@ def prepare_imagenet(
     are read from the tars in random order. This takes under half an hour from a solid-state disk
     and hours from a hard disk.
 
-    A bucket cannot rename a folder. There the shards get their final names at once, each from the
-    temporary folder of the system, and dataset_info.json is written last. Without it neither tfds
-    nor this project sees a data set.
+    On a disk the shards are ArrayRecord. In a bucket they are TFRecord, which is read there by
+    ranges of bytes. A bucket cannot rename a folder, so the shards get their final names at once,
+    each from the temporary folder of the system, and dataset_info.json is written last. Without it
+    neither tfds nor this project sees a data set.
 
     As in tfds, the training images that are CMYK (22) or PNG (1) are encoded again as RGB JPEG of
     quality 100, and all others keep their bytes. The validation labels are those that tfds ships.
@@ -93,8 +94,8 @@ def prepare_imagenet(
     train_tar, validation_tar = tar_files.find_tars(tars)
     validation = tar_files.index_validation(validation_tar, validation_images)
     train = tar_files.index_train(train_tar, classes, train_images, progress)
-    plan = _plan("train", train, train_shards)
-    plan |= _plan("validation", validation, validation_shards)
+    plan = _plan("train", train, train_shards, _format(final))
+    plan |= _plan("validation", validation, validation_shards, _format(final))
     _write(final, plan, progress)
     return final
 
@@ -136,7 +137,7 @@ def record(image: bytes, label: int, file_name: bytes) -> bytes:
 def write_metadata(
     folder: pathlib.Path,
     splits: dict[str, tuple[list[int], int]],
-    file_format: str = "array_record",
+    file_format: str,
 ) -> None:
     """Writes dataset_info.json, features.json and the label names of imagenet2012 with tfds.
 
@@ -162,11 +163,16 @@ def write_metadata(
     builder.info.write_to_directory(folder)
 
 
-def _plan(split: str, images: tar_files.Images, shards: int) -> _Plan:
+def _format(folder: pathlib.Path) -> str:
+    """Returns the format of the shards in a folder, by tfds' name."""
+    return "tfrecord" if storage.is_bucket(folder) else "array_record"
+
+
+def _plan(split: str, images: tar_files.Images, shards: int, file_format: str) -> _Plan:
     ordered = images[tfds_order(images.names, split)]
     bounds = [round(len(ordered) * i / shards) for i in range(shards + 1)]  # as tfds rounds
     return {
-        f"{_NAME}-{split}.array_record-{i:05d}-of-{shards:05d}": (
+        f"{_NAME}-{split}.{file_format}-{i:05d}-of-{shards:05d}": (
             split,
             ordered[bounds[i] : bounds[i + 1]],
         )
@@ -181,7 +187,8 @@ def _write(final: pathlib.Path, plan: _Plan, progress: bool) -> None:
     """
     if storage.is_bucket(final):
         with tempfile.TemporaryDirectory(prefix="convit") as folder:
-            _write_all_metadata(pathlib.Path(folder), plan, _write_shards(final, plan, progress))
+            done = _write_shards(final, plan, progress)
+            _write_all_metadata(pathlib.Path(folder), plan, done, _format(final))
             names = sorted(os.listdir(folder), key=lambda name: (name == _INFO, name))
             for name in names:
                 with storage.whole_file(final / name) as unfinished:
@@ -194,12 +201,15 @@ def _write(final: pathlib.Path, plan: _Plan, progress: bool) -> None:
         for unfinished in incomplete.glob("*.part"):  # left by a run that was killed
             if unfinished.is_file():
                 unfinished.unlink()
-        _write_all_metadata(incomplete, plan, _write_shards(incomplete, plan, progress))
+        done = _write_shards(incomplete, plan, progress)
+        _write_all_metadata(incomplete, plan, done, _format(final))
         os.rename(incomplete, final)
         (final / _STATE).unlink()
 
 
-def _write_all_metadata(folder: pathlib.Path, plan: _Plan, done: dict[str, dict]) -> None:
+def _write_all_metadata(
+    folder: pathlib.Path, plan: _Plan, done: dict[str, dict], file_format: str
+) -> None:
     """Writes the metadata of the shards that `_write_shards` wrote."""
     _compare_encoded_anew(plan, done)
     splits = {}
@@ -207,7 +217,7 @@ def _write_all_metadata(folder: pathlib.Path, plan: _Plan, done: dict[str, dict]
         names = [name for name, (of, _) in plan.items() if of == split]
         lengths = [len(plan[name][1]) for name in names]
         splits[split] = lengths, sum(done[name]["bytes"] for name in names)
-    write_metadata(folder, splits)
+    write_metadata(folder, splits, file_format)
 
 
 def _write_shards(folder: pathlib.Path, plan: _Plan, progress: bool) -> dict[str, dict]:
@@ -228,7 +238,9 @@ def _write_shards(folder: pathlib.Path, plan: _Plan, progress: bool) -> dict[str
             if name in done:
                 continue
             with storage.whole_file(folder / name) as unfinished:
-                done[name] = _write_shard(unfinished, images, split == "train", pool)
+                done[name] = _write_shard(
+                    unfinished, images, split == "train", pool, _format(folder)
+                )
             _write_state(folder, source, done)
             bar.update(len(images))
     return done
@@ -255,17 +267,19 @@ def _complete_shards(folder: pathlib.Path, plan: _Plan, source: str) -> dict[str
     def is_whole(name: str, entry: dict) -> bool:
         if in_bucket:
             return name in there and there[name].size == entry["size"]
-        return _num_records(folder / name) == len(plan[name][1])
+        return shard_files.is_whole(folder / name, len(plan[name][1]), _format(folder))
 
     return {name: entry for name, entry in state["shards"].items() if is_whole(name, entry)}
 
 
 def _write_shard(
-    path: pathlib.Path, images: tar_files.Images, encode_anew: bool, pool: futures.Executor
+    path: pathlib.Path,
+    images: tar_files.Images,
+    encode_anew: bool,
+    pool: futures.Executor,
+    file_format: str,
 ) -> dict:
     """Writes one shard; returns the bytes of its records, its size, names of re-encoded images."""
-    from array_record.python import array_record_module
-
     total, anew = 0, []
     file = os.open(images.tar, os.O_RDONLY)
 
@@ -276,7 +290,7 @@ def _write_shard(
         return content
 
     try:
-        writer = array_record_module.ArrayRecordWriter(str(path), "group_size:1")  # as tfds
+        writer = shard_files.open_writer(path, file_format)
         contents = pool.map(read, images.offsets.tolist(), images.sizes.tolist())
         for name, label, content in zip(
             images.names.tolist(), images.labels.tolist(), contents, strict=True
@@ -294,8 +308,8 @@ def _write_shard(
         raise OSError(f"{error}: mend it, and start again to continue") from error
     finally:
         os.close(file)
-    if (found := _num_records(path)) != len(images):
-        raise OSError(f"{path}: expected {len(images)} records, found {found}: is the disk full?")
+    if not shard_files.is_whole(path, len(images), file_format):
+        raise OSError(f"{path}: expected {len(images)} records, found fewer: is the disk full?")
     return {"bytes": total, "size": path.stat().st_size, "encoded_anew": anew}
 
 
@@ -304,19 +318,6 @@ def _as_rgb_jpeg(content: bytes, name: str) -> bytes:
         return tar_files.as_rgb_jpeg(content)
     except (ValueError, OSError) as error:
         raise ValueError(f"{name}: damaged ({error}). {tar_files.SOURCE}") from error
-
-
-def _num_records(path: pathlib.Path) -> int:
-    """Returns the number of records of a shard; -1 if it is missing or damaged."""
-    from array_record.python import array_record_module
-
-    try:
-        reader = array_record_module.ArrayRecordReader(str(path))
-        count = reader.num_records()
-        reader.close()  # raises if the file is damaged
-    except (RuntimeError, ValueError, OSError, IndexError):
-        return -1
-    return count
 
 
 def _is_unfinished(final: pathlib.Path) -> bool:
@@ -335,9 +336,9 @@ def _check_finished(final: pathlib.Path, counts: dict[str, int]) -> None:
         found = f"{sizes} as {info.file_format.value}"
     except Exception as error:  # tfds raises many kinds of errors for a folder it cannot read
         found = f"nothing that tfds reads ({error})"
-    if found != f"{counts} as array_record":
+    if found != f"{counts} as {_format(final)}":
         raise FileExistsError(
-            f"{final}: expected no folder, or {counts} as array_record; found {found}. "
+            f"{final}: expected no folder, or {counts} as {_format(final)}; found {found}. "
             "Use it as it is, move it away, or choose another data_dir"
         )
     (final / _STATE).unlink(missing_ok=True)  # left if a run was killed just before its end

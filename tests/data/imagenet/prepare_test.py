@@ -22,6 +22,7 @@ import tensorflow_datasets as tfds
 
 from convit_jax import storage
 from convit_jax.data.imagenet import prepare, tar_files
+from convit_jax.data.open import open_source
 
 # Images of each class. The named ones are on tfds' lists; their content is made to match.
 CLASSES = {"n02105855": 5, "n01739381": 4, "n13037406": 4}
@@ -415,7 +416,7 @@ def test_failing_disk_is_named_and_the_run_goes_on(tars, prepared, tmp_path):
     assert contents(run(tars, tmp_path)) == contents(prepared)
 
 
-def test_a_bucket_gets_the_same_bytes_after_a_kill(tars, prepared, bucket, monkeypatch):
+def test_a_bucket_gets_the_same_tfrecords_after_a_kill(tars, prepared, bucket, monkeypatch):
     bucket = bucket.partition("[")[0]  # fsspec deletes by patterns
     folder = storage.as_path(bucket) / "imagenet2012" / "5.1.0"
     write, upload, names = prepare._write_shard, storage.whole._uploaded, []
@@ -440,12 +441,18 @@ def test_a_bucket_gets_the_same_bytes_after_a_kill(tars, prepared, bucket, monke
 
     monkeypatch.setattr(storage.whole, "_uploaded", uploaded)
     assert os.fspath(run(tars, bucket)) == os.fspath(folder)
-    assert contents(folder) == contents(prepared)
     assert names[-1] == "dataset_info.json"
     assert len(set(names[:2]) & set(names[2:])) == 0
     count = len(names)
     run(tars, bucket)  # finds it complete
     assert len(names) == count
+    assert contents(folder) == contents(run(tars, f"{bucket}-at-once"))
+    for split in ("train", "test"):  # read where they are
+        there, here = (
+            open_source("tfds:imagenet2012", split, data_dir=str(data_dir))
+            for data_dir in (bucket, prepared.parents[1])
+        )
+        assert [there[i] for i in range(len(there))] == [here[i] for i in range(len(here))]
     (folder / "dataset_info.json").unlink()
     with pytest.raises(FileExistsError, match="expected no folder, or"):
         run(tars, bucket)
