@@ -50,6 +50,9 @@ def _load(scheme: str) -> None:
     # gcsfs asks for the kind of each bucket by gRPC, which no emulator speaks and some proxies
     # block: without an answer it tries for minutes.
     os.environ.setdefault("GCSFS_EXPERIMENTAL_ZB_HNS_SUPPORT", "false")
+    # Where TensorFlow is installed, epath would use its file systems, which have neither these
+    # settings nor S3.
+    os.environ.setdefault("EPATH_USE_TF", "false")
     with extras.needed(extra, f"{scheme}://"):
         __import__(package)
     import fsspec
