@@ -58,6 +58,9 @@ def _load(scheme: str) -> None:
     os.environ.setdefault("TENSORSTORE_CURL_LOW_SPEED_TIME_SECONDS", silence)
     os.environ.setdefault("TENSORSTORE_CURL_LOW_SPEED_LIMIT_BYTES", "1")
     os.environ.setdefault("TENSORSTORE_CURL_CONNECT_TIMEOUT_SECONDS", silence)
+    # Where TensorFlow is installed, epath would use its file systems, which have neither these
+    # settings nor S3.
+    os.environ.setdefault("EPATH_USE_TF", "false")
     with extras.needed(extra, f"{scheme}://"):
         __import__(package)
         import fsspec
