@@ -38,8 +38,7 @@ _CONNECTION_ERRORS = (
     ConnectionError,
 )
 _PIECE = 16 * 2**20  # bytes of an upload that are sent again after a fault
-
-_EMPTY: tuple[int, dict[str, str], None, bytes] = (204, {}, None, b"")  # an answer without content
+_EMPTY: tuple = (204, {}, None, b"")  # an answer without content
 
 # The functions of gcsfs without its decorator, which repeats them.
 _request_once = inspect.unwrap(core.GCSFileSystem._request)
