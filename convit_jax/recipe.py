@@ -157,7 +157,14 @@ KEYS: dict[str, Key] = {
     ),
     "data.dir": Key(
         "",
-        "folder of tfds data sets; empty is $TFDS_DATA_DIR, or ~/tensorflow_datasets if unset",
+        "folder of tfds data sets, local, gs:// or s3://; empty is $TFDS_DATA_DIR, or "
+        "~/tensorflow_datasets if unset",
+        may_change=True,
+    ),
+    "data.cache": Key(
+        "",
+        "folder on a local disk to which the shards of a tfds data set are copied once, and where "
+        "they are read; empty reads them where they are",
         may_change=True,
     ),
     "data.val_fraction": Key(

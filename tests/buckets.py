@@ -17,6 +17,8 @@ import time
 
 import pytest
 
+from convit_jax import storage
+
 BUCKET = "bkt"
 
 
@@ -55,11 +57,8 @@ def gcs_emulator() -> Iterator[dict[str, str]]:
         if importlib.util.find_spec(package) is None:
             pytest.skip(f"gs:// needs {package}: pip install -e '.[test]'")
     port = free_port()
-    command = [
-        _script("gcp-storage-emulator"), "start", "--host=127.0.0.1", f"--port={port}",
-        "--in-memory", f"--default-bucket={BUCKET}",
-    ]  # fmt: skip
-    with serving(command, port):
+    server = str(pathlib.Path(__file__).with_name("gcs_server.py"))
+    with serving([sys.executable, server, str(port), BUCKET], port):
         yield gcs_environment(f"http://127.0.0.1:{port}")
 
 
@@ -103,6 +102,32 @@ def s3_environment(url: str) -> dict[str, str]:
     }
 
 
+def upload(folder: pathlib.Path, url: str) -> None:
+    """Copies a folder into an emulated bucket; the files directly in it come directly below `url`.
+
+    The files come one after another: the emulators refuse connections when many come at once.
+    """
+    for file in sorted(folder.rglob("*")):
+        if file.is_file():
+            path = storage.as_path(f"{url}/{file.relative_to(folder)}")
+            path.write_bytes(file.read_bytes())
+
+
+def remove(path: pathlib.Path) -> None:
+    """Removes an object. Its `unlink` would take the brackets of a test's name for a pattern."""
+    import fsspec
+
+    file_system, name = fsspec.core.url_to_fs(os.fspath(path))
+    file_system.rm_file(name)
+
+
+# Kind of bucket -> the variable with the URL of its service, and the environment for another URL.
+PROXIED = {
+    "gcs": ("STORAGE_EMULATOR_HOST", gcs_environment),
+    "s3": ("AWS_ENDPOINT_URL", s3_environment),
+}
+
+
 @contextlib.contextmanager
 def in_environment(variables: dict[str, str]) -> Iterator[None]:
     """Sets environment variables until the end of the block, and forgets connections before it."""
@@ -112,4 +137,16 @@ def in_environment(variables: dict[str, str]) -> Iterator[None]:
         for key, value in variables.items():
             patch.setenv(key, value)
         fsspec.config.set_conf_env(fsspec.config.conf, dict(os.environ))
+        _forget_connections()
         yield
+    _forget_connections()
+
+
+def _forget_connections() -> None:
+    """Makes the next use of a bucket read the environment again."""
+    from etils.epath import backend
+    import fsspec
+
+    backend.fsspec_backend._get_filesystem.cache_clear()
+    for file_system in {fsspec.registry[name] for name in ("gcs", "s3") if name in fsspec.registry}:
+        file_system.clear_instance_cache()

@@ -6,6 +6,7 @@ Those of several devices do not pass on one GPU.
 
 import os
 import pathlib
+import re
 import sys
 import tempfile
 
@@ -15,6 +16,7 @@ sys.path[:0] = [str(_TESTS.parent), str(_TESTS)]
 
 import buckets  # noqa: E402
 import compiling  # noqa: E402
+import faulty_proxy  # noqa: E402
 import pytest  # noqa: E402
 
 # The two workers share the cores. With a thread for each core, PyTorch and NumPy would wait in busy
@@ -67,19 +69,39 @@ def _s3():
         yield f"s3://{buckets.BUCKET}"
 
 
+def _folder(url, request):
+    """Returns the URL of a test's own folder; fsspec takes brackets for a pattern."""
+    return f"{url}/{re.sub(r'[^a-z0-9]+', '_', request.node.name)}"
+
+
 @pytest.fixture
 def gcs(_gcs, request):
     """The URL of an empty folder in an emulated bucket of Google Cloud Storage."""
-    return f"{_gcs}/{request.node.name}"
+    return _folder(_gcs, request)
 
 
 @pytest.fixture
 def s3(_s3, request):
     """The URL of an empty folder in an emulated bucket of S3."""
-    return f"{_s3}/{request.node.name}"
+    return _folder(_s3, request)
 
 
 @pytest.fixture(params=["gcs", "s3"])
 def bucket(request):
     """The URL of an empty folder in an emulated bucket, of each kind in turn."""
     return request.getfixturevalue(request.param)
+
+
+@pytest.fixture(params=["gcs", "s3"])
+def faulty(request):
+    """A proxy before an emulated bucket, of each kind in turn, with `bucket`, the URL of a folder.
+
+    Requests are tried again for 1.5 seconds.
+    """
+    folder = request.getfixturevalue(request.param)
+    key, environment = buckets.PROXIED[request.param]
+    with faulty_proxy.running(os.environ[key]) as proxy:
+        variables = environment(proxy.url) | {"CONVIT_BUCKET_RETRY_SECONDS": "1.5"}
+        with buckets.in_environment(variables):
+            proxy.bucket = folder.partition("[")[0]  # fsspec takes brackets for a pattern
+            yield proxy

@@ -6,7 +6,8 @@
     convit convert runs/mine hub:ORGANISATION/NAME
 
 SRC is any source that convit_jax.load reads: a file of safetensors or PyTorch, the workdir of a
-run, or a name on huggingface.co. The suffix of DST decides the format; .pth and .pt need torch.
+run, either of them in a bucket (gs://, s3://), or a name on huggingface.co. DST may be in a bucket
+too. The suffix of DST decides the format; .pth and .pt need torch.
 """
 
 import argparse
@@ -19,7 +20,7 @@ import time
 from convit_jax.cli import options
 from convit_jax.data import class_names
 from convit_jax.model.variants import VARIANTS, options_of_kind
-from convit_jax.storage import whole_file
+from convit_jax.storage import as_path, is_bucket, size, whole_file
 from convit_jax.weights import hub, publish, safetensors, torch_pickle
 from convit_jax.weights.load import read_weights
 from convit_jax.weights.loaded import Loaded
@@ -59,7 +60,7 @@ def convert(args: argparse.Namespace) -> None:
     """
     start = time.perf_counter()
     repository = hub.destination(args.dst)
-    path = pathlib.Path(args.dst)
+    path = pathlib.Path(args.dst) if repository else as_path(args.dst)
     if repository is None:
         _check_file(path, args)
     else:
@@ -82,7 +83,7 @@ def convert(args: argparse.Namespace) -> None:
         state_dict = to_torch(loaded.params)
         with whole_file(path, RuntimeError) as unfinished:  # raised by torch
             torch_pickle.write(unfinished, state_dict)
-    megabytes = path.stat().st_size / 1e6
+    megabytes = size(path) / 1e6
     log.info("wrote %s, %.1f MB, in %.1f s", path, megabytes, time.perf_counter() - start)
 
 
@@ -125,7 +126,7 @@ def _check_file(path: pathlib.Path, args: argparse.Namespace) -> None:
             raise ValueError(f"--{flag}: expected with a DST of .stablehlo, and with no other")
     if args.private:
         raise ValueError(f"--private: expected with a DST of hub:ORGANISATION/NAME, got {path}")
-    if not path.parent.is_dir():
+    if not is_bucket(path) and not path.parent.is_dir():  # a bucket has no empty folders
         raise FileNotFoundError(f"DST: no such folder: {path.parent}")
     if path.is_dir():
         raise IsADirectoryError(f"DST: is a folder: {path}")

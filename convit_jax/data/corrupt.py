@@ -7,6 +7,8 @@ without memory raises other errors, which always stop the run.
 import errno
 import os
 
+from convit_jax import storage
+
 
 class ImageError(ValueError):
     """Base of the errors about one image: corrupt, or unfit for the configuration."""
@@ -53,6 +55,28 @@ def read_file(path: str, root: str) -> bytes:
         if os.path.islink(path):
             what += f", a link to {os.readlink(path)}"
         raise CorruptImageError(f"{path}: cannot be read: {what}") from error
+
+
+def read_object(path: str, root: str, ahead: storage.ReadAhead) -> bytes:
+    """Returns the contents of an image file in a bucket.
+
+    Args:
+      path: the object.
+      root: a folder above it, which must exist.
+      ahead: reads it.
+
+    Raises:
+      CorruptImageError: if there is no such object.
+      OSError: if `root` is gone, or if the bucket cannot be read.
+    """
+    try:
+        return ahead.read(storage.Span(path))
+    except FileNotFoundError as error:
+        if not storage.is_folder(root):
+            raise FileNotFoundError(
+                f"{root}: the folder of the images is gone; copy it back, and start again"
+            ) from error
+        raise CorruptImageError(f"{path}: cannot be read: no such object") from error
 
 
 def is_damage(error: OSError) -> bool:

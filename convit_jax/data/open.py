@@ -30,6 +30,7 @@ def open_source(
     class_order: str = "sorted",
     train_split: str = "",
     test_split: str = "",
+    copy_dir: str = "",
 ) -> Source:
     """Opens a data set.
 
@@ -52,6 +53,8 @@ def open_source(
       class_order: order of the class folders: "sorted", "natural" or a file that lists them.
       train_split: name of the split or folder to train on; empty as above.
       test_split: name of the split or folder to evaluate on; empty as above.
+      copy_dir: folder on a local disk to which the shards of a tfds data set are copied once, and
+        where they are read; empty reads them where they are.
 
     Raises:
       ValueError, FileNotFoundError: if the data are missing or not as expected.
@@ -69,6 +72,11 @@ def open_source(
             f"data.class_order: expected 'sorted' for data.source={source}, whose classes are "
             f"numbered already, got {class_order!r}"
         )
+    if copy_dir and kind != "tfds":
+        raise ValueError(
+            f"data.cache: expected empty for data.source={source}, since only the shards of a "
+            f"tfds data set are copied, got {copy_dir!r}"
+        )
     if source in _BUILT_IN:
         if train_split or test_split:
             raise ValueError(
@@ -81,7 +89,7 @@ def open_source(
         opened = open_folder(rest, split, options)
     elif kind == "tfds" and rest:
         splits = Splits(train_split, test_split, val_fraction, held_out)
-        opened = open_tfds(rest, split, data_dir, cache_dir, splits)
+        opened = open_tfds(rest, split, data_dir, cache_dir, splits, copy_dir)
     else:
         raise ValueError(
             f"data.source: expected 'folder:PATH', 'tfds:NAME' or one of {', '.join(_BUILT_IN)}, "

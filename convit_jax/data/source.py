@@ -46,6 +46,13 @@ class Source(Protocol):
         """Returns an example; raises CorruptImageError if this one image cannot be read."""
         ...
 
+    def request(self, indices: Iterable[int]) -> None:
+        """Begins to read examples of a bucket, each of which will be asked for soon and once.
+
+        Other sources do nothing, and compute none of the indices.
+        """
+        ...
+
     def names_and_labels(self, cache_dir: str | None = None) -> tuple[np.ndarray, np.ndarray]:
         """Returns the names, (n,) bytes, and the labels, (n,) int32, of all images.
 
@@ -101,6 +108,7 @@ def check_images(source: Source, count: int = 32) -> tuple[float, list[str]]:
     """
     start, damage = time.perf_counter(), []
     indices = np.unique(np.linspace(0, len(source) - 1, count).astype(int))
+    source.request(indices.tolist())
     for index in indices:
         try:
             example = source[int(index)]
@@ -151,6 +159,9 @@ class Subset:
 
     def __getitem__(self, index: int) -> Example:
         return self.source[int(self.indices[check_index(index, len(self))])]
+
+    def request(self, indices: Iterable[int]) -> None:
+        self.source.request(int(self.indices[index]) for index in indices)
 
     def names_and_labels(self, cache_dir: str | None = None) -> tuple[np.ndarray, np.ndarray]:
         names, labels = self.source.names_and_labels(cache_dir)

@@ -1,5 +1,6 @@
 """Random pictures in the number and size of ImageNet's, to time training without data."""
 
+from collections.abc import Iterable
 import functools
 import io
 
@@ -38,6 +39,9 @@ class SyntheticSource:
         index = check_index(index, len(self))
         name = f"{self._split}-{index:07}"
         return {"image": _pictures()[index % _PICTURES], "label": index % _CLASSES, "name": name}
+
+    def request(self, indices: Iterable[int]) -> None:
+        """Does nothing, since the images are in memory."""
 
     def names_and_labels(self, cache_dir: str | None = None) -> tuple[np.ndarray, np.ndarray]:
         numbers = range(len(self))

@@ -21,6 +21,7 @@ import jax
 from jax.experimental import multihost_utils
 import numpy as np
 
+from convit_jax import storage
 from convit_jax.parallel import launcher
 
 log = logging.getLogger(__name__)
@@ -155,11 +156,11 @@ def check_shared_folder(path: str | os.PathLike[str], name: str = "--workdir") -
       OSError: on every process, if process 0 cannot write into the folder, or if another process
         does not see the file that process 0 wrote.
     """
-    folder, token, failure = pathlib.Path(path), secrets.randbits(31), None
+    folder, token, failure = storage.as_path(path), secrets.randbits(31), None
     try:
         if is_main():
-            folder.mkdir(parents=True, exist_ok=True)
-            _token_file(folder, token).touch()
+            storage.make_folder(folder)
+            storage.write_text(_token_file(folder, token), "")
     except OSError as error:
         failure = error  # raised below, after the other processes have heard of it
     # All processes look for the file with the token of process 0. -1 means that it wrote none.
@@ -173,7 +174,7 @@ def check_shared_folder(path: str | os.PathLike[str], name: str = "--workdir") -
     if not sees.all():
         raise OSError(
             f"{name}: process {', '.join(map(str, np.flatnonzero(~sees)))} does not see the folder "
-            f"{folder} of process 0; it must be on a file system that all hosts share"
+            f"{folder} of process 0; it must be on a file system that all hosts share, or a bucket"
         )
 
 
@@ -312,7 +313,7 @@ def _token_file(folder: pathlib.Path, token: int) -> pathlib.Path:
 def _appears(path: pathlib.Path) -> bool:
     """Waits for a file; returns whether it has appeared."""
     end = time.monotonic() + _PATIENCE
-    while not os.path.exists(path):
+    while not path.exists():
         if time.monotonic() > end:
             return False
         time.sleep(0.1)

@@ -6,16 +6,15 @@ patches.
 
 from collections.abc import Sequence
 import os
-import pathlib
 from typing import TYPE_CHECKING
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
+from convit_jax import storage
 from convit_jax.model.attention_maps import class_attention
 from convit_jax.model.normalise import normalise
-from convit_jax.storage import whole_file
 from convit_jax.weights.loaded import Loaded
 
 if TYPE_CHECKING:
@@ -39,7 +38,7 @@ class AttentionPictures:
 
         Args:
           loaded: weights of a model with images of 1 or 3 channels.
-          folder: folder of the pictures; made if missing.
+          folder: folder of the pictures, on a disk or in a bucket; made if missing.
           every_head: whether to draw every head of every layer with a class token. Else the picture
             has one map, the mean of the last layer's heads.
 
@@ -47,8 +46,8 @@ class AttentionPictures:
           OSError: if the folder cannot be made.
         """
         self.gates = np.zeros((0, loaded.model.num_heads))
-        self._folder = pathlib.Path(folder)
-        self._folder.mkdir(parents=True, exist_ok=True)
+        self._folder = storage.as_path(folder)
+        storage.make_folder(self._folder)
         self._every_head = every_head
         self._names: set[str] = set()
 
@@ -79,7 +78,7 @@ class AttentionPictures:
         for i, path in enumerate(paths):
             file = self._folder / self._name(os.path.basename(path))
             picture = draw(images[i], np.asarray(maps[:, i]), every_head=self._every_head)
-            with whole_file(file) as unfinished:
+            with storage.whole_file(file) as unfinished:
                 picture.save(unfinished, "PNG")
             files.append(str(file))
         return files

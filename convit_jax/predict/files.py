@@ -11,6 +11,7 @@ from typing import Any
 
 import numpy as np
 
+from convit_jax import storage
 from convit_jax.data.folders.listing import EXTENSIONS, walk
 from convit_jax.predict.predictor import Prediction, Predictor
 
@@ -21,7 +22,7 @@ def find_images(arguments: Iterable[str]) -> tuple[list[str], dict[str, str]]:
     Args:
       arguments: files, with any extension; folders, searched at any depth for files that have one
         of the `EXTENSIONS` and are not hidden; or patterns such as "photos/*.jpg" and
-        "photos/**/*.jpg".
+        "photos/**/*.jpg". Each of them on a disk or in a bucket (gs://BUCKET/NAME).
 
     Returns:
       The paths in the order of the arguments, sorted within each argument and without repetition;
@@ -29,21 +30,31 @@ def find_images(arguments: Iterable[str]) -> tuple[list[str], dict[str, str]]:
     """
     paths, reasons = [], {}
     for argument in arguments:
-        if os.path.isdir(argument):
-            reason = f"no images in this folder ({', '.join(EXTENSIONS)})"
-            try:
-                found = [os.path.join(argument, name) for name in walk(argument).images]
-            except OSError as error:  # the folder, or one in it, cannot be read
-                found, reason = [], str(error)
-        elif glob.has_magic(argument) and not os.path.exists(argument):
-            found = [path for path in glob.glob(argument, recursive=True) if os.path.isfile(path)]
-            reason = "no file matches this pattern"
-        else:
-            found, reason = [argument], ""  # a missing file is reported when it is read
+        try:
+            found, reason = _named_by(argument)
+        except (OSError, ValueError) as error:  # the folder, or one in it, cannot be read
+            found, reason = [], str(error)
         if not found:
             reasons[argument] = reason
         paths += sorted(found)
     return list(dict.fromkeys(paths)), reasons
+
+
+def _named_by(argument: str) -> tuple[list[str], str]:
+    """Returns the image files that an argument names, and the reason if there are none."""
+    in_bucket = storage.is_bucket(argument)
+    path = storage.as_path(argument) if in_bucket else pathlib.Path(argument)
+    if path.is_dir():
+        found = [os.path.join(argument, name) for name in walk(argument).images]
+        return found, f"no images in this folder ({', '.join(EXTENSIONS)})"
+    if glob.has_magic(argument) and not path.exists():
+        look = storage.matching if in_bucket else _matching
+        return look(argument), "no file matches this pattern"
+    return [argument], ""  # a missing file is reported when it is read
+
+
+def _matching(pattern: str) -> list[str]:
+    return [path for path in glob.glob(pattern, recursive=True) if os.path.isfile(path)]
 
 
 def predict_files(
@@ -69,7 +80,8 @@ def predict_files(
 
     def read(path: str) -> np.ndarray | str:
         try:
-            return predictor.pixels(pathlib.Path(path).read_bytes())
+            opened = storage.as_path(path) if storage.is_bucket(path) else pathlib.Path(path)
+            return predictor.pixels(opened.read_bytes())
         except OSError as error:
             return error.strerror or str(error)
         except ValueError as error:

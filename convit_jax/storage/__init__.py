@@ -1,6 +1,35 @@
-"""Files on disk and in buckets: their paths, and writing them whole or not at all."""
+"""Files on disk and in buckets: paths, listing, reading, writing them whole, and local copies."""
 
-from convit_jax.storage.paths import as_path, is_bucket
+from convit_jax.storage.ahead import ReadAhead, Span
+from convit_jax.storage.copies import fetch, local_file
+from convit_jax.storage.faults import BucketError
+from convit_jax.storage.folder_lock import locked
+from convit_jax.storage.folders import local_folder
+from convit_jax.storage.growing import GrowingFile
+from convit_jax.storage.listing import Version, below, children, is_folder, matching, size, versions
+from convit_jax.storage.paths import absolute, as_path, is_bucket, make_folder
 from convit_jax.storage.whole import whole_file, write_text
 
-__all__ = ["as_path", "is_bucket", "whole_file", "write_text"]
+__all__ = [
+    "BucketError",
+    "GrowingFile",
+    "ReadAhead",
+    "Span",
+    "Version",
+    "absolute",
+    "as_path",
+    "below",
+    "children",
+    "fetch",
+    "is_bucket",
+    "is_folder",
+    "local_file",
+    "local_folder",
+    "locked",
+    "make_folder",
+    "matching",
+    "size",
+    "versions",
+    "whole_file",
+    "write_text",
+]

@@ -1,13 +1,16 @@
 """Paths of local files, and of objects in buckets."""
 
 import functools
+import importlib
 import os
 import pathlib
 from typing import cast
 
 from convit_jax import extras
+from convit_jax.storage import retries
 
 # Scheme of a URL -> the package that reads and writes it, and the extra of setup.cfg that has it.
+# The module of this package with the name of the extra adds retries to it.
 SCHEMES = {"gs": ("gcsfs", "gcs"), "s3": ("s3fs", "s3")}
 
 
@@ -50,10 +53,39 @@ def _load(scheme: str) -> None:
     # gcsfs asks for the kind of each bucket by gRPC, which no emulator speaks and some proxies
     # block: without an answer it tries for minutes.
     os.environ.setdefault("GCSFS_EXPERIMENTAL_ZB_HNS_SUPPORT", "false")
+    # TensorStore, which writes checkpoints, would wait for ever for an answer.
+    silence = str(max(1, round(retries.patience().silence)))
+    os.environ.setdefault("TENSORSTORE_CURL_LOW_SPEED_TIME_SECONDS", silence)
+    os.environ.setdefault("TENSORSTORE_CURL_LOW_SPEED_LIMIT_BYTES", "1")
+    os.environ.setdefault("TENSORSTORE_CURL_CONNECT_TIMEOUT_SECONDS", silence)
+    # Where TensorFlow is installed, epath would use its file systems, which have neither these
+    # settings nor S3.
+    os.environ.setdefault("EPATH_USE_TF", "false")
     with extras.needed(extra, f"{scheme}://"):
         __import__(package)
-    import fsspec
+        import fsspec
 
     # A listing that is kept hides what other processes have written since.
     for protocol in {scheme, "gcs" if scheme == "gs" else scheme}:
         fsspec.config.conf.setdefault(protocol, {}).setdefault("use_listings_cache", False)
+    # botocore makes 10 requests at a time, and the images of a batch are requested together.
+    options = fsspec.config.conf.setdefault("s3", {}).setdefault("config_kwargs", {})
+    options.setdefault("max_pool_connections", 64)
+    # Everybody who opens a bucket through fsspec gets ours: epath too, and so Orbax, JAX and tfds.
+    file_system = importlib.import_module(f"convit_jax.storage.{extra}").FileSystem
+    for protocol in file_system.protocol:
+        fsspec.register_implementation(protocol, file_system, clobber=True)
+
+
+def absolute(path: pathlib.Path) -> pathlib.Path:
+    """Returns a path that does not depend on the working directory."""
+    return path if is_bucket(path) else path.resolve()
+
+
+def make_folder(path: pathlib.Path) -> None:
+    """Makes a local folder and its parents if they are missing.
+
+    Does nothing in a bucket: fsspec would make a bucket that is missing, or misspelt.
+    """
+    if not is_bucket(path):
+        path.mkdir(parents=True, exist_ok=True)

@@ -7,6 +7,7 @@ import pathlib
 import socket
 import tempfile
 
+from convit_jax.storage.faults import BucketError
 from convit_jax.storage.paths import as_path, is_bucket
 
 
@@ -33,7 +34,7 @@ def whole_file(path: str | os.PathLike, *kinds: type[Exception]) -> Iterator[pat
         with written(path) as unfinished:
             yield unfinished
     except Exception as error:
-        if not isinstance(error, (OSError, *kinds)):
+        if isinstance(error, BucketError) or not isinstance(error, (OSError, *kinds)):
             raise
         number = getattr(error, "errno", None)
         reason = getattr(error, "strerror", None) or error

@@ -80,6 +80,8 @@ def train(run: Run) -> dict[str, float] | None:
         windows = Windows(metrics, step, window)
 
         while True:
+            if lock is not None:
+                lock.check()
             carried = functools.partial(_progress, windows, state)
             if step in eval_steps and result is None and not stopped:
                 windows.report()

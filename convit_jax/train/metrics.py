@@ -179,6 +179,7 @@ class Metrics:
           measured: what a `Probe` measured; written, and not shown.
         """
         self.write("eval", step, {**metrics, **(measured or {})})
+        self.upload()  # before the checkpoint is marked as evaluated
         shown = f"test top-1 {metrics['top1']:.2%}  loss {metrics['loss']:.4f}"
         if "ema_top1" in metrics:
             shown += f"  averaged weights {metrics['ema_top1']:.2%}"
@@ -190,6 +191,14 @@ class Metrics:
         now = time.time()
         for writer in self._writers:
             writer.write(kind, step, now, metrics)
+
+    def upload(self) -> None:
+        """Uploads what the files in a bucket lack; does nothing on disk.
+
+        A checkpoint must not be saved before: the run would continue after metrics that are lost.
+        """
+        for writer in self._writers:
+            writer.upload()
 
 
 def shows_bars() -> bool:

@@ -1,12 +1,15 @@
 """Traces a few training steps for TensorBoard's profiler or Perfetto."""
 
 from collections.abc import Callable
+import contextlib
 import logging
 import pathlib
 from types import TracebackType
 from typing import Any
 
 import jax
+
+from convit_jax import storage
 
 log = logging.getLogger(__name__)
 
@@ -30,7 +33,7 @@ class Profile:
     ):
         """
         Args:
-          folder: folder for the trace; made if missing.
+          folder: folder for the trace, on disk or in a bucket; made if missing.
           start_step: number of steps that were finished before.
           total_steps: number of the last step.
           enabled: whether to trace. Of several processes, only one should.
@@ -39,6 +42,7 @@ class Profile:
         self._last = min(start_step + SKIPPED + TRACED, total_steps)
         self._first = max(start_step + 1, self._last - TRACED + 1)
         self._tracing, self._done = False, start_step
+        self._open = contextlib.ExitStack()  # closed when the trace is written
 
     def step(self, step: int, function: Callable[..., Any], *args: Any) -> Any:
         """Runs a step, and traces it if it is one of the steps to trace; returns function(*args).
@@ -55,7 +59,8 @@ class Profile:
             return function(*args)
         if step == self._first:
             jax.block_until_ready(args)  # so that no earlier step is still running
-            jax.profiler.start_trace(str(self._folder), create_perfetto_trace=True)
+            written = self._open.enter_context(storage.local_folder(self._folder))
+            jax.profiler.start_trace(str(written), create_perfetto_trace=True)
             self._tracing = True
         with jax.profiler.StepTraceAnnotation("train", step_num=step):
             result = function(*args)
@@ -69,7 +74,8 @@ class Profile:
         """Ends the trace and writes it."""
         self._tracing = False
         try:
-            jax.profiler.stop_trace()
+            with self._open:
+                jax.profiler.stop_trace()
         except (OSError, RuntimeError) as error:  # XLA raises RuntimeError
             raise OSError(f"the trace could not be written to {self._folder}: {error}") from error
         log.info(

@@ -3,6 +3,7 @@
 import dataclasses
 import logging
 import math
+import os
 from typing import Any
 
 import jax
@@ -10,7 +11,7 @@ import jax.numpy as jnp
 from jax.sharding import Mesh
 import ml_collections
 
-from convit_jax import recipe
+from convit_jax import recipe, storage
 from convit_jax.data import fit
 from convit_jax.data.batches.chunks import EvalChunks, Share, TrainChunks, draws_per_epoch
 from convit_jax.data.batches.workers import num_workers, warn_of_small_chunks
@@ -224,10 +225,13 @@ def use_compilation_cache(config: ml_collections.ConfigDict, workdir: Workdir | 
     """Stores compiled programs in the folder `config.compilation_cache`, for later starts."""
     folder = config.compilation_cache
     if folder == "workdir":
-        folder = str(workdir.compilation_cache.resolve()) if workdir else ""
+        folder = os.fspath(workdir.compilation_cache) if workdir else ""
     # JAX has already read $JAX_COMPILATION_CACHE_DIR, which takes precedence.
     if folder and not jax.config.values["jax_compilation_cache_dir"]:
-        jax.config.update("jax_compilation_cache_dir", folder)
+        path = storage.absolute(storage.as_path(folder))
+        jax.config.update("jax_compilation_cache_dir", os.fspath(path))
+        if storage.is_bucket(folder):  # XLA's own cache would become a local folder called "gs:"
+            jax.config.update("jax_persistent_cache_enable_xla_caches", "none")
 
 
 def make_transforms(
@@ -260,6 +264,7 @@ def open_split(
         test_split=config.data.test_split,
         sampling_ratio=config.data.sampling_ratio if split == "train" else 1.0,
         cache_dir=str(workdir.index) if workdir else None,
+        copy_dir=config.data.cache,
     )
 
 

@@ -68,8 +68,12 @@ class Windows:
         self._closed = []
 
     def carried(self) -> list[dict[str, Any]]:
-        """Reports the closed windows and returns the metrics of the open one, for a checkpoint."""
+        """Reports the closed windows and returns the metrics of the open one, for a checkpoint.
+
+        What is reported is in the files afterwards, also in those of a bucket.
+        """
         self.report()
+        self._metrics.upload()
         self._window = _fetch(self._window, self._step)
         return list(self._window)  # a copy, since it is written while the window grows
 

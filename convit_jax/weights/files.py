@@ -32,7 +32,7 @@ def read_state_dict(
 
     Args:
       path: a safetensors file, a PyTorch file, or the list of a file's shards
-        ("model.safetensors.index.json").
+        ("model.safetensors.index.json"), on a disk or in a bucket.
       ema: whether to take the averaged weights of a checkpoint.
 
     Returns:

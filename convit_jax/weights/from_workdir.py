@@ -15,8 +15,9 @@ from convit_jax.model import image_size
 from convit_jax.model.variants import options_of_kind, structure_of
 from convit_jax.weights.infer import Claim
 from convit_jax.workdir import record
-from convit_jax.workdir.checkpoints import best_step, newest_step, read_metrics
+from convit_jax.workdir.checkpoints import best_step, newest_step, read_metrics, steps_of
 from convit_jax.workdir.folder import Workdir
+from convit_jax.workdir.orbax_paths import for_orbax
 
 log = logging.getLogger(__name__)
 
@@ -82,8 +83,8 @@ def find(workdir: Workdir, *, ema: bool | None, wanted: str = "best") -> Found:
 def _choose(folder: pathlib.Path, ema: bool, wanted: str) -> tuple[int | None, str]:
     """Returns the step of the wanted checkpoint, None if there is no checkpoint, and its label."""
     if wanted.isdigit():
-        if not (folder / wanted).is_dir():
-            steps = sorted(int(path.name) for path in folder.glob("*") if path.name.isdigit())
+        steps = steps_of(folder)
+        if int(wanted) not in steps:
             raise FileNotFoundError(
                 f"{folder}: no checkpoint of step {wanted}; there are {steps or 'none'}"
             )
@@ -105,7 +106,7 @@ def restore(found: Found) -> dict[str, Any]:
     Raises:
       OSError: if the checkpoint cannot be read.
     """
-    part, item = "ema" if found.ema else "params", (found.path / "state").resolve()
+    part, item = "ema" if found.ema else "params", for_orbax(found.path / "state")
     try:
         # A Checkpointer would warn that the folder has no metadata of its own.
         handler = ocp.PyTreeCheckpointHandler()

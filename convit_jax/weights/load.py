@@ -1,4 +1,4 @@
-"""Loading weights from a file, the workdir of a run or huggingface.co, with their model.
+"""Loading weights from a file, the workdir of a run, a bucket or huggingface.co.
 
     model, variables = load("convit_base")              # or a file, or the workdir of a run
 
@@ -16,7 +16,7 @@ from typing import Any
 import jax
 import numpy as np
 
-from convit_jax import extras
+from convit_jax import extras, storage
 from convit_jax.model.network import ConViT
 from convit_jax.model.normalise import of_channels
 from convit_jax.model.variants import describe
@@ -48,6 +48,7 @@ def load(
           others. No code in it is run. The first bytes tell the format, not the suffix;
         - the workdir of a run: its best checkpoint by top-1 accuracy, the newest if none has been
           evaluated, its weights.safetensors if it has no checkpoint;
+        - such a file or run in a bucket: gs://BUCKET/NAME or s3://BUCKET/NAME;
         - a name on huggingface.co, such as "convit_base", "timm/convit_base.fb_in1k" or
           "hf-hub:ORGANISATION/NAME". A file or folder of the same name takes precedence.
       variant: name of `VARIANTS`, for options that the shapes do not determine. It is checked
@@ -117,7 +118,7 @@ def read_weights(
 def _contents(
     source: str | os.PathLike, *, ema: bool | None, offline: bool, checkpoint: str
 ) -> Contents:
-    path = pathlib.Path(source)
+    path = storage.as_path(source)
     if path.is_file():
         return _read_file(path, ema=bool(ema))
     if path.is_dir():

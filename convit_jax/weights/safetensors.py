@@ -12,8 +12,8 @@ from typing import Any
 
 import numpy as np
 
+from convit_jax import storage
 from convit_jax.model import variants
-from convit_jax.storage import whole_file
 from convit_jax.weights.loaded import Loaded
 from convit_jax.weights.state_dict import to_torch
 
@@ -35,7 +35,7 @@ def save_weights(path: str | os.PathLike, loaded: Loaded) -> None:
     # safetensors writes several keys in random order. With one key, equal weights give equal files.
     metadata = {_METADATA: json.dumps(ours)}
     state_dict = to_torch(loaded.params)
-    with whole_file(path, SafetensorError) as unfinished:
+    with storage.whole_file(path, SafetensorError) as unfinished:
         save_file(state_dict, unfinished, metadata=metadata)
 
 
@@ -45,16 +45,8 @@ def read_safetensors(path: pathlib.Path) -> tuple[dict[str, np.ndarray], dict[st
     Raises:
       ValueError: if the file or the metadata cannot be read.
     """
-    from safetensors import safe_open
-
-    try:
-        with safe_open(path, framework="np") as file:
-            metadata = file.metadata() or {}
-            state_dict = {name: _tensor(file, name) for name in file.keys()}  # noqa: SIM118
-    except _UnknownTypeError as error:
-        raise ValueError(f"{path}: {error}") from None
-    except Exception as error:  # damaged files raise errors of several types
-        raise ValueError(f"{path}: not a readable safetensors file: {error}") from error
+    with storage.local_file(path) as local:
+        state_dict, metadata = _read(local, path)
     if _METADATA not in metadata:
         return state_dict, {}
     try:
@@ -65,6 +57,21 @@ def read_safetensors(path: pathlib.Path) -> tuple[dict[str, np.ndarray], dict[st
         return state_dict, {"options": dict(written["options"]), **ours}
     except (ValueError, KeyError, TypeError) as error:
         raise ValueError(f"{path}: the metadata {_METADATA!r} cannot be read: {error!r}") from error
+
+
+def _read(local: pathlib.Path, path: pathlib.Path) -> tuple[dict[str, np.ndarray], dict[str, str]]:
+    """Reads the tensors and the metadata of a local file whose name in messages is `path`."""
+    from safetensors import safe_open
+
+    try:
+        with safe_open(local, framework="np") as file:
+            metadata = file.metadata() or {}
+            state_dict = {name: _tensor(file, name) for name in file.keys()}  # noqa: SIM118
+        return state_dict, metadata
+    except _UnknownTypeError as error:
+        raise ValueError(f"{path}: {error}") from None
+    except Exception as error:  # damaged files raise errors of several types
+        raise ValueError(f"{path}: not a readable safetensors file: {error}") from error
 
 
 class _UnknownTypeError(ValueError):

@@ -13,16 +13,15 @@ import functools
 import hashlib
 import json
 import os
-import pathlib
 from typing import Any, cast
 
 import jax
 import jax.export
 import jax.numpy as jnp
 
+from convit_jax import storage
 from convit_jax.model import flops
 from convit_jax.model.normalise import IMAGENET_MEAN, IMAGENET_STD, normalise
-from convit_jax.storage import whole_file
 from convit_jax.weights.digest import digest
 from convit_jax.weights.loaded import Loaded
 
@@ -179,7 +178,7 @@ def _write(
     with jax.default_matmul_precision("highest"):
         exported = jax.export.export(jax.jit(inference), platforms=PLATFORMS)(images)
     content = b"\n".join((exported.serialize(), json.dumps(described).encode()))
-    with whole_file(path) as unfinished:
+    with storage.whole_file(path) as unfinished:
         unfinished.write_bytes(b"\n".join((content, hashlib.sha256(content).hexdigest().encode())))
 
 
@@ -194,7 +193,7 @@ def read_exported(path: str | os.PathLike) -> Exported:
         the installed one cannot read.
       OSError: if the file cannot be read.
     """
-    content, _, checksum = pathlib.Path(path).read_bytes().rpartition(b"\n")
+    content, _, checksum = storage.as_path(path).read_bytes().rpartition(b"\n")
     if hashlib.sha256(content).hexdigest().encode() != checksum:
         raise ValueError(
             f"{path}: its SHA-256 is not the one at its end: the file is damaged, or not one of "

@@ -17,6 +17,7 @@ import zipfile
 
 import numpy as np
 
+from convit_jax import storage
 from convit_jax.weights import torch_unpickler
 from convit_jax.weights.names import seems_to_be
 from convit_jax.weights.torch_unpickler import Inert, Storage, Tensor, Unpickled
@@ -38,7 +39,7 @@ def read(path: pathlib.Path, *, ema: bool) -> dict[str, np.ndarray]:
     """Reads a state dict, or a training checkpoint with one.
 
     Args:
-      path: the file to read.
+      path: the file to read; from a bucket it is copied to a temporary file first.
       ema: whether to take the averaged weights of a checkpoint.
 
     Returns:
@@ -48,8 +49,14 @@ def read(path: pathlib.Path, *, ema: bool) -> dict[str, np.ndarray]:
       ValueError: if the file is not readable, wants code to be run, or contains no state dict, or
         no averaged weights with `ema`.
     """
+    with storage.local_file(path) as local:
+        return _read(local, path, ema)
+
+
+def _read(local: pathlib.Path, path: pathlib.Path, ema: bool) -> dict[str, np.ndarray]:
+    """Reads a local file whose name in messages is `path`."""
     try:
-        with path.open("rb") as file:
+        with local.open("rb") as file:
             opened = _open_zip if file.read(4) == ZIP else _open_legacy
             file.seek(0)
             with opened(file) as (unpickled, numbers):

@@ -24,11 +24,14 @@ import orbax.checkpoint as ocp
 from orbax.checkpoint import checkpoint_managers
 
 from convit_jax import storage
+from convit_jax.workdir.orbax_paths import for_orbax
 
 log = logging.getLogger(__name__)
 
 # Orbax's name for the folder of metrics in a checkpoint, and for the file in that folder.
 _METRICS = ocp.checkpoint_manager.METRIC_ITEM_NAME
+# Orbax's name for the object that tells that a checkpoint in a bucket is complete.
+_COMMITTED = ocp.path.atomicity.COMMIT_SUCCESS_FILE
 
 Progress = dict[str, Any]  # values are JSON types
 
@@ -49,11 +52,19 @@ class Restored(NamedTuple):
     metrics: dict[str, float] | None
 
 
+def steps_of(folder: pathlib.Path) -> list[int]:
+    """Returns the steps of the complete checkpoints, readable or not, in their order."""
+    if not folder.is_dir():
+        return []
+    paths = [path for path in folder.iterdir() if path.name.isdigit()]
+    if storage.is_bucket(folder):  # on disk, an unfinished checkpoint has another name
+        paths = [path for path in paths if (path / _COMMITTED).exists()]
+    return sorted(int(path.name) for path in paths)
+
+
 def newest_step(folder: pathlib.Path) -> int | None:
     """Returns the step of the newest checkpoint, readable or not; None without a checkpoint."""
-    if not folder.is_dir():
-        return None
-    return max((int(path.name) for path in folder.iterdir() if path.name.isdigit()), default=None)
+    return max(steps_of(folder), default=None)
 
 
 def best_step(folder: pathlib.Path, metric: str) -> int | None:
@@ -61,10 +72,7 @@ def best_step(folder: pathlib.Path, metric: str) -> int | None:
 
     Returns None if no checkpoint has been evaluated.
     """
-    if newest_step(folder) is None:
-        return None
-    steps = (int(path.name) for path in folder.iterdir() if path.name.isdigit())
-    evaluated = {step: read_metrics(folder, step) for step in steps}
+    evaluated = {step: read_metrics(folder, step) for step in steps_of(folder)}
     values = {step: _value(metric, metrics) for step, metrics in evaluated.items() if metrics}
     return max(values, key=lambda step: (values[step], step), default=None)
 
@@ -76,6 +84,8 @@ def read_metrics(folder: pathlib.Path, step: int) -> dict[str, float] | None:
     """
     try:
         metrics = json.loads((folder / str(step) / _METRICS / _METRICS).read_bytes())
+    except storage.BucketError:
+        raise  # whether it has metrics is not known
     except (OSError, ValueError):
         return None
     return metrics if isinstance(metrics, dict) else None
@@ -159,7 +169,7 @@ class Checkpoints:
         self._folder = folder
         self._unevaluated: int | None = None  # step of the newest checkpoint if it has no metrics
         self._manager = _Manager(
-            folder.resolve(),
+            for_orbax(folder),
             options=ocp.CheckpointManagerOptions(
                 save_decision_policy=checkpoint_managers.AnySavePolicy(policies),
                 preservation_policy=checkpoint_managers.AnyPreservationPolicy(
@@ -167,6 +177,12 @@ class Checkpoints:
                 ),
                 best_fn=values[0],
                 cleanup_tmp_directories=True,
+                # Nothing can be renamed in a bucket: an object tells that a checkpoint is complete.
+                temporary_path_class=(
+                    ocp.path.atomicity.CommitFileTemporaryPath
+                    if storage.is_bucket(folder)
+                    else None
+                ),
             ),
             item_handlers={
                 "state": _tree_handler(),
@@ -252,6 +268,8 @@ class Checkpoints:
                 metrics = self._manager.metrics(step)
                 restored = Restored(step, items["state"], items["progress"], metrics)
             except Exception as error:  # Orbax raises many types for broken files
+                if _is_outage(error):  # the checkpoint may be intact
+                    raise OSError(f"{self._folder / str(step)}: {_first_line(error)}") from error
                 failure = error
             if _on_all(restored is not None) and restored is not None:
                 for bad in unreadable:
@@ -261,7 +279,7 @@ class Checkpoints:
             log.warning(
                 "cannot read checkpoint %s: %s; trying the one before it",
                 self._folder / str(step),
-                str(failure).partition("\n")[0][:300] if failure else "another process cannot",
+                _first_line(failure) if failure else "another process cannot",
             )
             unreadable.append(step)
         if unreadable:
@@ -277,7 +295,7 @@ class Checkpoints:
         self._manager.wait_until_finished()
         if jax.process_index() == 0:
             path = self._folder / str(step) / _METRICS / _METRICS
-            path.parent.mkdir(exist_ok=True)
+            storage.make_folder(path.parent)
             storage.write_text(path, json.dumps(metrics))
         multihost_utils.sync_global_devices("evaluated")
         self._manager.reload()
@@ -298,6 +316,20 @@ def _on_all(this: bool) -> bool:
     return bool(np.all(multihost_utils.process_allgather(np.array(this))))
 
 
+def _first_line(error: Exception) -> str:
+    """Returns what an error says, without the description of the array that TensorStore adds."""
+    return re.split(r"\n| \[tensorstore_spec=", str(error))[0][:400]
+
+
+def _is_outage(error: Exception) -> bool:
+    """Returns whether a bucket did not answer, or refused, after all retries.
+
+    TensorStore says so by the name of a status, at the beginning of the text.
+    """
+    refused = r"(ABORTED|UNAVAILABLE|DEADLINE_EXCEEDED|PERMISSION_DENIED|UNAUTHENTICATED):"
+    return isinstance(error, storage.BucketError) or bool(re.match(refused, str(error)))
+
+
 @contextlib.contextmanager
 def _as_os_error(folder: pathlib.Path) -> Iterator[None]:
     """Turns errors of the file system, which Orbax raises as ValueError, into OSError."""
@@ -306,9 +338,13 @@ def _as_os_error(folder: pathlib.Path) -> Iterator[None]:
     except (OSError, ValueError) as error:
         code = re.search(r"os_error_code='(\d+)'", str(error))
         number = int(code[1]) if code else getattr(error, "errno", None)
-        if number is None:
+        if number is not None:
+            reason = os.strerror(number)
+        elif storage.is_bucket(folder):
+            reason = _first_line(error)
+        else:
             raise
         raise OSError(
-            f"{folder}: cannot write a checkpoint: {os.strerror(number)}. Earlier ones are "
-            "kept: the same command continues from the newest"
+            f"{folder}: cannot write a checkpoint: {reason}. Earlier ones are kept: the same "
+            "command continues from the newest"
         ) from error

@@ -1,9 +1,10 @@
 """The workdir, the folder of a run, and every path in it. No other module spells these names."""
 
 import os
+import secrets
 import tempfile
 
-from convit_jax.storage import as_path
+from convit_jax.storage import as_path, is_bucket, write_text
 
 
 class Workdir:
@@ -35,10 +36,15 @@ class Workdir:
           path: a local folder, with "~" for the home folder, or gs://BUCKET/NAME, s3://BUCKET/NAME.
 
         Raises:
-          ValueError: if `path` is a URL of another kind.
+          ValueError: if `path` is a URL of another kind, or has a character of patterns.
           ModuleNotFoundError: if the package is missing that reads and writes such a bucket.
         """
         self.path = path = as_path(path)
+        if is_bucket(path) and set(str(path)) & set("*?[]"):
+            raise ValueError(
+                f"--workdir: expected a URL without * ? [ and ], which stand for other characters "
+                f"when objects are deleted, got {path}"
+            )
         self.config = path / "config.json"
         self.classes = path / "classes.json"
         self.data = path / "data.json"
@@ -59,7 +65,12 @@ class Workdir:
         return str(self.path)
 
     def check_writable(self) -> None:
-        """Raises OSError if the folder cannot be written or made; leaves the disk as it was."""
+        """Raises OSError if the folder cannot be written or made; leaves everything as it was."""
+        if is_bucket(self.path):
+            probe = self.path / f".writable-{secrets.token_hex(8)}"
+            write_text(probe, "")
+            probe.unlink()
+            return
         exists = self.path
         while not exists.exists():
             exists = exists.parent

@@ -1,28 +1,33 @@
 """The lock of a workdir: one run trains in it at a time.
 
-The lock is a file that its holder locks with `flock` and writes anew every few seconds. The
-operating system frees the lock when the holder ends, however it ends. Between hosts `flock` may do
-nothing, depending on the network file system. So a start that finds the name of another host in the
-file waits to see whether that host still writes it.
+The lock is a file or an object that its holder writes anew every few seconds. A file is locked with
+`flock` as well: the operating system frees it when the holder ends, however it ends. Between hosts
+`flock` may do nothing, depending on the network file system, and buckets have no locks at all. So a
+start that finds an entry whose holder may still run waits to see whether it is written anew.
+
+Two starts may find an object free at the same time. Each writes its own token. After a moment each
+reads the object again, and the one that reads the other's token gives way.
 """
 
-import contextlib
-import errno
-import fcntl
 import json
 import logging
 import os
+import pathlib
+import secrets
 import socket
 import threading
 import time
 from typing import Any, Self
 
+from convit_jax import storage
 from convit_jax.workdir.folder import Workdir
+from convit_jax.workdir.lock_entry import FileEntry, ObjectEntry
 
 log = logging.getLogger(__name__)
 
 _BEAT = 10.0  # seconds between two writes of the holder
-_WAIT = 30.0  # seconds to wait for a write of another host
+_WAIT = 30.0  # seconds to wait for a write of a holder that may still run
+_SETTLE = 1.0  # seconds in which a simultaneous start writes its token over ours
 
 
 class Lock:
@@ -36,16 +41,18 @@ class Lock:
             cannot be written.
         """
         self._path = workdir.lock
-        self._path.parent.mkdir(parents=True, exist_ok=True)
-        self._file = self._path.open("a+b", buffering=0)
+        storage.make_folder(self._path.parent)
+        self._entry: FileEntry | ObjectEntry
+        in_bucket = storage.is_bucket(self._path)
+        self._entry = ObjectEntry(self._path) if in_bucket else FileEntry(self._path)
         self._since = time.strftime("%Y-%m-%d %H:%M:%S %z")
-        self._beats = 0
+        self._token, self._beats = secrets.token_hex(8), 0
+        self._lost: dict[str, Any] | None = None
         self._ended = threading.Event()
         try:
             self._take()
-            self._write()
         except BaseException:
-            self._file.close()
+            self._entry.close()
             raise
         self._thread = threading.Thread(target=self._beat, daemon=True)
         self._thread.start()
@@ -56,22 +63,40 @@ class Lock:
     def __exit__(self, *error: object) -> None:
         self._ended.set()
         self._thread.join()
-        with contextlib.suppress(OSError):
-            self._file.truncate(0)
-        self._file.close()
+        if self._lost is None:
+            self._entry.release()
+        self._entry.close()
+
+    def check(self) -> None:
+        """Raises OSError if another run has taken the lock.
+
+        It takes the lock only if this process did not write it for a while, for example because the
+        process was suspended or the network was down.
+        """
+        if self._lost is not None:
+            raise OSError(
+                f"{self._path.parent}: {_who(self._lost)} has taken this folder over, because this "
+                "process did not answer. It ends, and the other continues the run"
+            )
 
     def _take(self) -> None:
-        """Locks the file and waits until it is clear that no other host uses the folder."""
-        works = True
-        try:
-            fcntl.flock(self._file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except OSError as error:
-            if error.errno in (errno.EWOULDBLOCK, errno.EACCES):
-                raise self._refusal(self._read()) from None
-            works = False  # a file system without locks
+        """Writes the entry when it is clear that no other run uses the folder."""
+        freed = self._entry.lock()
+        if freed is False:
+            raise self._refusal(self._read())
         holder = self._read()
-        if not holder or (works and holder.get("host") == socket.gethostname()):
-            return  # released, or held by a process of this host that has ended
+        if holder and not (freed and holder.get("host") == socket.gethostname()):
+            self._await_end(holder)
+        self._write()
+        if self._entry.settles:
+            time.sleep(_SETTLE)
+            if (found := self._read()) and not self._is_ours(found):
+                raise self._refusal(found)
+
+    def _await_end(self, holder: dict[str, Any]) -> None:
+        """Waits until it is clear that the holder of an entry has ended."""
+        if _has_ended(holder):
+            return
         log.info(
             "%s was not released by %s: waiting %.0f s to see whether it still runs",
             self._path.parent, _who(holder), _WAIT,
@@ -93,26 +118,64 @@ class Lock:
     def _read(self) -> dict[str, Any]:
         """Returns the holder's entry; empty if the lock was released or the entry is torn."""
         try:
-            found = json.loads(self._path.read_bytes())
-        except (OSError, ValueError):
+            found = json.loads(self._entry.read())
+        except ValueError:
             return {}
         return found if isinstance(found, dict) else {}
+
+    def _is_ours(self, found: dict[str, Any]) -> bool:
+        return found.get("token") == self._token
 
     def _write(self) -> None:
         entry = {
             "host": socket.gethostname(),
             "process": os.getpid(),
+            "kernel": _kernel(),
             "since": self._since,
+            "token": self._token,
             "beats": self._beats,
         }
-        self._file.truncate(0)  # the file is opened for appending: writes go to its end
-        self._file.write(json.dumps(entry).encode() + b"\n")
+        self._entry.write(json.dumps(entry).encode() + b"\n")
 
     def _beat(self) -> None:
         while not self._ended.wait(_BEAT):
             self._beats += 1
-            with contextlib.suppress(OSError):  # a full disk ends the run elsewhere
+            try:
+                found = self._read()
+                if found and not self._is_ours(found):
+                    self._lost = found
+                    return
                 self._write()
+            except (
+                OSError
+            ) as error:  # a full disk, or a bucket out of reach, ends the run elsewhere
+                log.debug("%s: %s", self._path, error)
+
+
+def _has_ended(holder: dict[str, Any]) -> bool:
+    """Returns whether a process certainly has ended, because it ran on this host."""
+    process = holder.get("process")
+    if not _kernel() or holder.get("kernel") != _kernel() or not isinstance(process, int):
+        return False
+    try:
+        os.kill(process, 0)
+    except ProcessLookupError:
+        return True
+    except OSError:
+        pass
+    return False
+
+
+def _kernel() -> str:
+    """Returns what processes have in common that see each other's numbers; empty if unknown.
+
+    Hosts may have the same name, and containers of a host may number their processes separately.
+    """
+    try:
+        boot = pathlib.Path("/proc/sys/kernel/random/boot_id").read_text().strip()
+        return f"{boot} {os.readlink('/proc/self/ns/pid')}"
+    except OSError:
+        return ""
 
 
 def _who(holder: dict[str, Any]) -> str:

@@ -1,6 +1,8 @@
 """Files of metrics: JSON lines, and TensorBoard's event files.
 
-Both are written by the caller's thread, so a full disk raises an error in the call that meets it.
+In a bucket, both are uploaded whole now and then, see `storage.GrowingFile`. `upload` does so at
+once. Both are written by the caller's thread, so a full disk raises an error in the call that meets
+it.
 (tensorboardX's SummaryWriter writes in a thread of its own. A full disk ends that thread, and ten
 calls later the run waits forever for room in the thread's queue.)
 """
@@ -11,6 +13,7 @@ import json
 import logging
 import math
 import pathlib
+import struct
 import sys
 import time
 from types import ModuleType
@@ -57,17 +60,17 @@ class JsonLines:
         self._path = workdir.metrics
         with _naming(self._path):
             _remove_lines_after(self._path, start_step, evaluated)
-            # Unbuffered, so that a killed run leaves whole lines, and a failed write is not tried
-            # again when the file is closed.
-            self._file = self._path.open("ab", buffering=0)
+            self._file = storage.GrowingFile(self._path)
 
     def write(self, kind: str, step: int, now: float, metrics: Values) -> None:
         line = {"kind": kind, "step": step, "time": now}
         line |= {name: _json_value(value) for name, value in metrics.items()}
-        rest = json.dumps(line, allow_nan=False).encode() + b"\n"
         with _naming(self._path):
-            while rest:
-                rest = rest[self._file.write(rest) :]
+            self._file.write(json.dumps(line, allow_nan=False).encode() + b"\n")
+
+    def upload(self) -> None:
+        with _naming(self._path):
+            self._file.upload()
 
     def close(self) -> None:
         with _naming(self._path):
@@ -81,15 +84,15 @@ class EventFile:
     """
 
     def __init__(self, workdir: Workdir, start_step: int):
-        tensorboardX = _import_tensorboardx()
+        self._masked_crc32c = _import_tensorboardx().record_writer.masked_crc32c
         from tensorboardX.proto import event_pb2, summary_pb2
 
         self._event, self._summary = event_pb2.Event, summary_pb2.Summary
         # TensorBoard reads the files of a folder in the order of their names.
         self._path = workdir.tensorboard / f"events.out.tfevents.{time.time_ns()}"
         with _naming(self._path):
-            workdir.tensorboard.mkdir(exist_ok=True)
-            self._writer = tensorboardX.RecordWriter(str(self._path))
+            storage.make_folder(workdir.tensorboard)
+            self._file = storage.GrowingFile(self._path)
         # This event makes TensorBoard drop this step and later steps of earlier files.
         first = start_step + 1 if start_step else 0
         start = event_pb2.SessionLog(status=event_pb2.SessionLog.START)
@@ -108,13 +111,19 @@ class EventFile:
         self._append(self._event(wall_time=now, step=step, summary=self._summary(value=values)))
 
     def _append(self, event: Any) -> None:
+        """Appends an event as a record of TensorFlow: its length, its bytes, a checksum of each."""
+        parts = (struct.pack("<Q", len(data := event.SerializeToString())), data)
+        record = (part + struct.pack("<I", self._masked_crc32c(part)) for part in parts)
         with _naming(self._path):
-            self._writer.write(event.SerializeToString())
-            self._writer.flush()
+            self._file.write(b"".join(record))
+
+    def upload(self) -> None:
+        with _naming(self._path):
+            self._file.upload()
 
     def close(self) -> None:
         with _naming(self._path):
-            self._writer.close()
+            self._file.close()
 
 
 def _import_tensorboardx() -> ModuleType:

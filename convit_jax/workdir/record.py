@@ -82,7 +82,7 @@ def record_start(
     """
     storage.write_text(workdir.classes, json.dumps(class_names) + "\n")
     storage.write_text(workdir.data, json.dumps(data, indent=2) + "\n")
-    workdir.fingerprints.parent.mkdir(exist_ok=True)
+    storage.make_folder(workdir.fingerprints.parent)
     with storage.whole_file(workdir.fingerprints) as unfinished, unfinished.open("wb") as file:
         np.savez(file, allow_pickle=False, **fingerprints)
     storage.write_text(workdir.config, json.dumps(config, indent=2) + "\n")
@@ -96,8 +96,8 @@ def record_start(
         "python": sys.version.split()[0],
         "versions": dict(versions()),
     }
-    with workdir.starts.open("a") as file:
-        file.write(json.dumps(start) + "\n")
+    with storage.GrowingFile(workdir.starts) as file:
+        file.write(json.dumps(start).encode() + b"\n")
 
 
 def versions() -> Iterator[tuple[str, str]]:

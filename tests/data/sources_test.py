@@ -500,8 +500,8 @@ def test_a_data_set_that_is_not_there_comes_with_the_command_that_prepares_it(
     assert f"in {tmp_path}: imagenet2012" in refused(NAME, tmp_path)
     monkeypatch.setenv("TFDS_DATA_DIR", str(tmp_path / "environment"))
     assert str(tmp_path / "environment") in refused(NAME, "")
-    with pytest.raises(ValueError, match=r"data\.dir: expected a local folder, got 'gs://b"):
-        open_source(NAME, "train", data_dir="gs://bucket/tfds")
+    with pytest.raises(ValueError, match=r"data\.dir: expected a local path, gs://.*got 'az://b"):
+        open_source(NAME, "train", data_dir="az://bucket/tfds")
 
 
 def test_a_missing_tensorflow_datasets_is_named(disk, tmp_path, monkeypatch):

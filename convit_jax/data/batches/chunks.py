@@ -8,7 +8,7 @@ The stream is cut into chunks. One worker makes a chunk from its position alone,
 whole number of chunks. Every process reads its own contiguous share of each global batch.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 import dataclasses
 import functools
 import math
@@ -132,6 +132,10 @@ class TrainChunks:
             "skipped": np.asarray(skipped, np.int32),
         }
 
+    def request(self, chunk: int) -> None:
+        """Begins to read the images of a chunk that will be made soon, if they are in a bucket."""
+        self.source.request(self._indices_when_asked(self.share.positions(chunk)))
+
     def _at_once(self, draws: range, transform: TrainTransform) -> _Images:
         """Transforms all images of the draws at once."""
         source, indices = self.source, self._indices(draws)
@@ -162,6 +166,10 @@ class TrainChunks:
             for epoch in range(epochs[0], epochs[-1] + 1)
         ]
         return np.concatenate(parts)
+
+    def _indices_when_asked(self, draws: range) -> Iterator[int]:
+        """Yields `_indices`, which are not computed for a source that does not read them."""
+        yield from self._indices(draws).tolist()
 
     def _one_by_one(self, draws: range, make: Callable[..., np.ndarray]) -> _Images:
         """Reads the images of the draws one by one; `make` takes (image, draw)."""
@@ -236,6 +244,10 @@ class EvalChunks:
         padded = [*examples, *[(blank, 0)] * (len(positions) - len(examples))]
         images, (labels,) = gather((e or (blank, -1) for e in padded), len(positions))
         return {"image": images, "label": np.asarray(labels, np.int32), "mask": mask}
+
+    def request(self, chunk: int) -> None:
+        """Begins to read the images of a chunk that will be made soon, if they are in a bucket."""
+        self.source.request(p for p in self.share.positions(chunk) if p < len(self.source))
 
     def _example(self, index: int) -> tuple[np.ndarray, int] | None:
         """Returns an image and its label; None for a corrupt image that may be left out."""

@@ -30,7 +30,9 @@ from convit_jax.parallel import signals
 
 Chunks = TrainChunks | EvalChunks
 
-_AHEAD = 128  # images that a worker may have made ahead, beside the chunk that it works on
+# Images that a worker may have made ahead, beside the chunk that it works on. As many are on their
+# way from a bucket.
+_AHEAD = 128
 _PATIENCE = 5.0  # seconds to wait for the exit status of a worker whose pipe has closed
 
 
@@ -225,7 +227,12 @@ def _results(file: _File, numbers: range) -> Iterator[Batch | Exception]:
         with file, mmap.mmap(file.descriptor, 0, access=mmap.ACCESS_READ) as pickled:
             chunks = pickle.loads(pickled)
         size = None
-        for number in numbers:
+        early = max(1, _AHEAD // chunks.share.chunk)
+        for number in numbers[:early]:
+            chunks.request(number)
+        for place, number in enumerate(numbers):
+            for later in numbers[place + early : place + early + 1]:
+                chunks.request(later)
             chunk = chunks[number]
             image = chunk["image"]
             if size is not None and image.nbytes != size:

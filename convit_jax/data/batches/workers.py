@@ -109,6 +109,7 @@ def _in_threads(
     with concurrent.futures.ThreadPoolExecutor(threads, "batches") as pool:
         try:
             for number in numbers:
+                chunks.request(number)
                 waiting.append(pool.submit(chunks.__getitem__, number))
                 if len(waiting) > ahead:
                     yield waiting.popleft().result()

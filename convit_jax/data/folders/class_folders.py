@@ -8,6 +8,7 @@ import os
 
 import numpy as np
 
+from convit_jax import storage
 from convit_jax.data import class_names, corrupt, held_out, threads
 from convit_jax.data.folders import class_order, label_lists, layouts
 from convit_jax.data.folders.listing import EXTENSIONS, LeftOut, Tree, left_out_text, walk
@@ -29,6 +30,7 @@ class FolderSource:
       labels: (n,) int32.
       class_names: names of the class folders, in the order of the labels.
       description: what the source reads, in one line.
+      ahead: reads files in a bucket.
     """
 
     root: str
@@ -36,6 +38,7 @@ class FolderSource:
     labels: np.ndarray
     class_names: tuple[str, ...]
     description: str
+    ahead: storage.ReadAhead = dataclasses.field(default_factory=storage.ReadAhead)
 
     @property
     def num_classes(self) -> int:
@@ -46,9 +49,19 @@ class FolderSource:
 
     def __getitem__(self, index: int) -> Example:
         index = check_index(index, len(self))
-        path = os.path.join(self.root, os.fsdecode(self.names[index]))
-        image = corrupt.read_file(path, self.root)
+        path = self._path(index)
+        if storage.is_bucket(path):
+            image = corrupt.read_object(path, self.root, self.ahead)
+        else:
+            image = corrupt.read_file(path, self.root)
         return {"image": image, "label": int(self.labels[index]), "name": path}
+
+    def request(self, indices: Iterable[int]) -> None:
+        if storage.is_bucket(self.root):
+            self.ahead.request(storage.Span(self._path(index)) for index in indices)
+
+    def _path(self, index: int) -> str:
+        return os.path.join(self.root, os.fsdecode(self.names[index]))
 
     def names_and_labels(self, cache_dir: str | None = None) -> tuple[np.ndarray, np.ndarray]:
         return self.names, self.labels
@@ -84,7 +97,7 @@ def open_folder(path: str, split: str, options: Options) -> FolderSource:
 
     Args:
       path: a folder with train/ and val/, each with a folder of images for every class; or a folder
-        that holds the class folders itself.
+        that holds the class folders itself. It is on disk, or in a bucket.
       split: "train" or "test".
       options: how the folder is read.
 
@@ -93,8 +106,8 @@ def open_folder(path: str, split: str, options: Options) -> FolderSource:
       ValueError: if the layout is not understood, there are too few classes or images, or val/ has
         classes that train/ lacks.
     """
-    root = os.path.abspath(os.path.expanduser(path))
-    if not os.path.isdir(root):
+    root = _root(path)
+    if not storage.is_folder(root):
         raise FileNotFoundError(
             f"data.source: no folder {root}; expected train/ and val/ in it, with a folder of "
             f"images for each class, or class folders"
@@ -128,6 +141,15 @@ def open_folder(path: str, split: str, options: Options) -> FolderSource:
     if layout.undivided:
         return _divide(part.top.path, images, split, options)
     return _folder_source(part.top.path, images, classes, "")
+
+
+def _root(path: str) -> str:
+    """Returns the path of a folder, in full."""
+    try:
+        root = storage.as_path(path)
+    except ValueError as error:
+        raise ValueError(f"data.source: {error}") from None
+    return os.fspath(root) if storage.is_bucket(path) else os.path.abspath(root)
 
 
 def _number_classes(part: layouts.Part, order: str) -> tuple[str, ...]:

@@ -1,10 +1,9 @@
 """The order in which class folders are numbered."""
 
 from collections.abc import Iterable
-import os
-import pathlib
 import re
 
+from convit_jax import storage
 from convit_jax.data.first_names import first_names
 
 ORDERS = ("sorted", "natural")
@@ -60,14 +59,14 @@ def _natural(name: str) -> tuple[list[tuple[int, int, str]], str]:
 
 
 def _read(path: str) -> list[str]:
-    file = pathlib.Path(path).expanduser()
+    file = storage.as_path(path)
     if not file.is_file():
         raise FileNotFoundError(
             f"data.class_order: expected {' or '.join(ORDERS)} or a file that lists the classes, "
-            f"one a line; got {path!r}, and there is no file {os.path.abspath(file)}"
+            f"one a line; got {path!r}, and there is no file {file.absolute()}"
         )
     try:
-        text = file.read_text(encoding="utf-8-sig", errors="surrogateescape")
+        text = file.read_bytes().decode("utf-8-sig", "surrogateescape")
     except OSError as error:
         raise ValueError(f"data.class_order: {path} cannot be read: {error}") from error
-    return [line.rstrip("\r") for line in text.split("\n") if line.strip()]
+    return [line for line in re.split(r"\r\n|\r|\n", text) if line.strip()]

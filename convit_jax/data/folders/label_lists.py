@@ -7,9 +7,9 @@ each line.
 
 from collections.abc import Mapping, Sequence
 import os
-import pathlib
 import re
 
+from convit_jax import storage
 from convit_jax.data.imagenet import tar_files
 
 ANNOTATIONS = "val_annotations.txt"
@@ -69,7 +69,7 @@ def annotated_labels(path: str) -> dict[str, str]:
       ValueError: if a line has no class, or an image has two classes.
     """
     labels: dict[str, str] = {}
-    text = pathlib.Path(path).read_text(encoding="utf-8-sig")
+    text = storage.as_path(path).read_text(encoding="utf-8-sig")
     for number, line in enumerate(text.splitlines(), start=1):
         if not line.strip():
             continue

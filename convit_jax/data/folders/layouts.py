@@ -9,6 +9,7 @@ import itertools
 import os
 import re
 
+from convit_jax import storage
 from convit_jax.data.first_names import first_names
 from convit_jax.data.folders import label_lists, split_names
 from convit_jax.data.folders.listing import LeftOut, Listing, Tree, scan
@@ -180,7 +181,7 @@ def _top(path: str, named: Collection[str]) -> tuple[Listing, LeftOut]:
     left_out = LeftOut(listing.left_out)
     while len(listing.folders) == 1 and not listing.images:
         only = listing.folders[0]
-        if any(name and os.path.isdir(os.path.join(listing.path, name)) for name in named):
+        if any(name and storage.is_folder(os.path.join(listing.path, name)) for name in named):
             break
         below = scan(os.path.join(listing.path, only))
         roles = {split_names.role(name) for name in below.folders} - {""}
@@ -189,7 +190,7 @@ def _top(path: str, named: Collection[str]) -> tuple[Listing, LeftOut]:
         listing = below
         left_out.update(listing.left_out)
     kaggle = os.path.join(listing.path, "Data", "CLS-LOC")
-    if {"Annotations", "Data"} <= set(listing.folders) and os.path.isdir(kaggle):
+    if {"Annotations", "Data"} <= set(listing.folders) and storage.is_folder(kaggle):
         listing = scan(kaggle)
     return listing, left_out
 
@@ -197,7 +198,7 @@ def _top(path: str, named: Collection[str]) -> tuple[Listing, LeftOut]:
 def _check_names(top: Listing, train_split: str, test_split: str) -> None:
     for key, name in (("train_split", train_split), ("test_split", test_split)):
         path = os.path.join(top.path, name)
-        if name and not os.path.isdir(path):
+        if name and not storage.is_folder(path):
             raise FileNotFoundError(
                 f"data.{key}: no folder {path}; expected one of {_some(top.folders)}"
             )
@@ -288,7 +289,8 @@ def _labelled(listing: Listing, classes: set[str] | None) -> Part | None:
     """
     folders, known = listing.folders, classes or set()
     annotations = os.path.join(listing.path, label_lists.ANNOTATIONS)
-    if folders in ((), ("images",)) and "images" not in known and os.path.isfile(annotations):
+    annotated = folders in ((), ("images",)) and "images" not in known
+    if annotated and storage.as_path(annotations).is_file():
         images = scan(os.path.join(listing.path, "images")) if folders else listing
         return Part(images, annotations)
     if not folders:

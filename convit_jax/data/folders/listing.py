@@ -1,8 +1,11 @@
-"""Lists folders of images: subfolders, images, and files that are neither."""
+"""Lists folders of images, on disk or in a bucket: subfolders, images, and what is neither."""
 
 import collections
+from collections.abc import Iterable
 import dataclasses
 import os
+
+from convit_jax import storage
 
 # Those of torchvision's ImageFolder, .jfif (a JPEG), .gif (its first frame is read) and the kinds
 # that phones write: .avif, .heic and .heif.
@@ -58,21 +61,34 @@ def scan(path: str) -> Listing:
     Raises:
       OSError: if the folder cannot be read.
     """
-    folders, images, left_out = [], [], LeftOut()
+    if storage.is_bucket(path):
+        there = storage.children(path)
+        return _sorted_out(path, there.folders, there.files)
+    folders: list[str] = []
+    files: list[str] = []
     with os.scandir(path) as entries:
         for entry in entries:
-            name, is_folder = entry.name, entry.is_dir()
-            if name.casefold() in LEFTOVERS:
-                left_out[f"of {name.strip()}"] += 1
-            elif name.startswith("."):
-                left_out["hidden folder(s)" if is_folder else "hidden file(s)"] += 1
-            elif is_folder:
-                folders.append(name)
-            elif name.lower().endswith(EXTENSIONS):
-                images.append(name)
-            else:
-                left_out[os.path.splitext(name)[1].lower() or "file(s) without a suffix"] += 1
-    return Listing(path, tuple(sorted(folders)), tuple(sorted(images)), left_out)
+            (folders if entry.is_dir() else files).append(entry.name)
+    return _sorted_out(path, folders, files)
+
+
+def _sorted_out(path: str, folders: Iterable[str], files: Iterable[str]) -> Listing:
+    """Returns the content of a folder, from the names in it, and counts what is left out."""
+    kept: list[str] = []
+    images: list[str] = []
+    left_out = LeftOut()
+    for name, is_folder in (*((n, True) for n in folders), *((n, False) for n in files)):
+        if name.casefold() in LEFTOVERS:
+            left_out[f"of {name.strip()}"] += 1
+        elif name.startswith("."):
+            left_out["hidden folder(s)" if is_folder else "hidden file(s)"] += 1
+        elif is_folder:
+            kept.append(name)
+        elif name.lower().endswith(EXTENSIONS):
+            images.append(name)
+        else:
+            left_out[os.path.splitext(name)[1].lower() or "file(s) without a suffix"] += 1
+    return Listing(path, tuple(sorted(kept)), tuple(sorted(images)), left_out)
 
 
 def walk(path: str) -> Tree:
@@ -81,7 +97,8 @@ def walk(path: str) -> Tree:
     Raises:
       OSError: if a folder cannot be read.
     """
-    top = scan(path)
+    look = _all_below(path).__getitem__ if storage.is_bucket(path) else scan
+    top = look(path)
     found, left_out, pending = [], LeftOut(), [("", top)]
     while pending:
         inside, listing = pending.pop()
@@ -92,11 +109,25 @@ def walk(path: str) -> Tree:
             if os.path.islink(below) and _is_inside(listing.path, below):
                 left_out["link(s) to a folder above"] += 1
             else:
-                pending.append((f"{inside}/{name}" if inside else name, scan(below)))
+                pending.append((f"{inside}/{name}" if inside else name, look(below)))
     # ImageFolder sorts the paths of the folders, then the names in each folder.
     found.sort(key=lambda item: item[0])
     images = [f"{inside}/{name}" if inside else name for inside, names in found for name in names]
     return Tree(top, images, left_out)
+
+
+def _all_below(path: str) -> dict[str, Listing]:
+    """Lists a folder in a bucket at every depth, without a request for each folder."""
+    inside: dict[str, tuple[set[str], list[str]]] = {path: (set(), [])}
+    for name in storage.below(path):
+        *folders, file = name.split("/")
+        where = path
+        for folder in folders:
+            inside[where][0].add(folder)
+            where = os.path.join(where, folder)
+            inside.setdefault(where, (set(), []))
+        inside[where][1].append(file)
+    return {where: _sorted_out(where, *found) for where, found in inside.items()}
 
 
 def left_out_text(left_out: LeftOut) -> str:

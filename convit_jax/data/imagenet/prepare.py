@@ -1,14 +1,12 @@
-"""Writes ImageNet from its two tars as the ArrayRecord data set of tfds, without TensorFlow.
+"""Writes ImageNet from its two tars as a data set of tfds, without TensorFlow.
 
 The result is what `tfds.builder("imagenet2012", file_format="array_record")` prepares: the same
 files, the same metadata, and the same records in the same order (tfds shuffles by a hash of the
 file name). tfds itself needs TensorFlow to prepare it, and disk space for a second copy of the
-images.
+images. A bucket gets the same records as TFRecord, which can be read there.
 """
 
-from collections.abc import Iterator
 from concurrent import futures
-import contextlib
 import errno
 import hashlib
 import json
@@ -16,17 +14,19 @@ import logging
 import os
 import pathlib
 import shutil
+import tempfile
 
 import numpy as np
 import tqdm
 
 from convit_jax import storage
 from convit_jax.data.first_names import first_names
-from convit_jax.data.imagenet import tar_files
+from convit_jax.data.imagenet import shard_files, tar_files
 
 log = logging.getLogger(__name__)
 
 _NAME = "imagenet2012"
+_INFO = "dataset_info.json"  # tfds' file, without which a folder is no data set
 _STATE = "progress.json"  # lists the complete shards, beside them, until all are written
 _Plan = dict[str, tuple[str, tar_files.Images]]  # shard's file name -> split, images in order
 
@@ -42,7 +42,7 @@ def prepare_imagenet(
     validation_shards: int = 64,
     progress: bool = True,
 ) -> pathlib.Path:
-    """Writes ImageNet (ILSVRC2012) as the tfds data set imagenet2012 in ArrayRecord shards.
+    """Writes ImageNet (ILSVRC2012) as the tfds data set imagenet2012.
 
     Both tars are checked before anything is written. The shards are then written to a folder
     `*.incomplete`, which gets its final name when it is complete. Until then nothing can be read.
@@ -51,12 +51,17 @@ def prepare_imagenet(
     are read from the tars in random order. This takes under half an hour from a solid-state disk
     and hours from a hard disk.
 
+    On a disk the shards are ArrayRecord. In a bucket they are TFRecord, which is read there by
+    ranges of bytes. A bucket cannot rename a folder, so the shards get their final names at once,
+    each from the temporary folder of the system, and dataset_info.json is written last. Without it
+    neither tfds nor this project sees a data set.
+
     As in tfds, the training images that are CMYK (22) or PNG (1) are encoded again as RGB JPEG of
     quality 100, and all others keep their bytes. The validation labels are those that tfds ships.
 
     Args:
       tars: folder that holds ILSVRC2012_img_train.tar and ILSVRC2012_img_val.tar.
-      data_dir: folder of the tfds data sets; needs about 148 GB of disk space.
+      data_dir: folder of the tfds data sets, on a disk or in a bucket; takes about 148 GB.
       classes: number of classes that the training tar must hold.
       train_images: number of images that the training tar must hold.
       validation_images: number of images that the validation tar must hold.
@@ -70,8 +75,8 @@ def prepare_imagenet(
 
     Raises:
       FileNotFoundError: if a tar is missing.
-      ValueError: if a tar is damaged or does not hold what it should, or if the incomplete folder
-        was begun with other tars or another number of shards.
+      ValueError: if a tar is damaged or does not hold what it should, if the incomplete folder was
+        begun with other tars or another number of shards, or if `tars` is in a bucket.
       FileExistsError: if another data set is stored in the folder of the version.
       BlockingIOError: if another run is writing there.
       OSError: if the disk has too little space, or fails.
@@ -82,15 +87,15 @@ def prepare_imagenet(
         if not 1 <= shards[split] <= count:
             raise ValueError(f"{split}: expected 1 to {count} shards, got {shards[split]}")
     version = str(tar_files.tfds_module().Builder.VERSION)
-    final = pathlib.Path(data_dir).expanduser() / _NAME / version
-    if final.exists():
+    final = storage.as_path(data_dir) / _NAME / version
+    if final.exists() and not _is_unfinished(final):
         _check_finished(final, counts)
         return final
     train_tar, validation_tar = tar_files.find_tars(tars)
     validation = tar_files.index_validation(validation_tar, validation_images)
     train = tar_files.index_train(train_tar, classes, train_images, progress)
-    plan = _plan("train", train, train_shards)
-    plan |= _plan("validation", validation, validation_shards)
+    plan = _plan("train", train, train_shards, _format(final))
+    plan |= _plan("validation", validation, validation_shards, _format(final))
     _write(final, plan, progress)
     return final
 
@@ -132,7 +137,7 @@ def record(image: bytes, label: int, file_name: bytes) -> bytes:
 def write_metadata(
     folder: pathlib.Path,
     splits: dict[str, tuple[list[int], int]],
-    file_format: str = "array_record",
+    file_format: str,
 ) -> None:
     """Writes dataset_info.json, features.json and the label names of imagenet2012 with tfds.
 
@@ -158,11 +163,16 @@ def write_metadata(
     builder.info.write_to_directory(folder)
 
 
-def _plan(split: str, images: tar_files.Images, shards: int) -> _Plan:
+def _format(folder: pathlib.Path) -> str:
+    """Returns the format of the shards in a folder, by tfds' name."""
+    return "tfrecord" if storage.is_bucket(folder) else "array_record"
+
+
+def _plan(split: str, images: tar_files.Images, shards: int, file_format: str) -> _Plan:
     ordered = images[tfds_order(images.names, split)]
     bounds = [round(len(ordered) * i / shards) for i in range(shards + 1)]  # as tfds rounds
     return {
-        f"{_NAME}-{split}.array_record-{i:05d}-of-{shards:05d}": (
+        f"{_NAME}-{split}.{file_format}-{i:05d}-of-{shards:05d}": (
             split,
             ordered[bounds[i] : bounds[i + 1]],
         )
@@ -171,23 +181,43 @@ def _plan(split: str, images: tar_files.Images, shards: int) -> _Plan:
 
 
 def _write(final: pathlib.Path, plan: _Plan, progress: bool) -> None:
-    """Writes shards and metadata into a folder beside `final`, then renames it to `final`."""
+    """Writes shards and metadata into a folder beside `final`, then renames it to `final`.
+
+    A bucket gets them at `final`, the metadata last. It has no locks: two runs write equal shards.
+    """
+    if storage.is_bucket(final):
+        with tempfile.TemporaryDirectory(prefix="convit") as folder:
+            done = _write_shards(final, plan, progress)
+            _write_all_metadata(pathlib.Path(folder), plan, done, _format(final))
+            names = sorted(os.listdir(folder), key=lambda name: (name == _INFO, name))
+            for name in names:
+                with storage.whole_file(final / name) as unfinished:
+                    unfinished.write_bytes(pathlib.Path(folder, name).read_bytes())
+        (final / _STATE).unlink()
+        return
     incomplete = final.with_name(final.name + ".incomplete")
     incomplete.mkdir(parents=True, exist_ok=True)
-    with _locked(incomplete):
+    with storage.locked(incomplete):
         for unfinished in incomplete.glob("*.part"):  # left by a run that was killed
             if unfinished.is_file():
                 unfinished.unlink()
         done = _write_shards(incomplete, plan, progress)
-        _compare_encoded_anew(plan, done)
-        splits = {}
-        for split in ("train", "validation"):
-            names = [name for name, (of, _) in plan.items() if of == split]
-            lengths = [len(plan[name][1]) for name in names]
-            splits[split] = lengths, sum(done[name]["bytes"] for name in names)
-        write_metadata(incomplete, splits)
+        _write_all_metadata(incomplete, plan, done, _format(final))
         os.rename(incomplete, final)
         (final / _STATE).unlink()
+
+
+def _write_all_metadata(
+    folder: pathlib.Path, plan: _Plan, done: dict[str, dict], file_format: str
+) -> None:
+    """Writes the metadata of the shards that `_write_shards` wrote."""
+    _compare_encoded_anew(plan, done)
+    splits = {}
+    for split in ("train", "validation"):
+        names = [name for name, (of, _) in plan.items() if of == split]
+        lengths = [len(plan[name][1]) for name in names]
+        splits[split] = lengths, sum(done[name]["bytes"] for name in names)
+    write_metadata(folder, splits, file_format)
 
 
 def _write_shards(folder: pathlib.Path, plan: _Plan, progress: bool) -> dict[str, dict]:
@@ -199,6 +229,7 @@ def _write_shards(folder: pathlib.Path, plan: _Plan, progress: bool) -> dict[str
     kept = sum(len(plan[name][1]) for name in done)
     if kept:
         log.info("%s: continuing after %d of %d images", folder, kept, total)
+    _write_state(folder, source, done)
     bar = tqdm.tqdm(
         desc=f"writing {_NAME}", total=total, initial=kept, unit=" images", disable=not progress
     )
@@ -207,10 +238,16 @@ def _write_shards(folder: pathlib.Path, plan: _Plan, progress: bool) -> dict[str
             if name in done:
                 continue
             with storage.whole_file(folder / name) as unfinished:
-                done[name] = _write_shard(unfinished, images, split == "train", pool)
-            storage.write_text(folder / _STATE, json.dumps({"source": source, "shards": done}))
+                done[name] = _write_shard(
+                    unfinished, images, split == "train", pool, _format(folder)
+                )
+            _write_state(folder, source, done)
             bar.update(len(images))
     return done
+
+
+def _write_state(folder: pathlib.Path, source: str, done: dict[str, dict]) -> None:
+    storage.write_text(folder / _STATE, json.dumps({"source": source, "shards": done}))
 
 
 def _complete_shards(folder: pathlib.Path, plan: _Plan, source: str) -> dict[str, dict]:
@@ -224,19 +261,25 @@ def _complete_shards(folder: pathlib.Path, plan: _Plan, source: str) -> dict[str
             f"{folder}: expected shards of these tars, found shards of other tars or in another "
             "number. Delete the folder to begin anew, or continue with the tars it was begun with"
         )
-    return {
-        name: entry
-        for name, entry in state["shards"].items()
-        if _num_records(folder / name) == len(plan[name][1])
-    }
+    in_bucket = storage.is_bucket(folder)
+    there = storage.children(str(folder)).files if in_bucket else {}
+
+    def is_whole(name: str, entry: dict) -> bool:
+        if in_bucket:
+            return name in there and there[name].size == entry["size"]
+        return shard_files.is_whole(folder / name, len(plan[name][1]), _format(folder))
+
+    return {name: entry for name, entry in state["shards"].items() if is_whole(name, entry)}
 
 
 def _write_shard(
-    path: pathlib.Path, images: tar_files.Images, encode_anew: bool, pool: futures.Executor
+    path: pathlib.Path,
+    images: tar_files.Images,
+    encode_anew: bool,
+    pool: futures.Executor,
+    file_format: str,
 ) -> dict:
-    """Writes one shard; returns the bytes of its records and the names of re-encoded images."""
-    from array_record.python import array_record_module
-
+    """Writes one shard; returns the bytes of its records, its size, names of re-encoded images."""
     total, anew = 0, []
     file = os.open(images.tar, os.O_RDONLY)
 
@@ -247,7 +290,7 @@ def _write_shard(
         return content
 
     try:
-        writer = array_record_module.ArrayRecordWriter(str(path), "group_size:1")  # as tfds
+        writer = shard_files.open_writer(path, file_format)
         contents = pool.map(read, images.offsets.tolist(), images.sizes.tolist())
         for name, label, content in zip(
             images.names.tolist(), images.labels.tolist(), contents, strict=True
@@ -265,9 +308,9 @@ def _write_shard(
         raise OSError(f"{error}: mend it, and start again to continue") from error
     finally:
         os.close(file)
-    if (found := _num_records(path)) != len(images):
-        raise OSError(f"{path}: expected {len(images)} records, found {found}: is the disk full?")
-    return {"bytes": total, "encoded_anew": anew}
+    if not shard_files.is_whole(path, len(images), file_format):
+        raise OSError(f"{path}: expected {len(images)} records, found fewer: is the disk full?")
+    return {"bytes": total, "size": path.stat().st_size, "encoded_anew": anew}
 
 
 def _as_rgb_jpeg(content: bytes, name: str) -> bytes:
@@ -277,17 +320,10 @@ def _as_rgb_jpeg(content: bytes, name: str) -> bytes:
         raise ValueError(f"{name}: damaged ({error}). {tar_files.SOURCE}") from error
 
 
-def _num_records(path: pathlib.Path) -> int:
-    """Returns the number of records of a shard; -1 if it is missing or damaged."""
-    from array_record.python import array_record_module
-
-    try:
-        reader = array_record_module.ArrayRecordReader(str(path))
-        count = reader.num_records()
-        reader.close()  # raises if the file is damaged
-    except (RuntimeError, ValueError, OSError, IndexError):
-        return -1
-    return count
+def _is_unfinished(final: pathlib.Path) -> bool:
+    """Returns whether a bucket has a part of the shards there; a disk never does."""
+    in_bucket = storage.is_bucket(final)
+    return in_bucket and (final / _STATE).exists() and not (final / _INFO).exists()
 
 
 def _check_finished(final: pathlib.Path, counts: dict[str, int]) -> None:
@@ -300,18 +336,24 @@ def _check_finished(final: pathlib.Path, counts: dict[str, int]) -> None:
         found = f"{sizes} as {info.file_format.value}"
     except Exception as error:  # tfds raises many kinds of errors for a folder it cannot read
         found = f"nothing that tfds reads ({error})"
-    if found != f"{counts} as array_record":
+    if found != f"{counts} as {_format(final)}":
         raise FileExistsError(
-            f"{final}: expected no folder, or {counts} as array_record; found {found}. "
+            f"{final}: expected no folder, or {counts} as {_format(final)}; found {found}. "
             "Use it as it is, move it away, or choose another data_dir"
         )
     (final / _STATE).unlink(missing_ok=True)  # left if a run was killed just before its end
 
 
 def _check_room(folder: pathlib.Path, missing: list[tar_files.Images]) -> None:
-    """Raises OSError if the disk has too little free space for the missing shards."""
+    """Raises OSError if the disk has too little free space for the missing shards.
+
+    A bucket has room for all; one shard at a time is on the disk of the temporary folder.
+    """
     # Headers, labels and names take some 200 bytes a record. Shards are padded to 64 KiB blocks.
-    needed = sum(int(images.sizes.sum()) + 300 * len(images) + 2**17 for images in missing)
+    sizes = [int(images.sizes.sum()) + 300 * len(images) + 2**17 for images in missing]
+    needed = sum(sizes)
+    if storage.is_bucket(folder):
+        folder, needed = pathlib.Path(tempfile.gettempdir()), max(sizes, default=0)
     free = shutil.disk_usage(folder).free
     if free < needed:
         raise OSError(
@@ -320,25 +362,6 @@ def _check_room(folder: pathlib.Path, missing: list[tar_files.Images]) -> None:
             f"{free:,}: make room, or choose another data_dir",
             str(folder),
         )
-
-
-@contextlib.contextmanager
-def _locked(folder: pathlib.Path) -> Iterator[None]:
-    """Locks a folder against other runs; the lock ends with the process, however that ends."""
-    import fcntl  # does not exist on Windows, and neither does ArrayRecord
-
-    handle = os.open(folder, os.O_RDONLY)
-    try:
-        fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except BlockingIOError as error:
-        os.close(handle)
-        raise BlockingIOError(error.errno, "another run is writing here", str(folder)) from None
-    except OSError as error:  # some network file systems have no locks
-        log.warning("%s: cannot be locked (%s): do not start a second run", folder, error)
-    try:
-        yield
-    finally:
-        os.close(handle)
 
 
 def _compare_encoded_anew(plan: _Plan, done: dict[str, dict]) -> None:

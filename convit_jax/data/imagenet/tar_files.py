@@ -15,6 +15,7 @@ from types import ModuleType
 import numpy as np
 import tqdm
 
+from convit_jax import storage
 from convit_jax.data.first_names import first_names
 
 TRAIN_TAR = "ILSVRC2012_img_train.tar"
@@ -54,8 +55,14 @@ def find_tars(folder: str | os.PathLike) -> tuple[pathlib.Path, pathlib.Path]:
     """Returns the paths of the training and the validation tar.
 
     Raises:
+      ValueError: if the folder is in a bucket.
       FileNotFoundError: if a tar is missing.
     """
+    if storage.is_bucket(folder):
+        raise ValueError(
+            f"tars: expected a folder on a disk, since the images are read in random order, got "
+            f"{folder}: copy {TRAIN_TAR} and {VALIDATION_TAR} from there"
+        )
     paths = [pathlib.Path(folder).expanduser() / name for name in (TRAIN_TAR, VALIDATION_TAR)]
     if missing := [str(path) for path in paths if not path.is_file()]:
         raise FileNotFoundError(f"{' and '.join(missing)}: no such file. {SOURCE}")

@@ -4,6 +4,7 @@ tensorflow_datasets is imported only to read the metadata when a data set is ope
 processes only read records and never import it.
 """
 
+from collections.abc import Iterable
 import dataclasses
 import logging
 import os
@@ -12,10 +13,11 @@ from typing import Any
 
 import numpy as np
 
-from convit_jax.data import held_out, threads
+from convit_jax import storage
+from convit_jax.data import held_out, local_copy, threads
 from convit_jax.data.corrupt import CorruptImageError
 from convit_jax.data.source import Source, Subset, check_index, hashes
-from convit_jax.data.tfds import records
+from convit_jax.data.tfds import bucket_records, records, stored
 from convit_jax.data.tfds.prepared import find_root, find_version, how_to_prepare
 from convit_jax.data.tfds.tf_example import parse_example
 
@@ -78,6 +80,9 @@ class RecordSource:
             )
         return {"image": image, "label": label, "name": name}
 
+    def request(self, indices: Iterable[int]) -> None:
+        self.shards.request(indices)
+
     def names_and_labels(self, cache_dir: str | None = None) -> tuple[np.ndarray, np.ndarray]:
         """Returns the names, (n,) bytes, and the labels, (n,) int32, of all images.
 
@@ -89,12 +94,14 @@ class RecordSource:
         """
 
         def read(start: int) -> list[tuple[bytes, int]]:
-            examples = (self[i] for i in range(start, min(start + 256, len(self))))
+            indices = range(start, min(start + 64, len(self)))
+            self.request(indices)
+            examples = (self[i] for i in indices)
             return [(os.fsencode(example["name"]), example["label"]) for example in examples]
 
-        def build() -> records.Arrays:
+        def build() -> stored.Arrays:
             blocks = threads.in_threads(
-                "Reading labels", "x 256 images", read, range(0, len(self), 256)
+                "Reading labels", "x 64 images", read, range(0, len(self), 64)
             )
             names, labels = zip(*(pair for block in blocks for pair in block), strict=True)
             return {"names": np.array(names), "labels": np.array(labels, np.int32)}
@@ -104,8 +111,8 @@ class RecordSource:
                 f"{self.description}: data.sampling_ratio takes the first file names of each "
                 f"class, and this data set has none"
             )
-        cache = records.cache_file(cache_dir, f"{self.cache_name}-labels")
-        arrays = records.cached(cache, records.fingerprint(self.shards.paths), build)
+        cache, paths = stored.cache_file(cache_dir, f"{self.cache_name}-labels"), self.shards.paths
+        arrays = stored.cached(cache, stored.fingerprint(paths, storage.versions(paths)), build)
         return arrays["names"], arrays["labels"]
 
     def fingerprints(self) -> np.ndarray:
@@ -132,7 +139,12 @@ class Splits:
 
 
 def open_tfds(
-    spec: str, split: str, data_dir: str, cache_dir: str | None, splits: Splits
+    spec: str,
+    split: str,
+    data_dir: str,
+    cache_dir: str | None,
+    splits: Splits,
+    copy_dir: str = "",
 ) -> Source:
     """Opens a split of a prepared data set.
 
@@ -142,6 +154,8 @@ def open_tfds(
       data_dir: folder of the tfds data sets; empty: $TFDS_DATA_DIR, else ~/tensorflow_datasets.
       cache_dir: folder for the indices of large data sets; None stores none.
       splits: which splits are read.
+      copy_dir: folder on a local disk; the shards are copied to it once and read there. Who opens
+        "train" opens "test" too, so the shards of both are copied then. Empty copies nothing.
 
     Raises:
       FileNotFoundError: if the data set or one of its shards is missing.
@@ -159,9 +173,15 @@ def open_tfds(
             f"{_prepare_again(info, folder, root)}"
         )
     name, divided = _choose_split(info, split, splits, folder)
+    _say_if_test_split_chooses(name, splits, folder)
     paths = [os.fspath(path) for path in info.splits[name].filepaths]
+    if copy_dir:
+        folder = local_copy.copied([*paths, *_also_read(info, split, splits, folder)], copy_dir)
+        paths = [os.path.join(folder, os.path.basename(path)) for path in paths]
     lengths = info.splits[name].shard_lengths
-    missing = [path for path in paths if not os.path.isfile(path)]
+    found = dict(zip(paths, storage.versions(paths), strict=True))
+    versions = [version for version in found.values() if version is not None]
+    missing = [path for path, version in found.items() if version is None]
     if missing:
         raise FileNotFoundError(
             f"{folder}: {len(missing):,} of {len(paths):,} shards of the {name} split are missing, "
@@ -170,11 +190,15 @@ def open_tfds(
         )
     cache_name = f"{info.full_name}-{name}".replace("/", "-")
     shards: records.Records
-    if format_name == "tfrecord":
-        cache = records.cache_file(cache_dir, f"{cache_name}-index")
-        shards = records.open_tfrecords(paths, lengths, cache)
-    else:
+    if format_name != "tfrecord":
         shards = records.open_array_records(paths, lengths)
+    elif storage.is_bucket(paths[0]):
+        shards = bucket_records.open_tfrecords(
+            paths, lengths, versions, cache_dir, f"{cache_name}-index"
+        )
+    else:
+        cache = stored.cache_file(cache_dir, f"{cache_name}-index")
+        shards = records.open_tfrecords(paths, lengths, versions, cache)
     description = (
         f"{info.full_name} {name}, {FORMATS[format_name]}, {len(paths):,} shards in {folder}"
     )
@@ -208,13 +232,24 @@ def _choose_split(info: Any, split: str, splits: Splits, folder: pathlib.Path) -
             f"{folder}: expected a {expected or 'validation or test'} split with images, got "
             f"{counts}" + (f"; choose with --config.data.{key}={choice[0]}" if choice else "")
         )
+    return wanted, divided
+
+
+def _say_if_test_split_chooses(name: str, splits: Splits, folder: pathlib.Path) -> None:
     in_training = splits.val_fraction < 1  # 1 is an evaluation of weights, without a run
-    if wanted == "test" and not splits.test_split and in_training:
+    if name == "test" and not splits.test_split and in_training:
         log.info(
             "%s: its test split chooses the best checkpoint of a run, as there is no validation "
             "split: the accuracy on it is optimistic", folder,
         )  # fmt: skip
-    return wanted, divided
+
+
+def _also_read(info: Any, split: str, splits: Splits, folder: pathlib.Path) -> list[str]:
+    """Returns the shards that are read besides those of a split: who trains evaluates too."""
+    if split == "test":
+        return []
+    name, _ = _choose_split(info, "test", splits, folder)
+    return [os.fspath(path) for path in info.splits[name].filepaths]
 
 
 def _divide(source: RecordSource, name: str, split: str, splits: Splits) -> Subset:

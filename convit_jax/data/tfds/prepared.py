@@ -1,9 +1,11 @@
-"""Finds prepared tfds data sets on disk, and names the command that prepares one."""
+"""Finds prepared tfds data sets, and names the command that prepares one."""
 
 import difflib
 import os
 import pathlib
 import shlex
+
+from convit_jax import storage
 
 
 def find_root(data_dir: str) -> pathlib.Path:
@@ -13,15 +15,15 @@ def find_root(data_dir: str) -> pathlib.Path:
       data_dir: the folder; empty: $TFDS_DATA_DIR, else ~/tensorflow_datasets.
 
     Raises:
-      ValueError: if it is not a local folder.
+      ValueError: if it is a URL of another kind than gs://BUCKET/NAME and s3://BUCKET/NAME.
+      ModuleNotFoundError: if the package is missing that reads such a bucket.
     """
     data_dir = data_dir or os.environ.get("TFDS_DATA_DIR") or "~/tensorflow_datasets"
-    if "://" in data_dir:
-        raise ValueError(
-            f"data.dir: expected a local folder, got {data_dir!r}; mount it (gcsfuse for "
-            f"gs://) or copy it"
-        )
-    return pathlib.Path(data_dir).expanduser().absolute()
+    try:
+        path = storage.as_path(data_dir)
+    except ValueError as error:
+        raise ValueError(f"data.dir: {error}") from None
+    return path if storage.is_bucket(data_dir) else path.absolute()
 
 
 def find_version(spec: str, root: pathlib.Path) -> pathlib.Path:
@@ -38,7 +40,7 @@ def find_version(spec: str, root: pathlib.Path) -> pathlib.Path:
     name, _, version = spec.partition(":")
     folder = root / name
     versions = _versions(folder)
-    configs = [child for child in _folders(folder) if _versions(child)]
+    configs = [child for child in _folders(folder) if not versions and _versions(child)]
     if not versions and len(configs) == 1:
         folder = configs[0]
         versions = _versions(folder)
@@ -94,6 +96,11 @@ def how_to_prepare(spec: str, root: pathlib.Path) -> str:
 
 
 def _folders(path: pathlib.Path) -> list[pathlib.Path]:
+    if storage.is_bucket(path):
+        try:
+            return [path / name for name in storage.children(os.fspath(path)).folders]
+        except FileNotFoundError:
+            return []
     return sorted(child for child in path.iterdir() if child.is_dir()) if path.is_dir() else []
 
 

@@ -6,32 +6,26 @@ following the lengths through the file once. ArrayRecord shards contain an index
 """
 
 import bisect
-from collections.abc import Callable, Collection
+from collections.abc import Callable, Collection, Iterable, Sequence
 import dataclasses
 import functools
-import hashlib
 import itertools
-import logging
 import os
 from typing import Any, Protocol
-import zipfile
 
 import google_crc32c
 import numpy as np
 
 from convit_jax import storage
 from convit_jax.data import corrupt
+from convit_jax.data.tfds import stored
 from convit_jax.data.threads import in_threads
-
-log = logging.getLogger(__name__)
 
 HEADER = 12  # bytes before the payload of a TFRecord
 FOOTER = 4  # bytes after the payload of a TFRecord
 # In array_record's errors about one record. Others are about the shard or the machine.
 _DAMAGE = ("Corrupted Riegeli", "Truncated Riegeli", "Input/output error")
 MAX_OPEN_FILES = 65536  # limit to ask the system for, since all ArrayRecord shards are held open
-
-Arrays = dict[str, np.ndarray]
 
 
 class Records(Protocol):
@@ -46,6 +40,10 @@ class Records(Protocol):
     def __len__(self) -> int: ...
 
     def __getitem__(self, index: int) -> bytes: ...
+
+    def request(self, indices: Iterable[int]) -> None:
+        """Begins to read records that will be asked for soon, if they are in a bucket."""
+        ...
 
     def where(self, index: int) -> str:
         """Returns the shard of a record and its number there, for messages."""
@@ -82,21 +80,13 @@ class TFRecords:
             if corrupt.is_damage(error):
                 raise corrupt.CorruptImageError(text) from error
             raise type(error)(text) from error
-        whole = HEADER + length + FOOTER
-        if len(record) < whole or int.from_bytes(record[:8], "little") != length:
-            raise ValueError(
-                f"{self.where(index)}: expected {length:,} bytes, which are missing: the shard was "
-                f"changed since it was indexed; start again"
-            )
-        payload = record[HEADER:-FOOTER]
-        if masked_crc32c(payload) != int.from_bytes(record[-FOOTER:], "little"):
-            raise corrupt.CorruptImageError(
-                f"{self.where(index)}: its {length:,} bytes fail their checksum"
-            )
-        return payload
+        return payload_of(record, length, lambda: self.where(index))
+
+    def request(self, indices: Iterable[int]) -> None:
+        """Does nothing, since a disk answers at once."""
 
     def where(self, index: int) -> str:
-        return _where(self, index)
+        return where(self, index)
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -122,8 +112,11 @@ class ArrayRecords:
             kind = corrupt.CorruptImageError if damaged else ValueError
             raise kind(f"{self.where(index)}: {error}") from error
 
+    def request(self, indices: Iterable[int]) -> None:
+        """Does nothing, since a disk answers at once."""
+
     def where(self, index: int) -> str:
-        return _where(self, index)
+        return where(self, index)
 
     @functools.cached_property
     def _reader(self) -> Any:
@@ -139,7 +132,32 @@ class ArrayRecords:
         return {key: value for key, value in self.__dict__.items() if key != "_reader"}
 
 
-def _where(records: TFRecords | ArrayRecords, index: int) -> str:
+def payload_of(record: bytes, length: int, name: Callable[[], str]) -> bytes:
+    """Returns the payload of a whole TFRecord, with its lengths and checksums.
+
+    Args:
+      record: the bytes that were read.
+      length: number of bytes of the payload, by the index.
+      name: returns the name of the record, for messages.
+
+    Raises:
+      ValueError: if the record does not fit the index.
+      CorruptImageError: if the payload fails its checksum.
+    """
+    whole = HEADER + length + FOOTER
+    if len(record) < whole or int.from_bytes(record[:8], "little") != length:
+        raise ValueError(
+            f"{name()}: expected {length:,} bytes, which are missing: the shard was changed since "
+            f"it was indexed; start again"
+        )
+    payload = record[HEADER:-FOOTER]
+    if masked_crc32c(payload) != int.from_bytes(record[-FOOTER:], "little"):
+        raise corrupt.CorruptImageError(f"{name()}: its {length:,} bytes fail their checksum")
+    return payload
+
+
+def where(records: Records, index: int) -> str:
+    """Returns the shard of a record and its number there, for messages."""
     shard = bisect.bisect_right(records.ends, index)
     number = index - (records.ends[shard - 1] if shard else 0)
     return f"{records.paths[shard]}, record {number}"
@@ -158,28 +176,32 @@ def _allow_open_files() -> None:
 
 
 def open_tfrecords(
-    paths: Collection[str], lengths: Collection[int], cache: str | None = None
+    paths: Collection[str],
+    lengths: Collection[int],
+    versions: Collection[storage.Version],
+    cache: str | None = None,
 ) -> TFRecords:
     """Indexes TFRecord shards.
 
     Args:
       paths: the shards.
       lengths: expected number of records of each shard.
+      versions: version of each shard.
       cache: .npz file that stores the index; it is used until a shard changes. None stores nothing.
 
     Raises:
       ValueError: if a shard is truncated, corrupt or has another number of records.
     """
 
-    def build() -> Arrays:
+    def build() -> stored.Arrays:
         spans = in_threads("Indexing", "shards", index_shard, paths, lengths)
         return {"spans": np.concatenate(spans)}
 
-    spans = cached(cache, fingerprint(paths), build)["spans"]
+    spans = stored.cached(cache, stored.fingerprint(paths, versions), build)["spans"]
     return TFRecords(tuple(paths), tuple(itertools.accumulate(lengths)), spans)
 
 
-def open_array_records(paths: Collection[str], lengths: Collection[int]) -> ArrayRecords:
+def open_array_records(paths: Sequence[str], lengths: Collection[int]) -> ArrayRecords:
     """Opens ArrayRecord shards and checks the number of records of each.
 
     Args:
@@ -187,8 +209,16 @@ def open_array_records(paths: Collection[str], lengths: Collection[int]) -> Arra
       lengths: expected number of records of each shard.
 
     Raises:
-      ValueError: if a shard cannot be read or has another number of records than expected.
+      ValueError: if a shard cannot be read or has another number of records than expected, or if
+        the shards are in a bucket.
     """
+    if storage.is_bucket(paths[0]):
+        # array_record opens gs:// by gRPC, and waits for ever where that is not let through.
+        raise ValueError(
+            f"{os.path.dirname(paths[0])}: ArrayRecord files in a bucket are read through a copy "
+            f"on a local disk: set --config.data.cache=PATH, which copies them once. TFRecord "
+            f"files need no copy"
+        )
     in_threads("Checking", "shards", _check_array_record, paths, lengths)
     return ArrayRecords(tuple(paths), tuple(itertools.accumulate(lengths)))
 
@@ -211,7 +241,20 @@ def _check_array_record(path: str, expected: int) -> None:
 
 
 def index_shard(path: str, expected: int) -> np.ndarray:
+    """Returns the spans of a TFRecord shard on a disk, see `find_spans`."""
+    with open(path, "rb", buffering=0) as file:
+        read = functools.partial(os.pread, file.fileno(), HEADER)
+        return find_spans(path, os.path.getsize(path), expected, read)
+
+
+def find_spans(path: str, size: int, expected: int, head_at: Callable[[int], bytes]) -> np.ndarray:
     """Returns the offset and length in bytes of every payload of a TFRecord shard: (n, 2) int64.
+
+    Args:
+      path: the shard, for messages.
+      size: its number of bytes.
+      expected: its number of records.
+      head_at: returns the HEADER bytes at an offset, or fewer at the end of the shard.
 
     Raises:
       ValueError: if a length fails its checksum, if the file ends within a record, or if the number
@@ -219,12 +262,10 @@ def index_shard(path: str, expected: int) -> np.ndarray:
     """
     heads: list[bytes] = []
     offset = 0
-    size = os.path.getsize(path)
-    with open(path, "rb", buffering=0) as file:
-        # One record more than expected is enough to know that there are too many.
-        while offset < size and len(heads) <= expected:
-            heads.append(os.pread(file.fileno(), HEADER, offset))
-            offset += HEADER + int.from_bytes(heads[-1][:8], "little") + FOOTER
+    # One record more than expected is enough to know that there are too many.
+    while offset < size and len(heads) <= expected:
+        heads.append(head_at(offset))
+        offset += HEADER + int.from_bytes(heads[-1][:8], "little") + FOOTER
     again = "copy or prepare it again"
     cut = f"{path}, record {len(heads) - 1}: the shard is truncated, at {size:,} bytes; {again}"
     if heads and len(heads[-1]) < HEADER:
@@ -256,46 +297,3 @@ def masked_crc32c(data: bytes) -> int:
     """Returns TFRecord's checksum: CRC-32C, rotated by 15 bits, plus a constant."""
     crc = google_crc32c.value(data)
     return ((crc >> 15 | crc << 17) + 0xA282EAD8) & 0xFFFFFFFF
-
-
-def fingerprint(paths: Collection[str]) -> str:
-    """Returns a hash that changes when the path, size or modification time of a file changes."""
-    digest = hashlib.sha256()
-    for path in paths:
-        stat = os.stat(path)
-        digest.update(f"{os.path.abspath(path)}\0{stat.st_size}\0{stat.st_mtime_ns}\n".encode())
-    return digest.hexdigest()
-
-
-def cache_file(folder: str | None, name: str) -> str | None:
-    """Returns the path of an .npz file in a cache folder; None if there is no cache folder."""
-    return None if folder is None else os.path.join(os.path.expanduser(folder), f"{name}.npz")
-
-
-def cached(path: str | None, key: str, build: Callable[[], Arrays]) -> Arrays:
-    """Returns build(), or its stored result from `path` if that was stored under the same key.
-
-    Args:
-      path: .npz file that stores the result; None stores nothing.
-      key: a hash of everything that the result depends on.
-      build: makes the arrays.
-    """
-    if path is None:
-        return build()
-    try:
-        # Opened here, because numpy does not close a file that turns out to be damaged.
-        with open(path, "rb") as file, np.load(file, allow_pickle=False) as arrays:
-            if str(arrays["key"]) == key:
-                return {name: arrays[name] for name in arrays.files if name != "key"}
-    except FileNotFoundError:
-        pass
-    except (OSError, ValueError, KeyError, EOFError, zipfile.BadZipFile) as error:
-        log.warning("%s: not readable, so it is built again: %s", path, error)
-    arrays = build()
-    try:
-        os.makedirs(os.path.dirname(path), exist_ok=True)
-        with storage.whole_file(path) as unfinished, unfinished.open("wb") as out:
-            np.savez(out, allow_pickle=False, key=np.array(key), **arrays)
-    except OSError as error:
-        log.warning("%s: not written, so the next start builds it again: %s", path, error)
-    return arrays

@@ -20,7 +20,9 @@ from PIL import Image
 import pytest
 import tensorflow_datasets as tfds
 
+from convit_jax import storage
 from convit_jax.data.imagenet import prepare, tar_files
+from convit_jax.data.open import open_source
 
 # Images of each class. The named ones are on tfds' lists; their content is made to match.
 CLASSES = {"n02105855": 5, "n01739381": 4, "n13037406": 4}
@@ -386,8 +388,8 @@ def test_other_tars_or_shards_do_not_go_on(tars, tmp_path, half_done):
 
 def test_second_run_at_once_is_refused(tars, tmp_path, half_done):
     with (
-        prepare._locked(half_done),
-        pytest.raises(BlockingIOError, match="another run is writing here"),
+        storage.locked(half_done),
+        pytest.raises(BlockingIOError, match="another process is writing here"),
     ):
         run(tars, tmp_path)
     assert run(tars, tmp_path).is_dir()
@@ -412,6 +414,50 @@ def test_failing_disk_is_named_and_the_run_goes_on(tars, prepared, tmp_path):
         run(tars, tmp_path)
     obstacle.rmdir()
     assert contents(run(tars, tmp_path)) == contents(prepared)
+
+
+def test_a_bucket_gets_the_same_tfrecords_after_a_kill(tars, prepared, bucket, monkeypatch):
+    bucket = bucket.partition("[")[0]  # fsspec deletes by patterns
+    folder = storage.as_path(bucket) / "imagenet2012" / "5.1.0"
+    write, upload, names = prepare._write_shard, storage.whole._uploaded, []
+
+    def fail_at_third(path, *args):
+        if len(names) == 2:
+            raise KeyboardInterrupt  # nothing cleans up in the bucket
+        names.append(path.name)
+        return write(path, *args)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(prepare, "_write_shard", fail_at_third)
+        with pytest.raises(KeyboardInterrupt):
+            run(tars, bucket)
+    assert {path.name for path in folder.iterdir()} == {*names, "progress.json"}
+    with pytest.raises(ValueError, match="expected shards of these tars"):
+        run(tars, bucket, train_shards=3)
+
+    def uploaded(path):
+        names.append(path.name)
+        return upload(path)
+
+    monkeypatch.setattr(storage.whole, "_uploaded", uploaded)
+    assert os.fspath(run(tars, bucket)) == os.fspath(folder)
+    assert names[-1] == "dataset_info.json"
+    assert len(set(names[:2]) & set(names[2:])) == 0
+    count = len(names)
+    run(tars, bucket)  # finds it complete
+    assert len(names) == count
+    assert contents(folder) == contents(run(tars, f"{bucket}-at-once"))
+    for split in ("train", "test"):  # read where they are
+        there, here = (
+            open_source("tfds:imagenet2012", split, data_dir=str(data_dir))
+            for data_dir in (bucket, prepared.parents[1])
+        )
+        assert [there[i] for i in range(len(there))] == [here[i] for i in range(len(here))]
+    (folder / "dataset_info.json").unlink()
+    with pytest.raises(FileExistsError, match="expected no folder, or"):
+        run(tars, bucket)
+    with pytest.raises(ValueError, match="tars: expected a folder on a disk"):
+        run(folder, prepared.parents[2])
 
 
 def test_finished_data_set_is_left_alone(tars, prepared, tmp_path):

@@ -1,0 +1,44 @@
+"""Calls of fsspec's file systems, which all run in one thread that waits for many answers."""
+
+import asyncio
+from concurrent.futures import Future
+from typing import Any
+
+from convit_jax.storage.paths import as_path
+
+
+def begin(path: str, method: str, **options: Any) -> Future[Any]:
+    """Calls a method of the file system of an object in the background.
+
+    A file system of fsspec belongs to a thread. Here it is that of fsspec's event loop, so a
+    process has one, with one pool of connections, whichever thread calls.
+
+    Args:
+      path: gs://BUCKET/NAME or s3://BUCKET/NAME.
+      method: name of a coroutine of the file system, which takes the path.
+      **options: further arguments.
+    """
+    as_path(path)  # sets up the package that reads such buckets
+    import fsspec
+
+    async def call() -> Any:
+        file_system, name = fsspec.core.url_to_fs(path)
+        return await getattr(file_system, method)(name, **options)
+
+    return asyncio.run_coroutine_threadsafe(call(), fsspec.asyn.get_loop())
+
+
+def result(answer: Future[Any], path: str) -> Any:
+    """Waits for the answer of `begin`.
+
+    Raises:
+      OSError: if the call failed; the message names `path`.
+    """
+    try:
+        return answer.result()
+    except OSError as error:
+        if path in str(error):
+            raise
+        raise type(error)(f"{path}: {error or type(error).__name__}") from error
+    except Exception as error:  # of the libraries' own kinds
+        raise OSError(f"{path}: cannot be read: {error or type(error).__name__}") from error
