@@ -6,6 +6,7 @@ Those of several devices do not pass on one GPU.
 
 import os
 import pathlib
+import re
 import sys
 import tempfile
 
@@ -49,16 +50,21 @@ def _s3():
         yield f"s3://{buckets.BUCKET}"
 
 
+def _folder(url, request):
+    """Returns the URL of a test's own folder; fsspec takes brackets for a pattern."""
+    return f"{url}/{re.sub(r'[^a-z0-9]+', '_', request.node.name)}"
+
+
 @pytest.fixture
 def gcs(_gcs, request):
     """The URL of an empty folder in an emulated bucket of Google Cloud Storage."""
-    return f"{_gcs}/{request.node.name}"
+    return _folder(_gcs, request)
 
 
 @pytest.fixture
 def s3(_s3, request):
     """The URL of an empty folder in an emulated bucket of S3."""
-    return f"{_s3}/{request.node.name}"
+    return _folder(_s3, request)
 
 
 @pytest.fixture(params=["gcs", "s3"])

@@ -108,6 +108,8 @@ def running(target: str) -> Iterator[Proxy]:
 
 class _Handler(http.server.BaseHTTPRequestHandler):
     protocol_version = "HTTP/1.1"
+    disable_nagle_algorithm = True
+    wbufsize = -1  # an answer is sent at once
     proxy: Proxy
     service: int
 
@@ -123,6 +125,7 @@ class _Handler(http.server.BaseHTTPRequestHandler):
         if self.headers.get("Expect", "").lower() == "100-continue":
             self.send_response_only(100)
             self.end_headers()
+            self.wfile.flush()
         body = self._body()
         if body is None:
             self.close_connection = True

@@ -116,6 +116,16 @@ def metrics(workdir: pathlib.Path) -> list[dict[str, Any]]:
     return [{k: v for k, v in line.items() if k not in MEASURED} for line in lines]
 
 
+def reached(workdir: pathlib.Path, step: int) -> bool:
+    """Returns whether a run has reported metrics of a step or of a later one."""
+    file = workdir / "metrics.jsonl"
+    return file.exists() and any(
+        json.loads(line)["step"] >= step
+        for line in file.read_text().splitlines(keepends=True)
+        if line.endswith("\n")
+    )
+
+
 def state(workdir: pathlib.Path, step: int | None = None) -> dict[str, np.ndarray]:
     """The arrays of a checkpoint by name: step, params, opt_state, ema."""
     import jax
@@ -131,3 +141,32 @@ def state(workdir: pathlib.Path, step: int | None = None) -> dict[str, np.ndarra
     tree = checkpointer.restore(item, restore_args=as_numpy)
     leaves = jax.tree_util.tree_flatten_with_path(tree)[0]
     return {jax.tree_util.keystr(path): np.asarray(leaf) for path, leaf in leaves}
+
+
+def assert_same(workdir: pathlib.Path, other: pathlib.Path) -> None:
+    """Asserts that two runs have the same state and the same lines of metrics, to the bit."""
+    left, right = state(workdir), state(other)
+    assert left.keys() == right.keys()
+    for kind in ("params", "opt_state", "ema", "step"):
+        assert any(f"['{kind}']" in name for name in left)
+    for name, value in left.items():
+        np.testing.assert_array_equal(value, right[name], err_msg=name)
+    assert metrics(workdir) == metrics(other)
+    name = "weights.safetensors"
+    assert (workdir / name).read_bytes() == (other / name).read_bytes()
+
+
+def assert_close(workdir: pathlib.Path, other: pathlib.Path) -> None:
+    """Asserts the same as `assert_same`, except for rounding.
+
+    Sums over the batch are taken in another order. Adam divides a gradient by its size, so
+    gradients that are rounding noise give steps that are noise, which hardly change the loss.
+    """
+    lines, others = metrics(workdir), metrics(other)
+    assert [(x["kind"], x["step"]) for x in lines] == [(x["kind"], x["step"]) for x in others]
+    for left, right in zip(lines, others, strict=True):
+        np.testing.assert_allclose(left["loss"], right["loss"], rtol=1e-5)
+        assert left.get("images") == right.get("images")
+    left, right = state(workdir), state(other)
+    for name, value in left.items():
+        np.testing.assert_allclose(value, right[name], atol=1e-4, err_msg=name)

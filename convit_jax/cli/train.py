@@ -26,7 +26,12 @@ def main(argv: Sequence[str] | None = None, prog: str = "convit train") -> int:
     parser = options.make_parser(prog, __doc__ or "")
     options.add_config(parser)
     add = parser.add_argument
-    add("--workdir", metavar="DIR", required=True, help="folder of the run; made if missing")
+    add(
+        "--workdir",
+        metavar="DIR",
+        required=True,
+        help="folder of the run, made if missing; or gs://BUCKET/RUN, s3://BUCKET/RUN",
+    )
     add("--profile", action="store_true", help="record a trace of five steps in WORKDIR/profile")
     add(
         "--stopped_status",

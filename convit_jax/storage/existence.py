@@ -14,7 +14,7 @@ class Existence:
 
     async def _info(self: Any, path: str, *args: Any, **options: Any) -> dict[str, Any]:
         try:
-            return await super()._info(path, *args, **options)
+            return await super()._info(path, *args, **options)  # type: ignore[misc]
         except FileNotFoundError:
             url = self.unstrip_protocol(self._strip_protocol(path))
             raise FileNotFoundError(errno.ENOENT, "no such object or folder", url) from None

@@ -38,8 +38,7 @@ _CONNECTION_ERRORS = (
     ConnectionError,
 )
 _PIECE = 16 * 2**20  # bytes of an upload that are sent again after a fault
-
-_EMPTY = (204, {}, None, b"")  # an answer without content
+_EMPTY: tuple = (204, {}, None, b"")  # an answer without content
 
 # The functions of gcsfs without its decorator, which repeats them.
 _request_once = inspect.unwrap(core.GCSFileSystem._request)
@@ -89,10 +88,21 @@ class FileSystem(Existence, core.GCSFileSystem):
         if "upload_id=" not in path or not piece:
             return None
         headers = {"Content-Range": f"bytes */{piece[2]}", "Content-Length": "0"}
-        answer = await _request_once(self, "PUT", path, headers=headers)
+        try:
+            answer = await _request_once(self, "PUT", path, headers=headers)
+        except (
+            FileNotFoundError
+        ):  # the upload has ended: the last answer was lost, or it is too old
+            bucket, key = _target(path, (), None)
+            object_ = await _request_once(self, "GET", "b/{}/o/{}", bucket, key)
+            crc = json.loads(object_[3]).get("crc32c")
+            if piece[1] == "0" and crc == _crc32c(options.get("data") or b""):
+                return object_
+            raise retry.HttpError({"code": 410, "message": "the upload has ended"}) from None
         if answer[0] != 308:
             return answer  # the upload is complete
-        count = int(answer[1].get("Range", "bytes=0--1").removeprefix("bytes=0-")) + 1
+        end = re.fullmatch(r"bytes=0-(\d+)", answer[1].get("Range", ""))
+        count = int(end[1]) + 1 if end else 0
         is_some = count > int(piece[1]) and count % core.GCS_MIN_BLOCK_SIZE == 0
         return answer if is_some else None
 
@@ -165,10 +175,13 @@ def _check(status: int, headers: Mapping[str, str], _: Any, content: bytes) -> N
         raise retry.ChecksumError("the answer is cut off")
     hashes = re.search(r"crc32c=([^,\s]+)", headers.get("X-Goog-Hash", ""))
     stored_as = headers.get("X-Goog-Stored-Content-Encoding", "identity")
-    if hashes and status == 200 and stored_as == "identity":
-        digest = google_crc32c.Checksum(content).digest()
-        if base64.b64encode(digest).decode() != hashes[1]:
-            raise retry.ChecksumError("the bytes do not match their checksum")
+    if hashes and status == 200 and stored_as == "identity" and _crc32c(content) != hashes[1]:
+        raise retry.ChecksumError("the bytes do not match their checksum")
+
+
+def _crc32c(content: bytes | memoryview) -> str:
+    """Returns a checksum as Google Cloud Storage writes it."""
+    return base64.b64encode(google_crc32c.Checksum(bytes(content)).digest()).decode()
 
 
 def _fault(error: Exception) -> faults.Fault | None:

@@ -7,6 +7,7 @@ import pathlib
 from typing import cast
 
 from convit_jax import extras
+from convit_jax.storage import retries
 
 # Scheme of a URL -> the package that reads and writes it, and the extra of setup.cfg that has it.
 # The module of this package with the name of the extra adds retries to it.
@@ -52,6 +53,14 @@ def _load(scheme: str) -> None:
     # gcsfs asks for the kind of each bucket by gRPC, which no emulator speaks and some proxies
     # block: without an answer it tries for minutes.
     os.environ.setdefault("GCSFS_EXPERIMENTAL_ZB_HNS_SUPPORT", "false")
+    # TensorStore, which writes checkpoints, would wait for ever for an answer.
+    silence = str(max(1, round(retries.patience().silence)))
+    os.environ.setdefault("TENSORSTORE_CURL_LOW_SPEED_TIME_SECONDS", silence)
+    os.environ.setdefault("TENSORSTORE_CURL_LOW_SPEED_LIMIT_BYTES", "1")
+    os.environ.setdefault("TENSORSTORE_CURL_CONNECT_TIMEOUT_SECONDS", silence)
+    # Where TensorFlow is installed, epath would use its file systems, which have neither these
+    # settings nor S3.
+    os.environ.setdefault("EPATH_USE_TF", "false")
     with extras.needed(extra, f"{scheme}://"):
         __import__(package)
         import fsspec

@@ -4,6 +4,7 @@ import asyncio
 from collections.abc import Awaitable, Callable
 import itertools
 import logging
+import math
 import os
 import random
 import time
@@ -35,6 +36,12 @@ class Patience(NamedTuple):
     silence: float
     first_wait: float
     longest_wait: float
+
+    def tries(self) -> int:
+        """Returns about how many requests are made within the limit if each fails at once."""
+        growing = max(0, math.ceil(math.log2(self.longest_wait / self.first_wait)))
+        spent = self.first_wait * (2**growing - 1)
+        return 1 + growing + max(0, int((self.limit - spent) / self.longest_wait))
 
 
 def patience() -> Patience:

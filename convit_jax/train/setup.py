@@ -3,6 +3,7 @@
 import dataclasses
 import logging
 import math
+import os
 from typing import Any
 
 import jax
@@ -219,10 +220,11 @@ def use_compilation_cache(config: ml_collections.ConfigDict, workdir: Workdir | 
     """Stores compiled programs in the folder `config.compilation_cache`, for later starts."""
     folder = config.compilation_cache
     if folder == "workdir":
-        folder = str(storage.absolute(workdir.compilation_cache)) if workdir else ""
+        folder = os.fspath(workdir.compilation_cache) if workdir else ""
     # JAX has already read $JAX_COMPILATION_CACHE_DIR, which takes precedence.
     if folder and not jax.config.values["jax_compilation_cache_dir"]:
-        jax.config.update("jax_compilation_cache_dir", folder)
+        path = storage.absolute(storage.as_path(folder))
+        jax.config.update("jax_compilation_cache_dir", os.fspath(path))
         if storage.is_bucket(folder):  # XLA's own cache would become a local folder called "gs:"
             jax.config.update("jax_persistent_cache_enable_xla_caches", "none")
 

@@ -84,6 +84,8 @@ def read_metrics(folder: pathlib.Path, step: int) -> dict[str, float] | None:
     """
     try:
         metrics = json.loads((folder / str(step) / _METRICS / _METRICS).read_bytes())
+    except storage.BucketError:
+        raise  # whether it has metrics is not known
     except (OSError, ValueError):
         return None
     return metrics if isinstance(metrics, dict) else None
@@ -266,6 +268,8 @@ class Checkpoints:
                 metrics = self._manager.metrics(step)
                 restored = Restored(step, items["state"], items["progress"], metrics)
             except Exception as error:  # Orbax raises many types for broken files
+                if _is_outage(error):  # the checkpoint may be intact
+                    raise OSError(f"{self._folder / str(step)}: {_first_line(error)}") from error
                 failure = error
             if _on_all(restored is not None) and restored is not None:
                 for bad in unreadable:
@@ -275,7 +279,7 @@ class Checkpoints:
             log.warning(
                 "cannot read checkpoint %s: %s; trying the one before it",
                 self._folder / str(step),
-                str(failure).partition("\n")[0][:300] if failure else "another process cannot",
+                _first_line(failure) if failure else "another process cannot",
             )
             unreadable.append(step)
         if unreadable:
@@ -312,6 +316,20 @@ def _on_all(this: bool) -> bool:
     return bool(np.all(multihost_utils.process_allgather(np.array(this))))
 
 
+def _first_line(error: Exception) -> str:
+    """Returns what an error says, without the description of the array that TensorStore adds."""
+    return re.split(r"\n| \[tensorstore_spec=", str(error))[0][:400]
+
+
+def _is_outage(error: Exception) -> bool:
+    """Returns whether a bucket did not answer, or refused, after all retries.
+
+    TensorStore says so by the name of a status, at the beginning of the text.
+    """
+    refused = r"(ABORTED|UNAVAILABLE|DEADLINE_EXCEEDED|PERMISSION_DENIED|UNAUTHENTICATED):"
+    return isinstance(error, storage.BucketError) or bool(re.match(refused, str(error)))
+
+
 @contextlib.contextmanager
 def _as_os_error(folder: pathlib.Path) -> Iterator[None]:
     """Turns errors of the file system, which Orbax raises as ValueError, into OSError."""
@@ -323,7 +341,7 @@ def _as_os_error(folder: pathlib.Path) -> Iterator[None]:
         if number is not None:
             reason = os.strerror(number)
         elif storage.is_bucket(folder):
-            reason = str(error).partition("\n")[0][:300]
+            reason = _first_line(error)
         else:
             raise
         raise OSError(

@@ -36,10 +36,15 @@ class Workdir:
           path: a local folder, with "~" for the home folder, or gs://BUCKET/NAME, s3://BUCKET/NAME.
 
         Raises:
-          ValueError: if `path` is a URL of another kind.
+          ValueError: if `path` is a URL of another kind, or has a character of patterns.
           ModuleNotFoundError: if the package is missing that reads and writes such a bucket.
         """
         self.path = path = as_path(path)
+        if is_bucket(path) and set(str(path)) & set("*?[]"):
+            raise ValueError(
+                f"--workdir: expected a URL without * ? [ and ], which stand for other characters "
+                f"when objects are deleted, got {path}"
+            )
         self.config = path / "config.json"
         self.classes = path / "classes.json"
         self.data = path / "data.json"

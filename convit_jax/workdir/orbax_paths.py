@@ -6,6 +6,7 @@ import pathlib
 from typing import Any
 
 from convit_jax import storage
+from convit_jax.storage import retries
 
 
 def for_orbax(path: pathlib.Path) -> pathlib.Path:
@@ -18,9 +19,29 @@ def for_orbax(path: pathlib.Path) -> pathlib.Path:
     Raises:
       OSError: if this version of Orbax cannot be made to understand s3://.
     """
+    if storage.is_bucket(path):
+        _limit_retries()
     if os.fspath(path).startswith("s3://"):
         _teach_s3()
     return storage.absolute(path)
+
+
+def _limit_retries() -> None:
+    """Makes TensorStore give up when other requests to buckets do; by itself it takes 15 minutes.
+
+    The retries are part of the context in which Orbax opens arrays. Orbax has no option for it.
+    """
+    from orbax.checkpoint._src.serialization import tensorstore_utils
+
+    times = retries.patience()
+    limits = {
+        "max_retries": times.tries(),
+        "initial_delay": f"{times.first_wait}s",
+        "max_delay": f"{times.longest_wait}s",
+    }
+    for name in ("_BASE_TS_CONTEXT", "_DEFAULT_OCDBT_TS_CONTEXT"):
+        context = getattr(tensorstore_utils, name, {})
+        context.update(gcs_request_retries=limits, s3_request_retries=limits)
 
 
 @functools.cache

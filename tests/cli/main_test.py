@@ -9,6 +9,7 @@ import pytest
 from runs import ROOT
 
 from convit_jax.cli import main
+from convit_jax.storage import paths
 
 # A thread and a worker process that would keep Python from exiting, or outlive it.
 HANGING = """
@@ -73,3 +74,21 @@ def test_a_command_that_succeeds_exits_normally(capsys, monkeypatch):
     with pytest.raises(SystemExit) as caught:
         main.start(lambda: sys.exit(0))
     assert caught.value.code == 0
+
+
+def test_every_command_names_the_extra_that_a_bucket_needs(monkeypatch, tmp_path):
+    monkeypatch.setitem(sys.modules, "gcsfs", None)
+    paths._load.cache_clear()
+    url = "gs://bucket/run"
+    for command, *flags in (
+        ("train", "--config=configs/digits.py", f"--workdir={url}"),
+        ("train", f"--workdir={url}"),
+        ("eval", f"--workdir={url}"),
+        ("predict", f"--weights={url}", "picture.png"),
+        ("convert", url, str(tmp_path / "weights.pth")),
+    ):
+        with pytest.raises(SystemExit) as ended:
+            main.run(command, flags, f"convit {command}")
+        assert ended.value.code == (
+            "error: gs:// needs the package gcsfs: pip install 'convit-jax[gcs]'"
+        ), command

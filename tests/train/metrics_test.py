@@ -16,6 +16,7 @@ import pytest
 from tensorboardX.proto import event_pb2
 
 from convit_jax.data.tfds import records
+from convit_jax.storage import growing
 from convit_jax.train.metrics import Metrics
 from convit_jax.workdir.folder import Workdir
 
@@ -285,3 +286,24 @@ def test_a_terminal_gets_bars(tmp_path, monkeypatch):
     assert drawn[-2].startswith("100%|")
     assert "| 40/40 [" in drawn[-2]
     assert root.handlers == [handler]
+
+
+def test_files_in_a_bucket_are_written_whole_before_a_checkpoint(bucket, monkeypatch):
+    workdir = Workdir(bucket)
+    with Metrics(workdir, 100, 64) as metrics:
+        metrics.train(10, {"loss": 1.0})
+        assert not workdir.metrics.exists()
+        metrics.upload()  # a checkpoint of step 10 follows
+        metrics.train(20, {"loss": 1.0})
+        assert [line["step"] for line in json_lines(workdir.path)] == [10]
+        monkeypatch.setattr(growing, "_UPLOAD_EVERY", -1.0)  # a minute has passed
+        metrics.train(30, {"loss": 1.0})
+        assert [line["step"] for line in json_lines(workdir.path)] == [10, 20, 30]
+    monkeypatch.undo()
+    with Metrics(workdir, 100, 64, start_step=10) as metrics:
+        assert [line["step"] for line in json_lines(workdir.path)] == [10]
+        metrics.evaluation(10, {"top1": 0.5, "loss": 2.0})
+        assert [line["kind"] for line in json_lines(workdir.path)] == ["train", "eval"]
+    first, second = event_files(workdir.path)
+    assert [event.step for event in first[2:]] == [10, 20, 30]
+    assert [event.step for event in second[1:]] == [11, 10]

@@ -5,7 +5,6 @@ import shutil
 import signal
 import time
 
-import numpy as np
 import pytest
 import runs
 
@@ -38,39 +37,17 @@ def stopped(flags, tmp_path_factory):
     """The working directory of a run that got SIGTERM in its middle."""
     workdir = tmp_path_factory.mktemp("stopped") / "run"
     process = runs.start(workdir, *flags, "--stopped_status=75")
-    runs.wait_for(lambda path: reached(path, 8), process, workdir)
+    runs.wait_for(lambda path: runs.reached(path, 8), process, workdir)
     process.send_signal(signal.SIGTERM)
     runs.finish(process, workdir, code=75)
     return workdir
-
-
-def reached(workdir, step):
-    file = workdir / "metrics.jsonl"
-    return file.exists() and any(
-        json.loads(line)["step"] >= step
-        for line in file.read_text().splitlines(keepends=True)
-        if line.endswith("\n")
-    )
-
-
-def assert_same(workdir, other):
-    """Asserts that two runs have the same state and the same lines of metrics, to the bit."""
-    left, right = runs.state(workdir), runs.state(other)
-    assert left.keys() == right.keys()
-    for kind in ("params", "opt_state", "ema", "step"):
-        assert any(f"['{kind}']" in name for name in left)
-    for name, value in left.items():
-        np.testing.assert_array_equal(value, right[name], err_msg=name)
-    assert runs.metrics(workdir) == runs.metrics(other)
-    name = "weights.safetensors"
-    assert (workdir / name).read_bytes() == (other / name).read_bytes()
 
 
 def test_killed_runs_end_as_the_one_that_was_not(flags, whole, tmp_path):
     workdir = tmp_path / "run"
     # In the middle of a window of metrics, before the first evaluation.
     process = runs.start(workdir, *flags)
-    runs.wait_for(lambda path: reached(path, 4), process, workdir)
+    runs.wait_for(lambda path: runs.reached(path, 4), process, workdir)
     runs.kill(process)
     first = runs.steps_saved(workdir)[-1]
 
@@ -98,7 +75,7 @@ def test_killed_runs_end_as_the_one_that_was_not(flags, whole, tmp_path):
     starts = [json.loads(line) for line in (workdir / "starts.jsonl").read_text().splitlines()]
     assert starts[0]["step"] == 0
     assert starts[-1]["step"] > 12
-    assert_same(workdir, whole)
+    runs.assert_same(workdir, whole)
 
 
 def test_sigterm_saves_and_ends_well(stopped, flags, whole, tmp_path):
@@ -111,29 +88,13 @@ def test_sigterm_saves_and_ends_well(stopped, flags, whole, tmp_path):
     shutil.copytree(stopped, workdir)
     runs.finish(runs.start(workdir, *flags), workdir)
     assert f"continuing from step {step}" in runs.output(workdir)
-    assert_same(workdir, whole)
+    runs.assert_same(workdir, whole)
 
     # A finished run: nothing is trained or lost.
     again = runs.start(workdir, *flags, "--stopped_status=75")
     runs.finish(again, workdir)
     assert "24 steps" in runs.output(workdir).splitlines()[-1]
-    assert_same(workdir, whole)
-
-
-def assert_close(workdir, other):
-    """Asserts the same as `assert_same`, except for rounding.
-
-    Sums over the batch are taken in another order. Adam divides a gradient by its size, so
-    gradients that are rounding noise give steps that are noise, which hardly change the loss.
-    """
-    lines, others = runs.metrics(workdir), runs.metrics(other)
-    assert [(x["kind"], x["step"]) for x in lines] == [(x["kind"], x["step"]) for x in others]
-    for left, right in zip(lines, others, strict=True):
-        np.testing.assert_allclose(left["loss"], right["loss"], rtol=1e-5)
-        assert left.get("images") == right.get("images")
-    left, right = runs.state(workdir), runs.state(other)
-    for name, value in left.items():
-        np.testing.assert_allclose(value, right[name], atol=1e-4, err_msg=name)
+    runs.assert_same(workdir, whole)
 
 
 def test_goes_on_with_other_devices_and_processes(stopped, flags, whole, tmp_path):
@@ -141,18 +102,18 @@ def test_goes_on_with_other_devices_and_processes(stopped, flags, whole, tmp_pat
         workdir = tmp_path / str(devices)
         shutil.copytree(stopped, workdir)
         runs.finish(runs.start(workdir, *flags, devices=devices), workdir)
-        assert_close(workdir, whole)
+        runs.assert_close(workdir, whole)
     pair = tmp_path / "pair"
     shutil.copytree(stopped, pair)
     for process in runs.start_pair(pair, *flags, "--config.mesh.fsdp=4", devices=2):
         runs.finish(process, pair)
-    assert_close(pair, whole)
+    runs.assert_close(pair, whole)
 
 
 def test_two_processes_are_as_one_and_end_together(flags, whole, tmp_path):
     workdir = tmp_path / "run"
     first, second = runs.start_pair(workdir, *flags)
-    runs.wait_for(lambda path: reached(path, 8), first, workdir)
+    runs.wait_for(lambda path: runs.reached(path, 8), first, workdir)
     runs.kill(second)
     start = time.monotonic()
     assert first.wait(timeout=1200) != 0
@@ -165,5 +126,5 @@ def test_two_processes_are_as_one_and_end_together(flags, whole, tmp_path):
         runs.finish(process, workdir)
     assert f"continuing from step {step}" in runs.output(workdir)
     assert runs.output(workdir).count("test accuracy") == 1  # process 0 reports
-    assert_close(workdir, whole)
+    runs.assert_close(workdir, whole)
     assert runs.metrics(workdir)[-1]["images"] == 30

@@ -10,8 +10,9 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from convit_jax import storage
 from convit_jax.parallel import sharding
-from convit_jax.workdir.checkpoints import Checkpoints, best_step, newest_step
+from convit_jax.workdir.checkpoints import Checkpoints, best_step, newest_step, steps_of
 
 # If a file cannot be read or written, Orbax closes its event loop before its work on other files
 # has ended. No code receives the errors of that work, and pytest warns of them.
@@ -199,3 +200,22 @@ def test_a_full_disk_is_said_and_the_last_checkpoint_stays(tmp_path):
         assert read(disk / "checkpoints") == 2
     finally:
         subprocess.run(["umount", str(disk)], check=True)
+
+
+def test_checkpoints_in_a_bucket_are_complete_and_the_best_stays(bucket, caplog):
+    folder = storage.as_path(bucket) / "checkpoints"
+    with Checkpoints(folder, every=1, also=(), keep=1) as checkpoints:
+        for step, top1 in ((1, 0.1), (2, 0.9), (3, 0.5)):
+            assert checkpoints.save(step, make_state(step), lambda step=step: {"seen": step})
+            assert not checkpoints.save(step, None, dict, metrics={"top1": top1})
+    write(folder, (4, 5), keep=2)
+    assert steps_of(folder) == [2, 4, 5]
+    assert best_step(folder, "top1") == 2
+    # One that cannot be read is set aside, and what a killed process left is no checkpoint.
+    storage.write_text(folder / "5" / "state" / "manifest.ocdbt", "broken")
+    storage.write_text(folder / "6" / "state" / "manifest.ocdbt", "unfinished")
+    assert newest_step(folder) == 5
+    assert read(folder) == 4
+    assert steps_of(folder) == [2, 4]
+    assert {path.name for path in folder.iterdir()} == {"2", "4", "5.unreadable"}
+    assert "checkpoints/5: " in caplog.text

@@ -19,6 +19,11 @@ def test_a_url_of_another_kind_is_refused_before_a_folder_of_that_name_is_made(u
         Workdir(url)
 
 
+def test_a_url_in_which_fsspec_would_see_a_pattern_is_refused():
+    with pytest.raises(ValueError, match=r"without \* \? \[ and \].* got gs://bucket/lr\[1\]"):
+        Workdir("gs://bucket/lr[1]")
+
+
 def test_a_folder_that_cannot_be_written_is_an_error(tmp_path):
     Workdir(tmp_path / "new" / "folder").check_writable()
     assert not (tmp_path / "new").exists()

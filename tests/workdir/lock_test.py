@@ -1,6 +1,7 @@
 """The lock of a workdir: held, released, left by a killed process, or by another host."""
 
 import json
+import os
 import signal
 import subprocess
 import sys
@@ -23,6 +24,14 @@ with Lock(Workdir(sys.argv[1])):
     print("held", flush=True)
     time.sleep(3600)
 """
+
+
+@pytest.fixture
+def quick(monkeypatch):
+    """Shortens the times of the lock in a bucket."""
+    monkeypatch.setattr(lock, "_SETTLE", 0.0)
+    monkeypatch.setattr(lock, "_BEAT", 0.02)
+    monkeypatch.setattr(lock, "_WAIT", 0.5)
 
 
 def entry(**other):
@@ -104,3 +113,58 @@ def test_without_file_locks_the_entry_decides_also_on_one_host(tmp_path, monkeyp
     monkeypatch.setattr(lock, "_WAIT", 60.0)
     with Lock(Workdir(tmp_path)), pytest.raises(OSError, match="trains in this folder"):
         Lock(Workdir(tmp_path))
+
+
+def test_a_bucket_has_one_holder(bucket, quick, monkeypatch, caplog):
+    caplog.set_level("INFO")
+    workdir = Workdir(bucket)
+    with Lock(workdir) as held:
+        number = held._beats
+        with pytest.raises(OSError, match=r"process \d+ on host .*since .* trains in this folder"):
+            Lock(workdir)
+        assert held._beats > number
+        held.check()
+        while held._lost is None:  # this process was suspended for a while
+            storage.write_text(workdir.lock, entry())
+            time.sleep(0.05)
+        with pytest.raises(OSError, match=r"process 7 on host elsewhere .* has taken this folder"):
+            held.check()
+    assert json.loads(workdir.lock.read_text())["host"] == "elsewhere"  # not released by us
+    with Lock(workdir):
+        assert "not released by process 7 on host elsewhere" in caplog.text
+    assert not workdir.lock.exists()
+    assert [path.name for path in workdir.path.parent.iterdir() if path == workdir.path] == []
+
+
+def test_a_killed_holder_does_not_block_a_bucket(gcs, monkeypatch, caplog):
+    caplog.set_level("INFO")
+    workdir = Workdir(gcs)
+    ended = subprocess.Popen([sys.executable, "-c", ""])
+    ended.wait()
+    for process, waits in ((ended.pid, False), (os.getpid(), True)):
+        found = entry(process=process, kernel=lock._kernel())
+        storage.write_text(workdir.lock, found)
+        monkeypatch.setattr(lock, "_WAIT", 0.1)
+        Lock(workdir).__exit__()
+        assert ("waiting" in caplog.text) == waits
+
+
+def test_of_two_simultaneous_starts_one_gives_way(gcs, monkeypatch):
+    monkeypatch.setattr(lock, "_SETTLE", 1.0)
+    workdir, results = Workdir(gcs), []
+
+    def start() -> None:
+        try:
+            results.append(Lock(workdir))
+        except OSError as error:
+            results.append(error)
+
+    starts = [threading.Thread(target=start) for _ in range(2)]
+    for thread in starts:
+        thread.start()
+    for thread in starts:
+        thread.join()
+    (held,) = (result for result in results if isinstance(result, Lock))
+    held.__exit__()
+    (refused,) = (result for result in results if isinstance(result, OSError))
+    assert "trains in this folder" in str(refused)
