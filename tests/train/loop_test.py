@@ -3,6 +3,7 @@
 import itertools
 import json
 import logging
+from unittest import mock
 
 import jax
 import jax.numpy as jnp
@@ -365,7 +366,7 @@ def test_a_run_of_an_older_configuration_continues(tmp_path, caplog):
 
 def test_what_a_checkpoint_carries_is_not_changed_by_later_steps():
     """A checkpoint is written while training continues."""
-    windows = Windows(metrics=None, step=3, values=[])
+    windows = Windows(metrics=mock.Mock(), step=3, values=[])
     windows.add({"loss": jnp.float32(0.5)})
     carried = windows.carried()
     windows.add({"loss": jnp.float32(0.25)})
