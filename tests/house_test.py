@@ -117,7 +117,7 @@ def test_files_are_renamed_by_storage_alone():
     """Calls of os.replace and os.rename, and of Path.replace or .rename with one argument."""
     allowed = {
         "storage.whole": 1,
-        "workdir.checkpoints": 1,  # a checkpoint that cannot be read is set aside
+        "storage.folders": 1,  # a checkpoint that cannot be read is set aside
         "data.imagenet.prepare": 1,  # the finished data set's folder
     }
     counts: dict[str, int] = {}

@@ -4,7 +4,7 @@ from convit_jax.storage.ahead import ReadAhead, Span
 from convit_jax.storage.copies import fetch, local_file
 from convit_jax.storage.faults import BucketError
 from convit_jax.storage.folder_lock import locked
-from convit_jax.storage.folders import local_folder
+from convit_jax.storage.folders import local_folder, move_folder
 from convit_jax.storage.growing import GrowingFile
 from convit_jax.storage.listing import Version, below, children, is_folder, matching, size, versions
 from convit_jax.storage.paths import absolute, as_path, is_bucket, make_folder
@@ -28,6 +28,7 @@ __all__ = [
     "locked",
     "make_folder",
     "matching",
+    "move_folder",
     "size",
     "versions",
     "whole_file",

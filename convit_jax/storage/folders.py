@@ -1,7 +1,8 @@
-"""Folders that are written locally and belong into a bucket."""
+"""Folders on disk and in buckets: written by code that knows no buckets, and moved."""
 
 from collections.abc import Iterator
 import contextlib
+import os
 import pathlib
 import shutil
 import tempfile
@@ -31,3 +32,20 @@ def local_folder(path: pathlib.Path) -> Iterator[pathlib.Path]:
             if file.is_file():
                 with whole_file(path / file.relative_to(folder).as_posix()) as unfinished:
                     shutil.copyfile(file, unfinished)
+
+
+def move_folder(path: pathlib.Path, target: pathlib.Path) -> None:
+    """Gives a folder another name. In a bucket its objects are copied, then deleted.
+
+    fsspec would copy the folders in it too, which do not exist in S3.
+    """
+    if not is_bucket(path):
+        path.rename(target)
+        return
+    import fsspec
+
+    file_system, name = fsspec.core.url_to_fs(os.fspath(path))
+    _, new = fsspec.core.url_to_fs(os.fspath(target))
+    for found in file_system.find(name):
+        file_system.cp_file(found, new + found.removeprefix(name))
+    file_system.rm(name, recursive=True)

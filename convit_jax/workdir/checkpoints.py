@@ -306,7 +306,7 @@ class Checkpoints:
             number = 0
             while (aside := self._folder / f"{step}.unreadable{number or ''}").exists():
                 number += 1
-            (self._folder / str(step)).rename(aside)
+            storage.move_folder(self._folder / str(step), aside)
         multihost_utils.sync_global_devices("set aside")
         self._manager.reload()
 

@@ -8,6 +8,7 @@ import functools
 import itertools
 import json
 import logging
+from unittest import mock
 
 import jax
 import jax.numpy as jnp
@@ -402,7 +403,7 @@ def test_a_run_of_an_older_configuration_continues(tmp_path, caplog, monkeypatch
 
 def test_what_a_checkpoint_carries_is_not_changed_by_later_steps():
     """A checkpoint is written while training continues."""
-    windows = Windows(metrics=None, step=3, values=[])
+    windows = Windows(metrics=mock.Mock(), step=3, values=[])
     windows.add({"loss": jnp.float32(0.5)})
     carried = windows.carried()
     windows.add({"loss": jnp.float32(0.25)})

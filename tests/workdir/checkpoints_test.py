@@ -202,6 +202,7 @@ def test_a_full_disk_is_said_and_the_last_checkpoint_stays(tmp_path):
         subprocess.run(["umount", str(disk)], check=True)
 
 
+@pytest.mark.slow
 def test_checkpoints_in_a_bucket_are_complete_and_the_best_stays(bucket, caplog):
     folder = storage.as_path(bucket) / "checkpoints"
     with Checkpoints(folder, every=1, also=(), keep=1) as checkpoints:
