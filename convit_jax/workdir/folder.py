@@ -27,6 +27,7 @@ class Workdir:
       profile: folder of traces.
       evaluation: result of an evaluation, as JSON.
       predictions: a JSON line for each image of an evaluation.
+      masking: result of masking parts of the final weights, in a study, as JSON.
     """
 
     def __init__(self, path: str | os.PathLike):
@@ -60,6 +61,7 @@ class Workdir:
         self.profile = path / "profile"
         self.evaluation = path / "eval.json"
         self.predictions = path / "predictions.jsonl"
+        self.masking = path / "masking" / "masking.json"
 
     def __str__(self) -> str:
         return str(self.path)
