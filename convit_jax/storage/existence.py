@@ -1,4 +1,7 @@
-"""Whether an object or a folder exists in a bucket: a bucket that cannot be read has no answer."""
+"""Asks whether an object or folder exists; raises if the bucket cannot be read.
+
+fsspec would answer no instead.
+"""
 
 import errno
 from typing import Any

@@ -58,7 +58,7 @@ def test_processes_make_one_run(tmp_path):
         refused = [line for line in text.splitlines() if line.startswith("refused:")]
         assert refused == [
             f"refused: --workdir: process 1 does not see the folder {folder}{own} of process 0; "
-            "it must be on a file system that all hosts share"
+            "it must be on a file system that all hosts share, or a bucket"
         ]
         assert "unwritable: --workdir: process 0 cannot write to /dev/null/runs: " in text
     assert "Not a directory" in first
@@ -311,3 +311,12 @@ def test_tpu_hosts():
     ):
         with metadata_server(attributes) as address:
             assert launcher.detect({"GCE_METADATA_IP": address}) == expected
+
+
+def test_a_process_that_cannot_look_for_the_folder_tells_the_others(tmp_path, monkeypatch):
+    def fail(path):
+        raise OSError(f"{path}: the service answered 503")
+
+    monkeypatch.setattr(processes, "_appears", fail)
+    with pytest.raises(OSError, match=r"process 0 does not see the folder .*a bucket: .* 503"):
+        processes.check_shared_folder(tmp_path)
