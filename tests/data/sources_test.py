@@ -585,7 +585,7 @@ def test_ratios_that_leave_nothing_are_refused(disk):
 def test_unknown_sources_and_splits_are_refused():
     for source in ("mnist", "tfds", "tfds:", "folder:", "digits:1", ""):
         with pytest.raises(
-            ValueError, match=r"data\.source: expected 'folder:PATH', 'tfds:NAME', 'digits'"
+            ValueError, match=r"data\.source: expected 'folder:PATH', 'tfds:NAME' or one of digits"
         ):
             open_source(source, "train")
     with pytest.raises(ValueError, match="split: expected 'train' or 'test', got 'validation'"):
