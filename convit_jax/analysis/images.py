@@ -1,7 +1,6 @@
 """The images of an analysis: files, or test images of a data set."""
 
 from collections.abc import Iterator, Sequence
-import pathlib
 
 import ml_collections
 import numpy as np
@@ -9,7 +8,7 @@ import numpy as np
 from convit_jax.data import fit
 from convit_jax.data.batches.gather import transformed
 from convit_jax.data.images.transforms import EvalTransform
-from convit_jax.predict.files import find_images
+from convit_jax.predict.files import find_images, path_of
 from convit_jax.predict.preprocess import Preprocess
 from convit_jax.train import eval_report, probe, setup
 from convit_jax.weights.loaded import Loaded
@@ -34,7 +33,7 @@ def of_files(loaded: Loaded, arguments: Sequence[str]) -> Iterator[Image]:
         raise ValueError("; ".join(f"{name}: {reason}" for name, reason in reasons.items()))
     preprocess = Preprocess(loaded)
     for path in paths:
-        data = pathlib.Path(path).read_bytes()
+        data = path_of(path).read_bytes()
         try:
             pixels = preprocess.pixels(data)
         except ValueError as error:

@@ -23,7 +23,7 @@ import google_crc32c
 import requests
 
 from convit_jax.storage import faults, retries
-from convit_jax.storage.existence import Existence
+from convit_jax.storage.object_store import ObjectStore
 
 _MEND = faults.Mend(
     log_in="gcloud auth application-default login",
@@ -37,7 +37,6 @@ _CONNECTION_ERRORS = (
     requests.RequestException,
     ConnectionError,
 )
-_PIECE = 16 * 2**20  # bytes of an upload that are sent again after a fault
 _EMPTY: tuple = (204, {}, None, b"")  # an answer without content
 
 # The functions of gcsfs without its decorator, which repeats them.
@@ -45,7 +44,7 @@ _request_once = inspect.unwrap(core.GCSFileSystem._request)
 _get_file_once = inspect.unwrap(core.GCSFileSystem._get_file_request)
 
 
-class FileSystem(Existence, core.GCSFileSystem):
+class FileSystem(ObjectStore, core.GCSFileSystem):
     """Google Cloud Storage."""
 
     def __init__(self, *args: Any, **options: Any):
@@ -118,10 +117,6 @@ class FileSystem(Existence, core.GCSFileSystem):
             return await _get_file_once(self, rpath, *args, **options)
 
         return await self._attempt(once, self.unstrip_protocol(rpath), True)
-
-    async def _put_file(self, *args: Any, **options: Any) -> None:
-        options.setdefault("chunksize", _PIECE)
-        await super()._put_file(*args, **options)
 
     async def _attempt(self, once: Any, name: str, needs_object: bool, upload: int = 0) -> Any:
         def fault_of(error: Exception) -> faults.Fault | None:

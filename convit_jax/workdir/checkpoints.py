@@ -91,6 +91,11 @@ def read_metrics(folder: pathlib.Path, step: int) -> dict[str, float] | None:
     return metrics if isinstance(metrics, dict) else None
 
 
+def first_line(error: Exception) -> str:
+    """Returns what an error says, without the description of the array that TensorStore adds."""
+    return re.split(r"\n| \[tensorstore_spec=", str(error))[0][:400]
+
+
 def _value(metric: str, metrics: dict[str, float]) -> float:
     """Returns a metric; -inf where it is missing or NaN, so that it is never the best."""
     value = metrics.get(metric, -math.inf)
@@ -269,7 +274,8 @@ class Checkpoints:
                 restored = Restored(step, items["state"], items["progress"], metrics)
             except Exception as error:  # Orbax raises many types for broken files
                 if _is_outage(error):  # the checkpoint may be intact
-                    raise OSError(f"{self._folder / str(step)}: {_first_line(error)}") from error
+                    reason = first_line(storage.outage_behind(error) or error)
+                    raise OSError(f"{self._folder / str(step)}: {reason}") from error
                 failure = error
             if _on_all(restored is not None) and restored is not None:
                 for bad in unreadable:
@@ -279,7 +285,7 @@ class Checkpoints:
             log.warning(
                 "cannot read checkpoint %s: %s; trying the one before it",
                 self._folder / str(step),
-                _first_line(failure) if failure else "another process cannot",
+                first_line(failure) if failure else "another process cannot",
             )
             unreadable.append(step)
         if unreadable:
@@ -316,18 +322,13 @@ def _on_all(this: bool) -> bool:
     return bool(np.all(multihost_utils.process_allgather(np.array(this))))
 
 
-def _first_line(error: Exception) -> str:
-    """Returns what an error says, without the description of the array that TensorStore adds."""
-    return re.split(r"\n| \[tensorstore_spec=", str(error))[0][:400]
-
-
 def _is_outage(error: Exception) -> bool:
     """Returns whether a bucket did not answer, or refused, after all retries.
 
     TensorStore says so by the name of a status, at the beginning of the text.
     """
     refused = r"(ABORTED|UNAVAILABLE|DEADLINE_EXCEEDED|PERMISSION_DENIED|UNAUTHENTICATED):"
-    return isinstance(error, storage.BucketError) or bool(re.match(refused, str(error)))
+    return storage.outage_behind(error) is not None or bool(re.match(refused, str(error)))
 
 
 @contextlib.contextmanager
@@ -341,7 +342,7 @@ def _as_os_error(folder: pathlib.Path) -> Iterator[None]:
         if number is not None:
             reason = os.strerror(number)
         elif storage.is_bucket(folder):
-            reason = _first_line(error)
+            reason = first_line(error)
         else:
             raise
         raise OSError(

@@ -4,7 +4,7 @@ import os
 import secrets
 import tempfile
 
-from convit_jax.storage import as_path, is_bucket, write_text
+from convit_jax.storage import as_path, is_bucket, refuse_pattern, write_text
 
 
 class Workdir:
@@ -41,11 +41,7 @@ class Workdir:
           ModuleNotFoundError: if the package is missing that reads and writes such a bucket.
         """
         self.path = path = as_path(path)
-        if is_bucket(path) and set(str(path)) & set("*?[]"):
-            raise ValueError(
-                f"--workdir: expected a URL without * ? [ and ], which stand for other characters "
-                f"when objects are deleted, got {path}"
-            )
+        refuse_pattern(path, "--workdir")
         self.config = path / "config.json"
         self.classes = path / "classes.json"
         self.data = path / "data.json"
