@@ -26,6 +26,7 @@ class Workdir:
       profile: folder of traces.
       evaluation: result of an evaluation, as JSON.
       predictions: a JSON line for each image of an evaluation.
+      report: page about the run, as HTML.
     """
 
     def __init__(self, path: str | os.PathLike):
@@ -54,6 +55,7 @@ class Workdir:
         self.profile = path / "profile"
         self.evaluation = path / "eval.json"
         self.predictions = path / "predictions.jsonl"
+        self.report = path / "report.html"
 
     def __str__(self) -> str:
         return str(self.path)
