@@ -12,12 +12,21 @@ from typing import TYPE_CHECKING
 if TYPE_CHECKING:
     from PIL import Image
 
+_LONG = 40  # letters of a cell that needs a wide column
+
 
 def missing(reason: str) -> str:
+    """Says why something is left out."""
     return f"<p class=missing>Left out: {escape(reason)}</p>"
 
 
+def folded(title: str, content: str) -> str:
+    """Shows a title that a click unfolds."""
+    return f"<details><summary>{escape(title)}</summary>{content}</details>"
+
+
 def side_by_side(figures: Iterable[str]) -> str:
+    """Puts figures into as many columns as the width of the page allows."""
     return f"<div class=charts>{''.join(figures)}</div>"
 
 
@@ -39,12 +48,13 @@ def table(
         cells = []
         for k, text in enumerate(rest):
             shade = "" if shades is None else f' style="--a:{min(1, shades[i][k]):.2f}"'
-            cells.append(f"<td{shade}>{escape(text)}</td>")
+            long = " class=long" if len(text) > _LONG else ""
+            cells.append(f"<td{long}{shade}>{escape(text)}</td>")
         lines.append(f"<tr><th scope=row>{escape(first)}</th>{''.join(cells)}</tr>")
     heads = "".join(f"<th scope=col><span>{escape(name)}</span></th>" for name in head)
     shaded = "" if shades is None else " shaded"
-    return scrolled(
-        f'<table class="{kind}{shaded}"><caption>{escape(title)}</caption>'
+    return f"<p class=caption>{escape(title)}</p>" + scrolled(
+        f'<table class="{kind}{shaded}" aria-label="{escape(title)}">'
         f"<thead><tr>{heads}</tr></thead><tbody>{''.join(lines)}</tbody></table>",
         title,
     )

@@ -11,7 +11,7 @@ import numpy as np
 
 from convit_jax import recipe
 from convit_jax.analysis.charts import Line, chart
-from convit_jax.analysis.markup import image, missing, scrolled, side_by_side, table
+from convit_jax.analysis.markup import folded, image, missing, scrolled, side_by_side, table
 from convit_jax.analysis.report import Map, Mistake, Report, Tested
 from convit_jax.model.locality import gates
 from convit_jax.model.variants import describe
@@ -76,10 +76,12 @@ def _run(report: Report) -> str:
         which = loaded.chosen or "the weights named"
         if loaded.step is not None:
             which += f", step {loaded.step:,}"
+        if loaded.ema and "averaged" not in which:
+            which += ", averaged"
         facts += [
             ("Model", describe(loaded.model)),
             ("Parameters", f"{count:,}"),
-            ("Weights", f"{which}{', averaged' if loaded.ema else ''}"),
+            ("Weights", f"{which}"),
         ]
     facts += [
         (f"{split.capitalize()} data", f"{of['description']}: {of['images']:,} images")
@@ -99,20 +101,26 @@ def _run(report: Report) -> str:
     ]
     parts.append(table("Keys of the recipe that differ from their defaults",
                         ("key", "value", "default"), rows, "text"))  # fmt: skip
-    starts = [
-        (
-            str(start.get("time", "")),
-            f"{start['step']:,}" if "step" in start else "",
-            str(start.get("devices", "")),
-            ", ".join(f"{k} {v}" for k, v in start.get("versions", {}).items()),
-            shlex.join(map(str, start.get("command", ()))),
-        )
-        for start in report.starts
-    ]
-    if starts:
-        head = ("time", "from step", "devices", "versions", "command")
-        parts.append(table("Starts", head, starts, "text"))
+    parts.append(_starts(report.starts))
     return "".join(parts)
+
+
+def _starts(starts: list[dict[str, Any]]) -> str:
+    """Returns a folded list of the starts. Runs of earlier versions record less of each."""
+    items = []
+    for start in starts:
+        versions = ", ".join(f"{k} {v}" for k, v in start.get("versions", {}).items())
+        lines = (
+            f"{start.get('time', '')}, from step {start.get('step', 0):,}",
+            f"devices {start.get('devices', '')}, processes {start.get('processes', 1)}",
+            f"python {start.get('python', '')}, {versions}",
+            f"revision {start.get('git_revision') or 'not known'}",
+        )
+        command = escape(shlex.join(map(str, start.get("command", ()))))
+        text = "<br>".join(map(escape, lines))
+        items.append(f"<li>{text}<br><code>{command}</code></li>")
+    count = f"{len(starts)} start{'' if len(starts) == 1 else 's'}"
+    return folded(count, f"<ol>{''.join(items)}</ol>") if items else ""
 
 
 def _value(value: Any) -> str:
@@ -129,7 +137,9 @@ def _curves(report: Report) -> str:
         )
         for title, series in _SERIES.items()
     ]
-    return side_by_side(charts) if any(charts) else missing("metrics.jsonl has no numbers yet")
+    if not any(charts):
+        return missing("the run has written no metrics yet")
+    return side_by_side(charts) + "<p class=note>The numbers are the last values.</p>"
 
 
 def _x_label(report: Report) -> str:
@@ -223,10 +233,11 @@ def _map(seen: Map) -> str:
     text = f"{seen.name}: attention of patch {row},{column}; rows are layers {layers}"
     picture = image(seen.picture, text, photo=True)
     # A head stays legible on a phone: a wide picture is scrolled.
-    width = max(280, seen.picture.width // 2)
+    full = seen.picture.width
+    style = f"min-width:{full // 2}px;max-width:{full}px"
     return (
         f"<figure><figcaption>{escape(text)}</figcaption>"
-        f"{scrolled(f'<div class=map style=min-width:{width}px>{picture}</div>', text)}</figure>"
+        f"{scrolled(f'<div class=map style={style}>{picture}</div>', text)}</figure>"
     )
 
 
