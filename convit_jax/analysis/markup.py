@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING
 if TYPE_CHECKING:
     from PIL import Image
 
-_LONG = 40  # letters of a cell that needs a wide column
+_LONG = 30  # letters above which the text of a cell is broken at any place
 
 
 def missing(reason: str) -> str:
@@ -48,9 +48,8 @@ def table(
         cells = []
         for k, text in enumerate(rest):
             shade = "" if shades is None else f' style="--a:{min(1, shades[i][k]):.2f}"'
-            long = " class=long" if len(text) > _LONG else ""
-            cells.append(f"<td{long}{shade}>{escape(text)}</td>")
-        lines.append(f"<tr><th scope=row>{escape(first)}</th>{''.join(cells)}</tr>")
+            cells.append(f"<td{_long(text)}{shade}>{escape(text)}</td>")
+        lines.append(f"<tr><th scope=row{_long(first)}>{escape(first)}</th>{''.join(cells)}</tr>")
     heads = "".join(f"<th scope=col><span>{escape(name)}</span></th>" for name in head)
     shaded = "" if shades is None else " shaded"
     return f"<p class=caption>{escape(title)}</p>" + scrolled(
@@ -58,6 +57,10 @@ def table(
         f"<thead><tr>{heads}</tr></thead><tbody>{''.join(lines)}</tbody></table>",
         title,
     )
+
+
+def _long(text: str) -> str:
+    return " class=long" if len(text) > _LONG else ""
 
 
 def image(picture: "Image.Image", text: str, *, photo: bool) -> str:

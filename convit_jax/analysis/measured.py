@@ -177,8 +177,8 @@ def measure_masking(prepared: EvalRun, first: Sequence[int] | None) -> dict[str,
 
 
 def evaluate_masked(
-    prepared: EvalRun, first: Sequence[int] | None, *, predictions: bool = False
-) -> tuple[list[dict[str, Any]], eval_report.PerImage | None] | None:
+    prepared: EvalRun, first: Sequence[int] | None
+) -> tuple[list[dict[str, Any]], eval_report.PerImage] | None:
     """Evaluates weights as they are and with each masking, and reads each image once.
 
     Takes the arguments of `measure_masking`, and raises its errors.
@@ -186,8 +186,8 @@ def evaluate_masked(
     Returns:
       A result for each masking: "masked" is "nothing", "position embedding", "content" or
       "position", "layers" the number of masked layers or None, and "top1", "top5", "loss" and
-      "images" are those of `evaluation.evaluate`. With `predictions`, also the results of each
-      image with nothing masked. None if it was interrupted.
+      "images" are those of `evaluation.evaluate`. Then, with nothing masked, the results of each
+      image. None if it was interrupted.
     """
     model = prepared.models[0]
     first = masking.default_layers(model.local_up_to_layer) if first is None else first
@@ -202,9 +202,7 @@ def evaluate_masked(
         return {f"{i} ": mask(params) for i, mask in enumerate(maskings.values())}
 
     with Interruption() as interruption:
-        found, _ = eval_run.evaluate_each(
-            prepared, model, make, interruption, predictions=predictions
-        )
+        found, _ = eval_run.evaluate_each(prepared, model, make, interruption, predictions=True)
     if found is None:
         log.info("stopped: there are no results")
         return None
@@ -218,8 +216,6 @@ def evaluate_masked(
         }
         for i, (masked, layers) in enumerate(maskings)
     ]
-    if not predictions:
-        return results, None
     unmasked = {k.removeprefix("0 "): v for k, v in found.items() if k.startswith("0 ")}
     arrays = {k: v for k, v in unmasked.items() if isinstance(v, np.ndarray)}
     return results, eval_report.of_evaluated(arrays)

@@ -1,8 +1,8 @@
 """The page of a run: one HTML file that needs no network, from what `report` gathers."""
 
 from html import escape
-import importlib.resources
 import math
+import pathlib
 import shlex
 from typing import Any
 
@@ -16,8 +16,10 @@ from convit_jax.analysis.report import Map, Mistake, Report, Tested
 from convit_jax.model.locality import gates
 from convit_jax.model.variants import describe
 
+_STYLE = pathlib.Path(__file__).with_name("page.css")
 _MATRIX = 20  # most classes whose confusion matrix is shown
 _CONFUSIONS = 20  # most confusions that are shown for more classes
+_UPRIGHT = 3  # letters of a class above which the heads of the matrix are turned
 _PHOTO = 64  # pixels of the shorter side from which an image is a JPEG
 _SERIES = {  # of an evaluation, and of training
     "Loss": (("training", "train", "loss"), ("test", "eval", "loss"),
@@ -42,7 +44,7 @@ def html(report: Report) -> str:
         ("Confusion", _of_tests(report, _confusion)),
         ("Worst mistakes", _of_tests(report, _mistakes)),
     )
-    style = importlib.resources.files("convit_jax.analysis").joinpath("page.css").read_text()
+    style = _STYLE.read_text()
     title = f"Report of {report.workdir}"
     body = "".join(f"<section><h2>{name}</h2>{text}</section>" for name, text in sections)
     made = "".join(f" {escape(name)} {escape(text)}," for name, text in report.versions.items())
@@ -81,7 +83,7 @@ def _run(report: Report) -> str:
         facts += [
             ("Model", describe(loaded.model)),
             ("Parameters", f"{count:,}"),
-            ("Weights", f"{which}"),
+            ("Weights", which),
         ]
     facts += [
         (f"{split.capitalize()} data", f"{of['description']}: {of['images']:,} images")
@@ -93,16 +95,18 @@ def _run(report: Report) -> str:
         "<dl>" + "".join(f"<dt>{k}</dt><dd>{escape(v)}</dd>" for k, v in facts) + "</dl>",
         "" if loaded is not None else missing(report.no_weights),
     ]
+    return "".join([*parts, _recipe(report), _starts(report.starts)])
+
+
+def _recipe(report: Report) -> str:
     default, chosen = recipe.values(recipe.get_config()), recipe.values(report.config)
     rows = [
         (key, _value(value), _value(default.get(key)))
         for key, value in sorted(chosen.items())
         if value != default.get(key)
     ]
-    parts.append(table("Keys of the recipe that differ from their defaults",
-                        ("key", "value", "default"), rows, "text"))  # fmt: skip
-    parts.append(_starts(report.starts))
-    return "".join(parts)
+    title = "Keys of the recipe that differ from their defaults"
+    return table(title, ("key", "value", "default"), rows, "text")
 
 
 def _starts(starts: list[dict[str, Any]]) -> str:
@@ -173,8 +177,7 @@ def _probes(report: Report) -> str:
         ]
         charts.append(chart(f"Gates of layer {i + 1}", lines, x_label, limits=(0, 1)))
     if not any(charts):
-        reason = "no evaluation of this run has measured it (train.probe_images)"
-        return missing(reason)
+        return missing("no evaluation of this run has measured it (train.probe_images)")
     return side_by_side(charts) + (
         "<p class=note>Measured at each evaluation on a few test images, with the weights that are "
         "trained. A gate is the share of the positional attention of a head.</p>"
@@ -266,23 +269,27 @@ def _confusion(tested: Tested) -> str:
             for name, of_class in zip(classes, matrix.tolist(), strict=True)
         ]
         title = "Images of each class (row) by the class predicted (column)"
-        return table(title, ("class", *classes), rows, "numbers matrix", shares.tolist())
-    if len(matrix):
-        np.fill_diagonal(matrix, 0)
-        places = np.argsort(-matrix, axis=None, kind="stable")[:_CONFUSIONS]
-        rows, columns = np.unravel_index(places, matrix.shape)
-        pairs = zip(rows.tolist(), columns.tolist(), strict=True)
-        most = [(classes[i], classes[k], int(matrix[i, k])) for i, k in pairs if matrix[i, k]]
-    else:
-        most = [
-            (of["class"], of["predicted"], of["images"])
-            for of in tested.confusion["confusions"][:_CONFUSIONS]
-        ]
+        upright = " upright" if max(map(len, classes)) > _UPRIGHT else ""
+        return table(title, ("class", *classes), rows, f"numbers matrix{upright}", shares.tolist())
+    most = _most_confused(tested)
     if not most:
         return "<p>No image is classified wrongly.</p>"
-    head = ("class", "predicted", "images")
-    rows = [(label, predicted, f"{n:,}") for label, predicted, n in most]
-    return table("The most frequent confusions", head, rows, "text")
+    return table("The most frequent confusions", ("class", "predicted", "images"), most, "text")
+
+
+def _most_confused(tested: Tested) -> list[tuple[str, str, str]]:
+    """Returns the class, the prediction and the number of images of the most frequent mistakes."""
+    names = tested.classes
+    if "confusions" in tested.confusion:
+        pairs = [
+            (of["class"], of["predicted"], of["images"]) for of in tested.confusion["confusions"]
+        ]
+    else:
+        matrix = np.array(tested.confusion["confusion"])
+        np.fill_diagonal(matrix, 0)
+        places = np.argsort(-matrix, axis=None, kind="stable")[:_CONFUSIONS].tolist()
+        pairs = [(names[i // len(names)], names[i % len(names)], matrix.flat[i]) for i in places]
+    return [(label, predicted, f"{n:,}") for label, predicted, n in pairs[:_CONFUSIONS] if n]
 
 
 def _mistakes(tested: Tested) -> str:

@@ -195,8 +195,8 @@ def _test(prepared: EvalRun) -> Tested | None:
     """Evaluates weights on the test images; None if it was interrupted."""
     config, loaded, source = prepared.config, prepared.loaded, prepared.source
     setup.use_compilation_cache(config, prepared.workdir)
-    found = measured.evaluate_masked(prepared, None, predictions=True)
-    if found is None or found[1] is None:
+    found = measured.evaluate_masked(prepared, None)
+    if found is None:
         return None
     masked, per_image = found
     model = loaded.model

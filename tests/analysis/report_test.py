@@ -140,10 +140,15 @@ def test_a_page_has_every_section_and_says_what_is_left_out(tmp_path, capsys, mo
         assert mistake.probability == pytest.approx(of_label[i], rel=1e-3)
         assert mistake.predicted_probability == pytest.approx(shares[i].max(), rel=1e-3)
 
+    # Data that are gone, in a run that is not finished, of a version without the probe.
     shutil.move(tmp_path / "data", tmp_path / "elsewhere")
+    lines = [json.loads(line) for line in workdir.metrics.read_text().splitlines()[:4]]
+    lines = [{k: v for k, v in line.items() if not isinstance(v, list)} for line in lines]
+    workdir.metrics.write_text("".join(json.dumps(line) + "\n" for line in lines))
     page, text = written(workdir)
     assert "the page has nothing of the test images" in capsys.readouterr().err
-    assert text.count("Left out") == 5  # non-locality, maps, masking, confusion, mistakes
+    assert text.count("Left out") == 6  # non-locality (twice), maps, masking, confusion, mistakes
+    assert "2 of 5 steps are trained. The run is not finished." in text
     assert escape(str(tmp_path / "data")) in page
     assert "the share of the positional attention" in text
     # A run that has just begun, and one of a version that recorded less.
