@@ -1,5 +1,6 @@
 """The page of a run: one HTML file that needs no network, from what `report` gathers."""
 
+from collections.abc import Callable
 from html import escape
 import math
 import pathlib
@@ -92,7 +93,7 @@ def _run(report: Report) -> str:
     if not report.data:
         facts.append(("Data", f"{report.config.data.source} (not recorded by this run's version)"))
     parts = [
-        "<dl>" + "".join(f"<dt>{k}</dt><dd>{escape(v)}</dd>" for k, v in facts) + "</dl>",
+        "<dl>" + "".join(f"<dt>{escape(k)}</dt><dd>{escape(v)}</dd>" for k, v in facts) + "</dl>",
         "" if loaded is not None else missing(report.no_weights),
     ]
     return "".join([*parts, _recipe(report), _starts(report.starts)])
@@ -113,16 +114,14 @@ def _starts(starts: list[dict[str, Any]]) -> str:
     """Returns a folded list of the starts. Runs of earlier versions record less of each."""
     items = []
     for start in starts:
-        versions = ", ".join(f"{k} {v}" for k, v in start.get("versions", {}).items())
-        lines = (
-            f"{start.get('time', '')}, from step {start.get('step', 0):,}",
-            f"devices {start.get('devices', '')}, processes {start.get('processes', 1)}",
-            f"python {start.get('python', '')}, {versions}",
-            f"revision {start.get('git_revision') or 'not known'}",
-        )
+        facts = [
+            f"{key.replace('_', ' ')} {start[key]}"
+            for key in ("time", "step", "devices", "processes", "git_revision", "python")
+            if start.get(key) is not None
+        ]
+        facts += [f"{package} {version}" for package, version in start.get("versions", {}).items()]
         command = escape(shlex.join(map(str, start.get("command", ()))))
-        text = "<br>".join(map(escape, lines))
-        items.append(f"<li>{text}<br><code>{command}</code></li>")
+        items.append(f"<li>{escape(', '.join(facts))}<br><code>{command}</code></li>")
     count = f"{len(starts)} start{'' if len(starts) == 1 else 's'}"
     return folded(count, f"<ol>{''.join(items)}</ol>") if items else ""
 
@@ -218,7 +217,7 @@ def _by_head(title: str, values: np.ndarray, most: float) -> str:
     return table(title, head, rows, "numbers", shades)
 
 
-def _of_tests(report: Report, show: Any) -> str:
+def _of_tests(report: Report, show: Callable[[Tested], str]) -> str:
     return missing(report.not_tested) if report.tested is None else show(report.tested)
 
 

@@ -3,6 +3,7 @@
 `gather` reads and measures. `page` writes the page.
 """
 
+from collections.abc import Iterator
 import dataclasses
 import logging
 import math
@@ -204,12 +205,12 @@ def _test(prepared: EvalRun) -> Tested | None:
         model.image_shape[:2], config.augment.eval_crop, model.in_channels == 1, fit.reading(config)
     )
 
-    def read(count: int) -> list[images.Image]:
+    def read(count: int) -> Iterator[images.Image]:
         """Reads images that are spread evenly over those that were evaluated."""
         there = per_image["index"]
         places = np.unique(np.linspace(0, len(there) - 1, count).astype(int))
         chosen = there[places].tolist()
-        return list(images.of_indices(source, chosen, transform, prepared.workdir))
+        return images.of_indices(source, chosen, transform, prepared.workdir)
 
     wrong = np.flatnonzero(per_image["rank"] != 1)
     losses = np.nan_to_num(per_image["losses"][wrong], nan=math.inf)
@@ -228,7 +229,7 @@ def _test(prepared: EvalRun) -> Tested | None:
             for place, (name, pixels) in zip(worst, pictures, strict=True)
         ],
         nonlocality=measured.measure_nonlocality(loaded, read(_PROBED)),
-        maps=_maps(loaded, read(_MAPS)),
+        maps=_maps(loaded, list(read(_MAPS))),
     )
 
 
