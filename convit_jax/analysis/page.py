@@ -49,7 +49,7 @@ def html(report: Report) -> str:
     title = f"Report of {report.workdir}"
     body = "".join(f"<section><h2>{name}</h2>{text}</section>" for name, text in sections)
     made = "".join(f" {escape(name)} {escape(text)}," for name, text in report.versions.items())
-    return (
+    whole = (
         '<!DOCTYPE html>\n<html lang="en"><head><meta charset="utf-8">'
         '<meta name="viewport" content="width=device-width, initial-scale=1">'
         '<meta name="color-scheme" content="light dark">'
@@ -58,6 +58,7 @@ def html(report: Report) -> str:
         f"<main>{body}</main>"
         f"<footer>Made {escape(report.time)} by{made[:-1]}.</footer></body></html>\n"
     )
+    return whole.encode("ascii", "xmlcharrefreplace").decode()  # legible in any encoding
 
 
 def _summary(report: Report) -> str:

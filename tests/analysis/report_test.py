@@ -111,14 +111,15 @@ def written(workdir, *flags):
 def test_a_page_has_every_section_and_says_what_is_left_out(tmp_path, capsys, monkeypatch):
     shown, html = [], page_of.html
     monkeypatch.setattr(page_of, "html", lambda report: shown.append(report) or html(report))
-    names = ['<u>&"1', "two", "three", "4", "5"]
+    names = ['<u>&"1', "zwölf", "three", "4", "5"]
     workdir, params = make_run(tmp_path, MODEL, names)
     page, text = written(workdir)
     assert f"wrote {workdir.report}" in capsys.readouterr().out
     assert "Left out" not in text
+    assert page.isascii()
     assert "are trained. Top-1 accuracy" in text
     for expected in ('<u>&"1', "averaged weights: 50%", "Gates of layer 2", "content", "<i>0.png",
-                     "model.embed_dim"):  # fmt: skip
+                     "zwölf", "model.embed_dim"):  # fmt: skip
         assert expected in text
     paths = sorted((tmp_path / "data" / "val").glob("*/*.png"))
     images = np.stack([np.asarray(Image.open(path)) for path in paths])
