@@ -28,6 +28,7 @@ class Workdir:
       evaluation: result of an evaluation, as JSON.
       predictions: a JSON line for each image of an evaluation.
       masking: result of masking parts of the final weights, in a study, as JSON.
+      report: page about the run, as HTML.
     """
 
     def __init__(self, path: str | os.PathLike):
@@ -58,6 +59,7 @@ class Workdir:
         self.evaluation = path / "eval.json"
         self.predictions = path / "predictions.jsonl"
         self.masking = path / "masking" / "masking.json"
+        self.report = path / "report.html"
 
     def __str__(self) -> str:
         return str(self.path)

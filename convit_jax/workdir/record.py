@@ -65,6 +65,16 @@ def read_fingerprints(workdir: Workdir) -> dict[str, np.ndarray]:
         return {}  # a run of an earlier version, or a folder that was deleted as a cache
 
 
+def read_starts(workdir: Workdir) -> list[dict[str, Any]]:
+    """Returns the starts of the run, see `record_start`; a line cut off by a crash is left out."""
+    found = []
+    if workdir.starts.is_file():
+        for line in workdir.starts.read_text().splitlines():
+            with contextlib.suppress(ValueError):
+                found.append(json.loads(line))
+    return [start for start in found if isinstance(start, dict)]
+
+
 def record_start(
     workdir: Workdir,
     config: Mapping[str, Any],
