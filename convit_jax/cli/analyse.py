@@ -4,8 +4,10 @@ convit analyse gates --weights convit_tiny
 convit analyse nonlocality --weights runs/digits
 convit analyse maps --weights convit_tiny --out maps photo.jpg
 convit analyse masking --weights runs/digits
+convit analyse report --workdir runs/digits
 
-Each command prints a table. With --out it also writes JSON and pictures."""
+The first four print a table. With --out they also write JSON and pictures. The last one writes a
+page about a run."""
 
 import argparse
 from collections.abc import Callable, Iterator, Sequence
@@ -18,7 +20,7 @@ import numpy as np
 from convit_jax import recipe, storage
 from convit_jax.analysis import images, measured, pictures, tables
 from convit_jax.analysis.images import Image
-from convit_jax.cli import options
+from convit_jax.cli import options, report
 from convit_jax.data.corrupt import ImageError
 from convit_jax.model import image_size
 from convit_jax.model.locality import PARTS
@@ -64,8 +66,8 @@ def main(argv: Sequence[str] | None = None, prog: str = "convit analyse") -> Non
     options.start_logging()
     if overrides and "config" not in args:
         commands[args.command].error(f"unrecognized arguments: {' '.join(overrides)}")
-    if args.command == "masking":
-        _masking(args, overrides)
+    if args.command in ("masking", "report"):
+        (_masking if args.command == "masking" else report.run)(args, overrides)
         return
     with options.report(ValueError, OSError, ImageError):
         size = {} if getattr(args, "size", None) is None else {"image_size": args.size}
@@ -86,7 +88,7 @@ def _parser(prog: str) -> tuple[argparse.ArgumentParser, dict[str, argparse.Argu
     """Returns the parser, and that of each command by name."""
     parser = options.make_parser(prog, __doc__ or "")
     added = parser.add_subparsers(
-        dest="command", required=True, metavar="gates | nonlocality | maps | masking"
+        dest="command", required=True, metavar="gates | nonlocality | maps | masking | report"
     )
     made: dict[str, argparse.ArgumentParser] = {}
     for name, description, short in (
@@ -123,6 +125,7 @@ def _parser(prog: str) -> tuple[argparse.ArgumentParser, dict[str, argparse.Argu
     )
     options.add_checkpoint(made["masking"])
     options.add_processes(made["masking"])
+    made["report"] = report.add(added)
     return parser, made
 
 

@@ -24,7 +24,7 @@ import google_crc32c
 import requests
 
 from convit_jax.storage import faults, retries
-from convit_jax.storage.existence import Existence
+from convit_jax.storage.object_store import ObjectStore
 
 _MEND = faults.Mend(
     log_in="gcloud auth application-default login",
@@ -38,7 +38,6 @@ _CONNECTION_ERRORS = (
     requests.RequestException,
     ConnectionError,
 )
-_PIECE = 16 * 2**20  # bytes of an upload that are sent again after a fault
 _DELETIONS = 16  # requests at a time
 _EMPTY: tuple = (204, {}, None, b"")  # an answer without content
 
@@ -47,7 +46,7 @@ _request_once = inspect.unwrap(core.GCSFileSystem._request)
 _get_file_once = inspect.unwrap(core.GCSFileSystem._get_file_request)
 
 
-class FileSystem(Existence, core.GCSFileSystem):
+class FileSystem(ObjectStore, core.GCSFileSystem):
     """Google Cloud Storage."""
 
     def __init__(self, *args: Any, **options: Any):
@@ -119,10 +118,6 @@ class FileSystem(Existence, core.GCSFileSystem):
             return await _get_file_once(self, rpath, *args, **options)
 
         return await self._attempt(once, self.unstrip_protocol(rpath), True)
-
-    async def _put_file(self, *args: Any, **options: Any) -> None:
-        options.setdefault("chunksize", _PIECE)
-        await super()._put_file(*args, **options)
 
     async def _delete_files(self, files: list[str], batchsize: int) -> list[Any]:
         """Deletes each object with a request of its own, so that each is tried again by itself.

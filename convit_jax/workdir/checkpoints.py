@@ -92,6 +92,11 @@ def read_metrics(folder: pathlib.Path, step: int) -> dict[str, float] | None:
     return metrics if isinstance(metrics, dict) else None
 
 
+def first_line(error: Exception) -> str:
+    """Returns what an error says, without the description of the array that TensorStore adds."""
+    return re.split(r"\n| \[tensorstore_spec=", str(error))[0][:400]
+
+
 def _value(metric: str, metrics: dict[str, float]) -> float:
     """Returns a metric; -inf where it is missing or NaN, so that it is never the best."""
     value = metrics.get(metric, -math.inf)
@@ -273,7 +278,9 @@ class Checkpoints:
                 failure = error
             outage = failure is not None and _is_outage(failure)
             if not _on_all(not outage):  # the checkpoint may be intact
-                reason = _first_line(failure) if failure else "another process cannot read it"
+                reason = "another process cannot read it"
+                if failure is not None:
+                    reason = first_line(storage.outage_behind(failure) or failure)
                 raise OSError(f"{self._folder / str(step)}: {reason}") from failure
             if _on_all(restored is not None) and restored is not None:
                 for bad in unreadable:
@@ -283,7 +290,7 @@ class Checkpoints:
             log.warning(
                 "cannot read checkpoint %s: %s; trying the one before it",
                 self._folder / str(step),
-                _first_line(failure) if failure else "another process cannot",
+                first_line(failure) if failure else "another process cannot",
             )
             unreadable.append(step)
         if unreadable:
@@ -320,18 +327,13 @@ def _on_all(this: bool) -> bool:
     return bool(np.all(multihost_utils.process_allgather(np.array(this))))
 
 
-def _first_line(error: Exception) -> str:
-    """Returns what an error says, without the description of the array that TensorStore adds."""
-    return re.split(r"\n| \[tensorstore_spec=", str(error))[0][:400]
-
-
 def _is_outage(error: Exception) -> bool:
     """Returns whether a bucket did not answer, or refused, after all retries.
 
     TensorStore says so by the name of a status, at the beginning of the text.
     """
     refused = r"(ABORTED|UNAVAILABLE|DEADLINE_EXCEEDED|PERMISSION_DENIED|UNAUTHENTICATED):"
-    return isinstance(error, storage.BucketError) or bool(re.match(refused, str(error)))
+    return storage.outage_behind(error) is not None or bool(re.match(refused, str(error)))
 
 
 @contextlib.contextmanager
@@ -345,7 +347,7 @@ def _as_os_error(folder: pathlib.Path) -> Iterator[None]:
         if number is not None:
             reason = os.strerror(number)
         elif storage.is_bucket(folder):
-            reason = _first_line(error)
+            reason = first_line(error)
         else:
             raise
         raise OSError(

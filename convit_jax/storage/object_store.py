@@ -1,19 +1,23 @@
-"""Asks whether an object or folder exists; raises if the bucket cannot be read.
-
-fsspec would answer no instead.
-"""
+"""What the file systems of both kinds of buckets have in common."""
 
 import errno
 from typing import Any
 
 from fsspec.asyn import sync_wrapper
 
+PIECE = 16 * 2**20  # bytes of an upload that are sent again after a fault
 
-class Existence:
-    """For file systems of fsspec, whose own methods answer no after some errors.
 
-    A run whose folder seems not to exist would begin anew.
+class ObjectStore:
+    """Methods in place of those of gcsfs and s3fs.
+
+    Their own methods say after some errors that an object does not exist. A run whose folder seems
+    not to exist would begin anew. Here a bucket that cannot be read raises an error.
     """
+
+    async def _put_file(self, *args: Any, **options: Any) -> None:
+        options.setdefault("chunksize", PIECE)
+        await super()._put_file(*args, **options)  # type: ignore[misc]
 
     async def _info(self: Any, path: str, *args: Any, **options: Any) -> dict[str, Any]:
         try:
