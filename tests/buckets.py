@@ -18,6 +18,7 @@ import time
 import pytest
 
 from convit_jax import storage
+from convit_jax.storage import retries
 
 BUCKET = "bkt"
 
@@ -148,5 +149,6 @@ def _forget_connections() -> None:
     import fsspec
 
     backend.fsspec_backend._get_filesystem.cache_clear()
+    retries._given_up.clear()
     for file_system in {fsspec.registry[name] for name in ("gcs", "s3") if name in fsspec.registry}:
         file_system.clear_instance_cache()

@@ -154,7 +154,7 @@ def check_shared_folder(path: str | os.PathLike[str], name: str = "--workdir") -
 
     Raises:
       OSError: on every process, if process 0 cannot write into the folder, or if another process
-        does not see the file that process 0 wrote.
+        does not see the file that process 0 wrote, or cannot look for it.
     """
     folder, token, failure = storage.as_path(path), secrets.randbits(31), None
     try:
@@ -165,7 +165,13 @@ def check_shared_folder(path: str | os.PathLike[str], name: str = "--workdir") -
         failure = error  # raised below, after the other processes have heard of it
     # All processes look for the file with the token of process 0. -1 means that it wrote none.
     token = int(_gather(-1 if failure else token)[0])
-    sees = _gather(token >= 0 and _appears(_token_file(folder, token))).astype(bool)
+    seen, trouble = False, ""
+    try:
+        seen = token >= 0 and _appears(_token_file(folder, token))
+    except OSError as error:
+        trouble = f": {error}"  # for all processes: the others wait for this one
+    sees = _gather(seen).astype(bool)
+    troubles = gather_texts(trouble)
     if is_main() and token >= 0:
         _token_file(folder, token).unlink()
     if token < 0:
@@ -175,6 +181,7 @@ def check_shared_folder(path: str | os.PathLike[str], name: str = "--workdir") -
         raise OSError(
             f"{name}: process {', '.join(map(str, np.flatnonzero(~sees)))} does not see the folder "
             f"{folder} of process 0; it must be on a file system that all hosts share, or a bucket"
+            f"{next(filter(None, troubles), '')}"
         )
 
 

@@ -8,7 +8,7 @@ from convit_jax.storage.folders import local_folder, move_folder
 from convit_jax.storage.growing import GrowingFile
 from convit_jax.storage.listing import Version, below, children, is_folder, matching, size, versions
 from convit_jax.storage.paths import absolute, as_path, is_bucket, make_folder, refuse_pattern
-from convit_jax.storage.whole import whole_file, write_text
+from convit_jax.storage.whole import create_object, whole_file, write_text
 
 __all__ = [
     "BucketError",
@@ -20,6 +20,7 @@ __all__ = [
     "as_path",
     "below",
     "children",
+    "create_object",
     "fetch",
     "is_bucket",
     "is_folder",

@@ -10,8 +10,8 @@ from convit_jax.storage.paths import as_path
 def begin(path: str, method: str, **options: Any) -> Future[Any]:
     """Calls a method of the file system of an object in the background.
 
-    A file system of fsspec belongs to a thread. Here it is that of fsspec's event loop, so a
-    process has one, with one pool of connections, whichever thread calls.
+    All calls run in fsspec's event loop, so a process has one file system and one pool of
+    connections for each kind of bucket.
 
     Args:
       path: gs://BUCKET/NAME or s3://BUCKET/NAME.

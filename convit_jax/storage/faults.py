@@ -59,7 +59,7 @@ class Mend(NamedTuple):
 
 # Statuses after which the same request may succeed.
 _TEMPORARY = {408, 429, *range(500, 600)} - {501, 505}
-# A token is refused once when it ends during the request, or when its server did not answer.
+# 401 is tried three times: an expired token is renewed for the next try.
 _REFUSED = {401: 3, 403: 1}
 
 

@@ -17,6 +17,7 @@ from typing import Any
 import urllib.parse
 
 import aiohttp
+from fsspec import asyn
 from gcsfs import core, retry
 import google.auth.exceptions
 import google_crc32c
@@ -37,6 +38,7 @@ _CONNECTION_ERRORS = (
     requests.RequestException,
     ConnectionError,
 )
+_DELETIONS = 16  # requests at a time
 _EMPTY: tuple = (204, {}, None, b"")  # an answer without content
 
 # The functions of gcsfs without its decorator, which repeats them.
@@ -89,9 +91,8 @@ class FileSystem(ObjectStore, core.GCSFileSystem):
         headers = {"Content-Range": f"bytes */{piece[2]}", "Content-Length": "0"}
         try:
             answer = await _request_once(self, "PUT", path, headers=headers)
-        except (
-            FileNotFoundError
-        ):  # the upload has ended: the last answer was lost, or it is too old
+        except FileNotFoundError:
+            # The upload has ended: the last answer was lost, or the upload is too old.
             bucket, key = _target(path, (), None)
             object_ = await _request_once(self, "GET", "b/{}/o/{}", bucket, key)
             crc = json.loads(object_[3]).get("crc32c")
@@ -118,10 +119,21 @@ class FileSystem(ObjectStore, core.GCSFileSystem):
 
         return await self._attempt(once, self.unstrip_protocol(rpath), True)
 
+    async def _delete_files(self, files: list[str], batchsize: int) -> list[Any]:
+        """Deletes each object with a request of its own, so that each is tried again by itself.
+
+        gcsfs sends Google, but no emulator, batches of deletions. Their faults name no object.
+        """
+        return await asyn._run_coros_in_chunks(
+            [self._rm_file(file) for file in files], batch_size=_DELETIONS, return_exceptions=True
+        )
+
     async def _attempt(self, once: Any, name: str, needs_object: bool, upload: int = 0) -> Any:
         def fault_of(error: Exception) -> faults.Fault | None:
             if isinstance(error, FileNotFoundError) and needs_object:
                 raise FileNotFoundError(errno.ENOENT, "no such object", name) from None
+            if isinstance(error, retry.HttpError) and int(error.code or 0) == 412:
+                raise FileExistsError(errno.EEXIST, "the object exists", name) from None
             return _fault(error)
 
         def give_up(fault: faults.Fault, tries: int, seconds: float) -> Exception:
@@ -186,7 +198,9 @@ def _fault(error: Exception) -> faults.Fault | None:
     if isinstance(error, retry.HttpError):
         status = int(error.code or 0)
         text = str(error.message).removesuffix(f", {error.code}")
-        return None if status in (412, 416) else faults.answered(status, text)
+        return None if status == 416 else faults.answered(status, text)
+    if isinstance(error, retry.NonRetryableError):  # the token cannot be renewed
+        return faults.answered(401, str(error.__cause__ or error))
     if isinstance(error, requests.exceptions.ProxyError):  # gcsfs raises it without a text
         return faults.answered(502)
     if isinstance(error, TimeoutError):

@@ -20,6 +20,9 @@ _UPLOAD_RATE = 1e6  # bytes a second below which an upload counts as stalled
 _BETWEEN_LINES = 30.0  # seconds from one line of the log about retries to the next
 
 _last_line = -_BETWEEN_LINES
+# Bucket -> when a request to it was given up for lack of time, until one succeeds. The end of a run
+# makes several requests, and none of them waits for the whole limit again.
+_given_up: dict[str, float] = {}
 
 
 class Patience(NamedTuple):
@@ -70,6 +73,9 @@ async def attempt(
 ) -> T:
     """Makes a request until it succeeds, with growing waits, or until patience ends.
 
+    A request that follows one that was given up for lack of time is made once, unless another one
+    to the same bucket has succeeded since, or the limit has passed.
+
     Args:
       request: makes the request; takes the number of the try, from 1.
       fault_of: returns the fault that an exception stands for; None passes the exception on.
@@ -80,11 +86,15 @@ async def attempt(
     """
     times = patience()
     start = time.monotonic()
+    bucket = "/".join(name.split("/", 3)[:3])
+    only_once = start - _given_up.get(bucket, -math.inf) < times.limit
     for tries in itertools.count(1):
         try:
             # The time-outs of HTTP clients begin when a request has been sent.
             async with asyncio.timeout(times.silence + upload / _UPLOAD_RATE if upload else None):
-                return await request(tries)
+                answer = await request(tries)
+            _given_up.pop(bucket, None)
+            return answer
         except Exception as error:
             fault = fault_of(error)
             if fault is None:
@@ -93,7 +103,10 @@ async def attempt(
             wait *= random.uniform(0.75, 1.25)  # so that the hosts of a pod do not come at once
             seconds = time.monotonic() - start
             out_of_tries = fault.most_tries is not None and tries >= fault.most_tries
-            if out_of_tries or seconds + wait > times.limit:
+            out_of_time = seconds + wait > times.limit
+            if out_of_time and fault.most_tries is None:
+                _given_up[bucket] = time.monotonic()
+            if out_of_tries or out_of_time or (only_once and fault.most_tries is None):
                 raise give_up(fault, tries, seconds) from error
         if seconds + wait > times.limit / 20:
             _say(f"{name}: {fault.reason}; trying again, for {times.limit:.0f} s at most")

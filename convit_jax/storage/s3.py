@@ -67,6 +67,8 @@ class FileSystem(ObjectStore, s3fs.S3FileSystem):
             try:
                 answer = await self._send(method, *args, **options)
             except botocore.exceptions.ClientError as error:
+                if _code(error) == "NotImplemented" and options.pop("IfNoneMatch", None):
+                    return await once(tries)
                 ended = method == "complete_multipart_upload" and _code(error) == "NoSuchUpload"
                 if not ended or tries == 1:
                     raise
@@ -78,6 +80,8 @@ class FileSystem(ObjectStore, s3fs.S3FileSystem):
             of_object = not (method.startswith("list_") or method in _OF_BUCKETS)
             if of_object and _code(error) in ("404", "NoSuchKey"):
                 raise FileNotFoundError(errno.ENOENT, "no such object", name) from None
+            if "IfNoneMatch" in options and _code(error) in ("412", "PreconditionFailed"):
+                raise FileExistsError(errno.EEXIST, "the object exists", name) from None
             return _fault(error)
 
         def give_up(fault: faults.Fault, tries: int, seconds: float) -> Exception:
@@ -167,10 +171,10 @@ def _fault(error: Exception) -> faults.Fault | None:
     """Returns what an error of botocore stands for; None if it is no fault of the service."""
     if isinstance(error, botocore.exceptions.ClientError):
         status = error.response.get("ResponseMetadata", {}).get("HTTPStatusCode", 400)
+        if _code(error) in ("SlowDown", "ConditionalRequestConflict"):
+            status = 503
         if status in (409, 412, 416):
             return None
-        if _code(error) == "SlowDown":
-            status = 503
         return faults.answered(status, str(error.response.get("Error", {}).get("Message", "")))
     if isinstance(error, botocore.exceptions.NoCredentialsError):
         return faults.answered(401, str(error))

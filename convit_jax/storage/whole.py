@@ -71,6 +71,22 @@ def _uploaded(path: pathlib.Path) -> Iterator[pathlib.Path]:
         file_system.put_file(os.fspath(unfinished), name)
 
 
+def create_object(path: str | os.PathLike, data: bytes) -> None:
+    """Writes an object of a bucket unless it exists. Of several processes, one succeeds.
+
+    A few services that speak S3's protocol ignore the condition: there the last one wins.
+
+    Raises:
+      FileExistsError: if the object exists. It may be the one written here, if the answer to a
+        first request was lost.
+      OSError: if the object cannot be written; the message names it.
+    """
+    import fsspec
+
+    file_system, name = fsspec.core.url_to_fs(os.fspath(as_path(path)))
+    file_system.pipe_file(name, data, mode="create")
+
+
 def write_text(path: str | os.PathLike, text: str) -> None:
     """Writes a text file whole or not at all.
 

@@ -86,7 +86,7 @@ def train(run: Run) -> dict[str, float] | None:
             if step in eval_steps and result is None and not stopped:
                 windows.report()
                 checkpoints.save(step, state, carried)  # the evaluation may fail
-                result = _evaluate(run, eval_step, probe, state, metrics, interruption)
+                result = _evaluate(run, eval_step, probe, state, metrics, interruption, lock)
                 stopped = result is None
             checkpoints.save(step, state, carried, metrics=result, stopping=stopped)
             if stopped or step == total:
@@ -225,11 +225,15 @@ def _evaluate(
     state: TrainState,
     metrics: Metrics,
     interruption: Interruption,
+    lock: Lock | None,
 ) -> dict[str, float] | None:
     """Evaluates the weights and, if there are any, the averaged weights; writes the results.
 
     Names of results of the averaged weights begin with "ema_". Returns None if the evaluation was
     interrupted. The probe measures the weights that are trained, not the averaged ones.
+
+    Raises:
+      OSError: if another run has taken the lock meanwhile; nothing is written then.
     """
 
     chunks = run.test_chunks
@@ -247,7 +251,10 @@ def _evaluate(
             interruption.requested,
         )
         if result is not None:
-            metrics.evaluation(int(state.step), result, probe(state.params))
+            measured = probe(state.params)
+            if lock is not None:
+                lock.check()
+            metrics.evaluation(int(state.step), result, measured)
         return result
 
 

@@ -1,9 +1,10 @@
 """Checkpoints of a run, written by Orbax while training continues.
 
-A checkpoint contains the training state and, as JSON, the progress of the training loop. It is
-written under a temporary name and renamed when it is complete. A checkpoint that can no longer be
-read is renamed, and the one before it is used. A checkpoint can be restored on any number of
-devices and processes, and on any mesh.
+A checkpoint contains the training state and, as JSON, the progress of the training loop. On disk it
+is written under a temporary name and renamed when it is complete. In a bucket, the object
+commit_success.txt, written last, marks it as complete. A checkpoint that can no longer be read is
+renamed, and the one before it is used. A checkpoint can be restored on any number of devices and
+processes, and on any mesh.
 """
 
 from collections.abc import Callable, Container, Iterator, Sequence
@@ -256,7 +257,8 @@ class Checkpoints:
           like: tree of `jax.ShapeDtypeStruct` with the shardings of the result.
 
         Raises:
-          OSError: if there are checkpoints and none of them can be read.
+          OSError: if there are checkpoints and none of them can be read. Also on every process, if
+            the bucket does not answer one of them.
         """
         wanted = ocp.args.Composite(
             state=ocp.args.PyTreeRestore(
@@ -273,10 +275,13 @@ class Checkpoints:
                 metrics = self._manager.metrics(step)
                 restored = Restored(step, items["state"], items["progress"], metrics)
             except Exception as error:  # Orbax raises many types for broken files
-                if _is_outage(error):  # the checkpoint may be intact
-                    reason = first_line(storage.outage_behind(error) or error)
-                    raise OSError(f"{self._folder / str(step)}: {reason}") from error
                 failure = error
+            outage = failure is not None and _is_outage(failure)
+            if not _on_all(not outage):  # the checkpoint may be intact
+                reason = "another process cannot read it"
+                if failure is not None:
+                    reason = first_line(storage.outage_behind(failure) or failure)
+                raise OSError(f"{self._folder / str(step)}: {reason}") from failure
             if _on_all(restored is not None) and restored is not None:
                 for bad in unreadable:
                     self._set_aside(bad)

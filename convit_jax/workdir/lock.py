@@ -5,8 +5,11 @@ The lock is a file or an object that its holder writes anew every few seconds. A
 `flock` may do nothing, depending on the network file system, and buckets have no locks at all. So a
 start that finds an entry whose holder may still run waits to see whether it is written anew.
 
-Two starts may find an object free at the same time. Each writes its own token. After a moment each
-reads the object again, and the one that reads the other's token gives way.
+Two starts may find an object free at the same time. The bucket lets one of them create it. Some
+buckets do not know this condition, and two starts may take over the same entry. So each writes its
+own token and, after a moment, reads the object again. The one that reads the other's token gives
+way. A write that took long may have come after the other's reading: then the other finds the
+foreign token when it writes its entry anew, and ends.
 """
 
 import json
@@ -27,7 +30,7 @@ log = logging.getLogger(__name__)
 
 _BEAT = 10.0  # seconds between two writes of the holder
 _WAIT = 30.0  # seconds to wait for a write of a holder that may still run
-_SETTLE = 1.0  # seconds in which a simultaneous start writes its token over ours
+_SETTLE = 1.0  # seconds until the other of two simultaneous starts has written its token
 
 
 class Lock:
@@ -84,14 +87,32 @@ class Lock:
         freed = self._entry.lock()
         if freed is False:
             raise self._refusal(self._read())
-        holder = self._read()
+        start = time.monotonic()
+        holder = found = self._read()
         if holder and not (freed and holder.get("host") == socket.gethostname()):
             self._await_end(holder)
-        self._write()
+            start, found = time.monotonic(), self._read()
+            if found and found != holder:
+                raise self._refusal(found)
+        created = not found and self._create()
+        if not created:
+            self._write()
         if self._entry.settles:
-            time.sleep(_SETTLE)
+            slow = not created and time.monotonic() - start > _SETTLE / 2
+            time.sleep(_SETTLE + _BEAT if slow else _SETTLE)
             if (found := self._read()) and not self._is_ours(found):
                 raise self._refusal(found)
+
+    def _create(self) -> bool:
+        """Writes the first entry; returns False if an unreadable one is there."""
+        try:
+            self._entry.create(self._content())
+        except FileExistsError:
+            found = self._read()
+            if found and not self._is_ours(found):
+                raise self._refusal(found) from None
+            return bool(found)  # ours if the answer to a first request was lost
+        return True
 
     def _await_end(self, holder: dict[str, Any]) -> None:
         """Waits until it is clear that the holder of an entry has ended."""
@@ -127,6 +148,9 @@ class Lock:
         return found.get("token") == self._token
 
     def _write(self) -> None:
+        self._entry.write(self._content())
+
+    def _content(self) -> bytes:
         entry = {
             "host": socket.gethostname(),
             "process": os.getpid(),
@@ -135,7 +159,7 @@ class Lock:
             "token": self._token,
             "beats": self._beats,
         }
-        self._entry.write(json.dumps(entry).encode() + b"\n")
+        return json.dumps(entry).encode() + b"\n"
 
     def _beat(self) -> None:
         while not self._ended.wait(_BEAT):
@@ -146,9 +170,8 @@ class Lock:
                     self._lost = found
                     return
                 self._write()
-            except (
-                OSError
-            ) as error:  # a full disk, or a bucket out of reach, ends the run elsewhere
+            except Exception as error:
+                # A full disk, or a bucket out of reach, ends the run elsewhere.
                 log.debug("%s: %s", self._path, error)
 
 

@@ -37,6 +37,10 @@ class FileEntry:
         except OSError:
             return b""
 
+    def create(self, data: bytes) -> None:
+        """Writes the first bytes: into the file that is open."""
+        self.write(data)
+
     def write(self, data: bytes) -> None:
         """Replaces the bytes."""
         self._file.truncate(0)  # the file is opened for appending: writes go to its end
@@ -62,13 +66,22 @@ class ObjectEntry:
         """Returns None: buckets have no locks."""
 
     def read(self) -> bytes:
-        """Returns the bytes; none without an object. Raises OSError if the bucket does not say."""
+        """Returns the bytes; none without an object. Raises OSError if the bucket does not say.
+
+        One request reads them. An open file would be read by several, which fail if the holder
+        writes the object between them.
+        """
         try:
-            return self._path.read_bytes()
+            return storage.ReadAhead().read(storage.Span(str(self._path)))
         except FileNotFoundError:
             return b""
 
+    def create(self, data: bytes) -> None:
+        """Writes a new object. Raises FileExistsError if there is one."""
+        storage.create_object(self._path, data)
+
     def write(self, data: bytes) -> None:
+        """Replaces the bytes."""
         with storage.whole_file(self._path) as unfinished:
             unfinished.write_bytes(data)
 

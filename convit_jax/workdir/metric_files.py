@@ -202,5 +202,7 @@ def _naming(path: pathlib.Path) -> Iterator[None]:
     """Adds the name of the file to errors of writing it, which lack the name."""
     try:
         yield
+    except storage.BucketError:
+        raise  # it names the object
     except OSError as error:
         raise OSError(error.errno, error.strerror, str(path)) from error

@@ -1,12 +1,15 @@
 """Paths of checkpoints, as Orbax understands them on disk and in buckets."""
 
 import functools
+import logging
 import os
 import pathlib
 from typing import Any
 
 from convit_jax import storage
 from convit_jax.storage import retries
+
+log = logging.getLogger(__name__)
 
 
 def for_orbax(path: pathlib.Path) -> pathlib.Path:
@@ -40,8 +43,22 @@ def _limit_retries() -> None:
         "max_delay": f"{times.longest_wait}s",
     }
     for name in ("_BASE_TS_CONTEXT", "_DEFAULT_OCDBT_TS_CONTEXT"):
-        context = getattr(tensorstore_utils, name, {})
+        context = getattr(tensorstore_utils, name, None)
+        if context is None:
+            _warn_of(name)
+            continue
         context.update(gcs_request_retries=limits, s3_request_retries=limits)
+
+
+@functools.cache
+def _warn_of(name: str) -> None:
+    """Logs, once in a process, that the retries of TensorStore cannot be limited."""
+    log.warning(
+        "this version of orbax-checkpoint has no %s: after faults of a bucket, TensorStore reads "
+        "and writes checkpoints again for up to 15 minutes, whatever $%s says. 0.12.8 has it",
+        name,
+        retries.VARIABLE,
+    )
 
 
 @functools.cache

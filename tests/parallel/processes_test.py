@@ -311,3 +311,12 @@ def test_tpu_hosts():
     ):
         with metadata_server(attributes) as address:
             assert launcher.detect({"GCE_METADATA_IP": address}) == expected
+
+
+def test_a_process_that_cannot_look_for_the_folder_tells_the_others(tmp_path, monkeypatch):
+    def fail(path):
+        raise OSError(f"{path}: the service answered 503")
+
+    monkeypatch.setattr(processes, "_appears", fail)
+    with pytest.raises(OSError, match=r"process 0 does not see the folder .*a bucket: .* 503"):
+        processes.check_shared_folder(tmp_path)

@@ -411,3 +411,15 @@ def test_what_a_checkpoint_carries_is_not_changed_by_later_steps():
     windows.add({"loss": jnp.float32(0.25)})
     assert carried == [{"loss": 0.5}]
     assert windows.carried() == [{"loss": 0.5}, {"loss": 0.25}]
+
+
+def test_a_run_that_has_lost_its_folder_writes_no_evaluation(monkeypatch):
+    monkeypatch.setattr(loop, "iterate", lambda *_, **__: mock.Mock())
+    monkeypatch.setattr(loop.evaluation, "evaluate", lambda *_: {"top1": 0.5})
+    metrics, lock = mock.MagicMock(), mock.Mock()
+    lock.check.side_effect = OSError("another process has taken this folder over")
+    run = mock.MagicMock()
+    run.test_chunks.share.chunks = 1
+    with pytest.raises(OSError, match="taken this folder over"):
+        loop._evaluate(run, None, mock.Mock(), mock.MagicMock(ema=None), metrics, mock.Mock(), lock)
+    metrics.evaluation.assert_not_called()

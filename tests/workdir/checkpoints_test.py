@@ -5,6 +5,7 @@ import os
 import shutil
 import subprocess
 
+from faulty_proxy import always
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -12,6 +13,7 @@ import pytest
 
 from convit_jax import storage
 from convit_jax.parallel import sharding
+from convit_jax.workdir import orbax_paths
 from convit_jax.workdir.checkpoints import Checkpoints, best_step, newest_step, steps_of
 
 # If a file cannot be read or written, Orbax closes its event loop before its work on other files
@@ -220,3 +222,30 @@ def test_checkpoints_in_a_bucket_are_complete_and_the_best_stays(bucket, caplog)
     assert steps_of(folder) == [2, 4]
     assert {path.name for path in folder.iterdir()} == {"2", "4", "5.unreadable"}
     assert "checkpoints/5: " in caplog.text
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("part", ["", "ocdbt"])  # all requests, or those for the arrays
+def test_a_checkpoint_is_not_set_aside_in_an_outage(faulty, part):
+    orbax_paths._s3_service.cache_clear()  # the proxy is the service
+    folder = storage.as_path(faulty.bucket) / "checkpoints"
+    write(folder, (1, 2))
+    with Checkpoints(folder, every=1, also=(), keep=10) as checkpoints:
+        faulty.use(always(503, part=part))
+        with pytest.raises(OSError, match="checkpoints/2: "):
+            checkpoints.restore(like(sharding.make_mesh()))
+        assert 503 in {fault for _, _, fault in faulty.requests}
+        faulty.use(lambda *_: None)
+    assert {path.name for path in folder.iterdir()} == {"1", "2"}
+    assert read(folder) == 2
+    orbax_paths._s3_service.cache_clear()
+
+
+def test_a_version_of_orbax_without_the_retries_is_said_once(monkeypatch, caplog, gcs):
+    from orbax.checkpoint._src.serialization import tensorstore_utils
+
+    monkeypatch.delattr(tensorstore_utils, "_BASE_TS_CONTEXT")
+    orbax_paths._warn_of.cache_clear()
+    for _ in range(2):
+        orbax_paths.for_orbax(storage.as_path(gcs))
+    assert caplog.text.count("orbax-checkpoint has no _BASE_TS_CONTEXT") == 1
