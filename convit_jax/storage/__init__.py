@@ -1,6 +1,7 @@
 """Files on disk and in buckets: paths, listing, reading, writing them whole, and local copies."""
 
 from convit_jax.storage.ahead import ReadAhead, Span
+from convit_jax.storage.calls import read_bytes
 from convit_jax.storage.copies import fetch, local_file
 from convit_jax.storage.faults import BucketError
 from convit_jax.storage.folder_lock import locked
@@ -29,6 +30,7 @@ __all__ = [
     "make_folder",
     "matching",
     "move_folder",
+    "read_bytes",
     "size",
     "versions",
     "whole_file",

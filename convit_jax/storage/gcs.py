@@ -9,6 +9,7 @@ import base64
 from collections.abc import Mapping, Sequence
 import contextlib
 import errno
+import functools
 import inspect
 import json
 import os
@@ -129,12 +130,17 @@ class FileSystem(Existence, core.GCSFileSystem):
                 raise FileNotFoundError(errno.ENOENT, "no such object", name) from None
             return _fault(error)
 
-        def give_up(fault: faults.Fault, tries: int, seconds: float) -> Exception:
-            return faults.explain(
-                name, fault, account=self._account(), mend=_MEND, tries=tries, seconds=seconds
-            )
+        return await retries.attempt(
+            once, fault_of, functools.partial(self.explain, name), name=name, upload=upload
+        )
 
-        return await retries.attempt(once, fault_of, give_up, name=name, upload=upload)
+    def explain(
+        self, name: str, fault: faults.Fault, tries: int = 1, seconds: float | None = None
+    ) -> faults.BucketError:
+        """Returns the error of a request of this account that is not tried again."""
+        return faults.explain(
+            name, fault, account=self._account(), mend=_MEND, tries=tries, seconds=seconds
+        )
 
     def _account(self) -> str:
         credentials = self.credentials.credentials

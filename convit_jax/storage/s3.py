@@ -6,6 +6,7 @@ s3fs and botocore have retries of their own. They differ by operation and by kin
 import asyncio
 import contextlib
 import errno
+import functools
 import os
 import re
 from typing import Any
@@ -81,15 +82,12 @@ class FileSystem(Existence, s3fs.S3FileSystem):
                 raise FileNotFoundError(errno.ENOENT, "no such object", name) from None
             return _fault(error)
 
-        def give_up(fault: faults.Fault, tries: int, seconds: float) -> Exception:
-            return faults.explain(
-                name, fault, account=self._account(), mend=_MEND, tries=tries, seconds=seconds
-            )
-
         body = options.get("Body")
         upload = len(body) if isinstance(body, (bytes, bytearray, memoryview)) else 0
         try:
-            return await retries.attempt(once, fault_of, give_up, name=name, upload=upload)
+            return await retries.attempt(
+                once, fault_of, functools.partial(self.explain, name), name=name, upload=upload
+            )
         except botocore.exceptions.ClientError as error:
             raise errors.translate_boto_error(error) from error
 
@@ -122,6 +120,14 @@ class FileSystem(Existence, s3fs.S3FileSystem):
                 pieces = [self._cat_file(rpath, start=at, end=at + _PIECE) for at in starts]
                 for piece in await asyncio.gather(*pieces):
                     callback.relative_update(file.write(piece))
+
+    def explain(
+        self, name: str, fault: faults.Fault, tries: int = 1, seconds: float | None = None
+    ) -> faults.BucketError:
+        """Returns the error of a request of this account that is not tried again."""
+        return faults.explain(
+            name, fault, account=self._account(), mend=_MEND, tries=tries, seconds=seconds
+        )
 
     def _account(self) -> str:
         signer = getattr(self._s3, "_request_signer", None)

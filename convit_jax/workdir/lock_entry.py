@@ -64,7 +64,7 @@ class ObjectEntry:
     def read(self) -> bytes:
         """Returns the bytes; none without an object. Raises OSError if the bucket does not say."""
         try:
-            return self._path.read_bytes()
+            return storage.read_bytes(self._path)
         except FileNotFoundError:
             return b""
 

@@ -11,6 +11,7 @@ from tensorboardX.proto import event_pb2
 from convit_jax import storage
 from convit_jax.workdir.checkpoints import newest_step
 from convit_jax.workdir.folder import Workdir
+from convit_jax.workdir.metric_files import read_lines
 
 pytestmark = pytest.mark.slow
 
@@ -47,10 +48,7 @@ def here(tmp_path, monkeypatch):
 
 
 def reached(url, step):
-    workdir = Workdir(url)
-    return workdir.metrics.exists() and any(
-        json.loads(line)["step"] >= step for line in workdir.metrics.read_text().splitlines()
-    )
+    return any(line["step"] >= step for line in read_lines(Workdir(url)))
 
 
 def is_saving(url, after):
