@@ -1,7 +1,7 @@
 """Files on disk and in buckets: paths, listing, reading, writing them whole, and local copies."""
 
 from convit_jax.storage.ahead import ReadAhead, Span
-from convit_jax.storage.calls import read_bytes
+from convit_jax.storage.calls import failure, read_bytes
 from convit_jax.storage.copies import fetch, local_file
 from convit_jax.storage.faults import BucketError
 from convit_jax.storage.folder_lock import locked
@@ -21,6 +21,7 @@ __all__ = [
     "as_path",
     "below",
     "children",
+    "failure",
     "fetch",
     "is_bucket",
     "is_folder",

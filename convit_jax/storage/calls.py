@@ -5,6 +5,7 @@ from concurrent.futures import Future
 import os
 from typing import Any
 
+from convit_jax.storage import faults
 from convit_jax.storage.paths import as_path, is_bucket
 
 
@@ -57,3 +58,20 @@ def read_bytes(path: str | os.PathLike) -> bytes:
     if not is_bucket(path):
         return as_path(path).read_bytes()
     return result(begin(os.fspath(path), "_cat_file"), os.fspath(path))
+
+
+def failure(path: str, status: int | None, text: str, tries: int = 1) -> faults.BucketError:
+    """Returns the error of a request to a bucket that another library has made.
+
+    Args:
+      path: URL of the object.
+      status: HTTP status; None if there was no answer.
+      text: what the library says.
+      tries: number of its requests.
+    """
+    as_path(path)  # sets up the package that reads such buckets
+    import fsspec
+
+    fault = faults.broken(text) if status is None else faults.answered(status, text)
+    file_system, _ = fsspec.core.url_to_fs(path)
+    return file_system.explain(path, fault, tries)

@@ -6,15 +6,12 @@ read is renamed, and the one before it is used. A checkpoint can be restored on 
 devices and processes, and on any mesh.
 """
 
-from collections.abc import Callable, Container, Iterator, Sequence
-import contextlib
+from collections.abc import Callable, Container, Sequence
 import functools
 import json
 import logging
 import math
-import os
 import pathlib
-import re
 from typing import Any, NamedTuple
 
 import jax
@@ -24,6 +21,7 @@ import orbax.checkpoint as ocp
 from orbax.checkpoint import checkpoint_managers
 
 from convit_jax import storage
+from convit_jax.workdir import checkpoint_errors
 from convit_jax.workdir.orbax_paths import for_orbax
 
 log = logging.getLogger(__name__)
@@ -166,6 +164,7 @@ class Checkpoints:
             checkpoint_managers.SpecificStepsPolicy(also),
             checkpoint_managers.PreemptionCheckpointingPolicy(),
         ]
+        checkpoint_errors.hide_late_answers()
         self._folder = folder
         self._unevaluated: int | None = None  # step of the newest checkpoint if it has no metrics
         self._manager = _Manager(
@@ -195,7 +194,7 @@ class Checkpoints:
 
     def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
         try:
-            with _as_os_error(self._folder):
+            with checkpoint_errors.as_os_error(self._folder):
                 self._manager.close()  # waits until the last checkpoint is written
         except OSError:
             if kind is None:
@@ -228,7 +227,7 @@ class Checkpoints:
           OSError: if this or an earlier checkpoint cannot be written.
         """
         self._manager.stopping = stopping
-        with _as_os_error(self._folder):
+        with checkpoint_errors.as_os_error(self._folder):
             self._manager.check_for_errors()
             if step == self._unevaluated:
                 if metrics is not None:
@@ -268,8 +267,8 @@ class Checkpoints:
                 metrics = self._manager.metrics(step)
                 restored = Restored(step, items["state"], items["progress"], metrics)
             except Exception as error:  # Orbax raises many types for broken files
-                if _is_outage(error):  # the checkpoint may be intact
-                    raise OSError(f"{self._folder / str(step)}: {_first_line(error)}") from error
+                if outage := checkpoint_errors.outage(error, self._folder / str(step)):
+                    raise outage from error
                 failure = error
             if _on_all(restored is not None) and restored is not None:
                 for bad in unreadable:
@@ -279,7 +278,7 @@ class Checkpoints:
             log.warning(
                 "cannot read checkpoint %s: %s; trying the one before it",
                 self._folder / str(step),
-                _first_line(failure) if failure else "another process cannot",
+                checkpoint_errors.first_line(failure) if failure else "another process cannot",
             )
             unreadable.append(step)
         if unreadable:
@@ -314,37 +313,3 @@ class Checkpoints:
 def _on_all(this: bool) -> bool:
     """Returns whether `this` is true on every process."""
     return bool(np.all(multihost_utils.process_allgather(np.array(this))))
-
-
-def _first_line(error: Exception) -> str:
-    """Returns what an error says, without the description of the array that TensorStore adds."""
-    return re.split(r"\n| \[tensorstore_spec=", str(error))[0][:400]
-
-
-def _is_outage(error: Exception) -> bool:
-    """Returns whether a bucket did not answer, or refused, after all retries.
-
-    TensorStore says so by the name of a status, at the beginning of the text.
-    """
-    refused = r"(ABORTED|UNAVAILABLE|DEADLINE_EXCEEDED|PERMISSION_DENIED|UNAUTHENTICATED):"
-    return isinstance(error, storage.BucketError) or bool(re.match(refused, str(error)))
-
-
-@contextlib.contextmanager
-def _as_os_error(folder: pathlib.Path) -> Iterator[None]:
-    """Turns errors of the file system, which Orbax raises as ValueError, into OSError."""
-    try:
-        yield
-    except (OSError, ValueError) as error:
-        code = re.search(r"os_error_code='(\d+)'", str(error))
-        number = int(code[1]) if code else getattr(error, "errno", None)
-        if number is not None:
-            reason = os.strerror(number)
-        elif storage.is_bucket(folder):
-            reason = _first_line(error)
-        else:
-            raise
-        raise OSError(
-            f"{folder}: cannot write a checkpoint: {reason}. Earlier ones are kept: the same "
-            "command continues from the newest"
-        ) from error
