@@ -11,10 +11,11 @@
     f    frozen at 0  convolutional   frozen                 78.6  54.3
     g    frozen at 0  random          frozen                 73.7  44.8
 
-The last columns are the paper's top-1 on all of ImageNet and on 10% of the training images. These
-are --config.data.sampling_ratio=0.1, and --config.data.epochs_scale=10 shows the model as many of
-them. No row has been reproduced with this code. convit_jax/ablations.py has the keys that change,
-and what the paper leaves open. Devices and memory are those of configs/convit_s_plus.py.
+The last columns are the paper's top-1 on all of ImageNet and on 10% of the training images. The
+10% column needs --config.data.sampling_ratio=0.1 and --config.data.epochs_scale=10: ten times the
+epochs, so as many images. No row has been reproduced with this code. convit_jax/ablations.py has
+the keys that change, and what the paper leaves open. Devices and memory are those of
+configs/convit_s_plus.py.
 """
 
 import ml_collections

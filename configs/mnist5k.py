@@ -5,8 +5,9 @@
 
 Nothing is downloaded. 4,006 images are trained on and 994 held out. This is the base configuration
 of `convit study`: 9 heads, as in ConViT-S, begin as the 9 pixels of a 3 x 3 convolution, and five
-of the six blocks are GPSA. The recipe is the paper's but for what digits do not bear: they are
-neither flipped nor recoloured, and crops only shift them.
+of the six blocks are GPSA. Unlike the paper's recipe, there are no flips, RandAugment, CutMix,
+erasing or repeated augmentation, crops shift by up to 2 pixels, and the learning rate is 1e-3 for
+batches of 32. The time and the accuracy of its 20 epochs have not been measured yet.
 """
 
 import ml_collections

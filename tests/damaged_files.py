@@ -8,13 +8,13 @@ import collections
 import contextlib
 import json
 import pathlib
-import resource
 import sys
 
 from array_record.python import array_record_module
 import numpy as np
 from PIL import Image
 
+from convit_jax import storage
 from convit_jax.data.batches.gather import transformed
 from convit_jax.data.folders.class_folders import FolderSource
 from convit_jax.data.images.transforms import EvalTransform
@@ -71,8 +71,12 @@ def read(path: pathlib.Path) -> None:
     Nothing can be said about damage to a JPEG that Pillow refuses.
     """
     if path.suffix == ".tfrecord" or path.suffix == ".array_record":
-        kind = records.open_tfrecords if path.suffix == ".tfrecord" else records.open_array_records
-        shards = kind([str(path)], [RECORDS])
+        paths, counts = [str(path)], [RECORDS]
+        shards: records.Records
+        if path.suffix == ".tfrecord":
+            shards = records.open_tfrecords(paths, counts, storage.versions(paths))
+        else:
+            shards = records.open_array_records(paths, counts)
         for number in range(RECORDS):
             assert shards[number] == payload_of(number)
         return
@@ -99,7 +103,9 @@ def main(folder: pathlib.Path, count: int) -> None:
             except (ValueError, OSError) as error:
                 named = "refused" if str(path) in str(error) else f"refused without name: {error}"
                 outcomes[f"{path.suffix} {named}"] += 1
-    memory = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss  # in kB on Linux
+    # getrusage would include the memory of the process that started this one.
+    status = pathlib.Path("/proc/self/status").read_text()
+    memory = int(status.partition("VmHWM:")[2].split()[0])  # kB
     print(json.dumps({"outcomes": outcomes, "memory": memory * 1024}))
 
 

@@ -25,7 +25,7 @@ FLOORS = (
 PATHS = {
     "config.json", "classes.json", "starts.jsonl", "metrics.jsonl", "checkpoints", "eval.json",
     "predictions.jsonl", "weights.safetensors", "compilation_cache", "data.json", "lock.json",
-    "fingerprints.npz",
+    "fingerprints.npz", "report.html",
 }  # fmt: skip
 
 

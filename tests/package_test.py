@@ -144,6 +144,7 @@ for command in ("train", "eval", "predict", "convert", "data", "data check", "da
     assert "1,437 images of 10 classes" in convit("data", "check", "--config=digits")
     convit("train", "--config=digits", "--workdir=run", "--config.train.epochs=1")
     assert "top-1" in convit("eval", "--workdir=run")
+    assert "wrote run/report.html" in convit("analyse", "report", "--workdir=run")
     convit("convert", "run", "w.safetensors")
     image = ROOT / "tests" / "data"  # a folder without pictures
     done = subprocess.run(

@@ -1,15 +1,15 @@
 """The images of an analysis: files, or test images of a data set."""
 
 from collections.abc import Iterator, Sequence
-import pathlib
 
 import ml_collections
 import numpy as np
 
 from convit_jax.data import fit
-from convit_jax.data.batches.gather import transformed
+from convit_jax.data.batches.gather import Transform, transformed
 from convit_jax.data.images.transforms import EvalTransform
-from convit_jax.predict.files import find_images
+from convit_jax.data.source import Source
+from convit_jax.predict.files import find_images, path_of
 from convit_jax.predict.preprocess import Preprocess
 from convit_jax.train import eval_report, probe, setup
 from convit_jax.weights.loaded import Loaded
@@ -34,7 +34,7 @@ def of_files(loaded: Loaded, arguments: Sequence[str]) -> Iterator[Image]:
         raise ValueError("; ".join(f"{name}: {reason}" for name, reason in reasons.items()))
     preprocess = Preprocess(loaded)
     for path in paths:
-        data = pathlib.Path(path).read_bytes()
+        data = path_of(path).read_bytes()
         try:
             pixels = preprocess.pixels(data)
         except ValueError as error:
@@ -69,7 +69,23 @@ def of_test_split(
         model.image_shape[:2], loaded.crop_pct, model.in_channels == 1, fit.reading(config)
     )
     some = probe.spread(source, count)
-    index = str(workdir.index) if workdir else None
-    names = eval_report.image_names(source, some.indices.tolist(), index)
-    for place, name in enumerate(names.values()):
-        yield name, transformed(some, place, transform)[0]
+    yield from of_indices(source, some.indices.tolist(), transform, workdir)
+
+
+def of_indices(
+    source: Source, indices: Sequence[int], transform: Transform, workdir: Workdir | None
+) -> Iterator[Image]:
+    """Reads chosen images of a data set, one at a time.
+
+    Args:
+      source: the data set.
+      indices: places of the images in it, each once.
+      transform: what is done to the pixels of each.
+      workdir: the workdir of a run, which may have an index of the names; None without a run.
+
+    Raises:
+      convit_jax.data.corrupt.ImageError: if an image is corrupt or does not fit the transform.
+    """
+    cache_dir = str(workdir.index) if workdir else None
+    for index, name in eval_report.image_names(source, indices, cache_dir).items():
+        yield name, transformed(source, index, transform)[0]

@@ -165,13 +165,29 @@ def measure_masking(prepared: EvalRun, first: Sequence[int] | None) -> dict[str,
         None is `masking.default_layers`.
 
     Returns:
-      What `convit eval` writes, with a result for each masking: "masked" is "nothing", "position
-      embedding", "content" or "position", "layers" the number of masked layers or None, and "top1",
-      "top5", "loss" and "images" are those of `evaluation.evaluate`. None if it was interrupted.
+      What `convit eval` writes, with a result for each masking, see `evaluate_masked`. None if it
+      was interrupted.
 
     Raises:
       ValueError: if the model has fewer GPSA layers.
       OSError: if an image cannot be read.
+    """
+    found = evaluate_masked(prepared, first)
+    return None if found is None else eval_report.contents(prepared, found[0])
+
+
+def evaluate_masked(
+    prepared: EvalRun, first: Sequence[int] | None
+) -> tuple[list[dict[str, Any]], eval_report.PerImage] | None:
+    """Evaluates weights as they are and with each masking, and reads each image once.
+
+    Takes the arguments of `measure_masking`, and raises its errors.
+
+    Returns:
+      A result for each masking: "masked" is "nothing", "position embedding", "content" or
+      "position", "layers" the number of masked layers or None, and "top1", "top5", "loss" and
+      "images" are those of `evaluation.evaluate`. Then, with nothing masked, the results of each
+      image. None if it was interrupted.
     """
     model = prepared.models[0]
     first = masking.default_layers(model.local_up_to_layer) if first is None else first
@@ -186,7 +202,7 @@ def measure_masking(prepared: EvalRun, first: Sequence[int] | None) -> dict[str,
         return {f"{i} ": mask(params) for i, mask in enumerate(maskings.values())}
 
     with Interruption() as interruption:
-        found, _ = eval_run.evaluate_each(prepared, model, make, interruption)
+        found, _ = eval_run.evaluate_each(prepared, model, make, interruption, predictions=True)
     if found is None:
         log.info("stopped: there are no results")
         return None
@@ -200,7 +216,9 @@ def measure_masking(prepared: EvalRun, first: Sequence[int] | None) -> dict[str,
         }
         for i, (masked, layers) in enumerate(maskings)
     ]
-    return eval_report.contents(prepared, results)
+    unmasked = {k.removeprefix("0 "): v for k, v in found.items() if k.startswith("0 ")}
+    arrays = {k: v for k, v in unmasked.items() if isinstance(v, np.ndarray)}
+    return results, eval_report.of_evaluated(arrays)
 
 
 def _weights(loaded: Loaded) -> dict[str, Any]:

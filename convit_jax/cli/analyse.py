@@ -4,8 +4,10 @@ convit analyse gates --weights convit_tiny
 convit analyse nonlocality --weights runs/digits
 convit analyse maps --weights convit_tiny --out maps photo.jpg
 convit analyse masking --weights runs/digits
+convit analyse report --workdir runs/digits
 
-Each command prints a table. With --out it also writes JSON and pictures."""
+The first four print a table. With --out they also write JSON and pictures. The last one writes a
+page about a run."""
 
 import argparse
 from collections.abc import Callable, Iterator, Sequence
@@ -15,16 +17,16 @@ from typing import Any
 import ml_collections
 import numpy as np
 
-from convit_jax import recipe
+from convit_jax import recipe, storage
 from convit_jax.analysis import images, measured, pictures, tables
 from convit_jax.analysis.images import Image
-from convit_jax.cli import options
+from convit_jax.cli import options, report
 from convit_jax.data.corrupt import ImageError
 from convit_jax.model import image_size
 from convit_jax.model.locality import PARTS
 from convit_jax.parallel import processes
 from convit_jax.predict.attention import draw
-from convit_jax.storage import as_path, whole_file, write_text
+from convit_jax.storage import as_path
 from convit_jax.train import eval_report, eval_setup, init_from, same_run, setup
 from convit_jax.weights import hub
 from convit_jax.weights.load import read_weights
@@ -64,8 +66,8 @@ def main(argv: Sequence[str] | None = None, prog: str = "convit analyse") -> Non
     options.start_logging()
     if overrides and "config" not in args:
         commands[args.command].error(f"unrecognized arguments: {' '.join(overrides)}")
-    if args.command == "masking":
-        _masking(args, overrides)
+    if args.command in ("masking", "report"):
+        (_masking if args.command == "masking" else report.run)(args, overrides)
         return
     with options.report(ValueError, OSError, ImageError):
         size = {} if getattr(args, "size", None) is None else {"image_size": args.size}
@@ -86,7 +88,7 @@ def _parser(prog: str) -> tuple[argparse.ArgumentParser, dict[str, argparse.Argu
     """Returns the parser, and that of each command by name."""
     parser = options.make_parser(prog, __doc__ or "")
     added = parser.add_subparsers(
-        dest="command", required=True, metavar="gates | nonlocality | maps | masking"
+        dest="command", required=True, metavar="gates | nonlocality | maps | masking | report"
     )
     made: dict[str, argparse.ArgumentParser] = {}
     for name, description, short in (
@@ -117,11 +119,13 @@ def _parser(prog: str) -> tuple[argparse.ArgumentParser, dict[str, argparse.Argu
     made["masking"].add_argument(
         "--first",
         metavar="N,N",
-        type=_numbers,
+        type=options.positives,
         help="numbers of GPSA layers to mask, counted from the input, such as 3,5,10; default: "
         "3, 5 and 10 of 10 layers, and in proportion of another number",
     )
+    options.add_checkpoint(made["masking"])
     options.add_processes(made["masking"])
+    made["report"] = report.add(added)
     return parser, made
 
 
@@ -143,7 +147,10 @@ def _add_images(command: argparse.ArgumentParser, count: int) -> None:
 
 def _add_maps(command: argparse.ArgumentParser) -> None:
     command.add_argument(
-        "--layers", metavar="N,N", type=_numbers, help="layers, counted from 1; default: all"
+        "--layers",
+        metavar="N,N",
+        type=options.positives,
+        help="layers, counted from 1; default: all",
     )
     command.add_argument(
         "--query",
@@ -162,12 +169,8 @@ def _add_maps(command: argparse.ArgumentParser) -> None:
     )
 
 
-def _numbers(text: str) -> tuple[int, ...]:
-    return tuple(options.positive(part) for part in text.split(","))
-
-
 def _patch(text: str) -> tuple[int, int]:
-    numbers = _numbers(text)
+    numbers = options.positives(text)
     if len(numbers) != 2:
         raise argparse.ArgumentTypeError(f"expected ROW,COLUMN such as 7,7, got {text}")
     return numbers[0], numbers[1]
@@ -244,7 +247,7 @@ def _maps(args: argparse.Namespace, overrides: list[str], loaded: Loaded) -> Non
             every_head=True,
             query=(row - 1, column - 1),
         )
-        with whole_file(path) as unfinished:
+        with storage.whole_file(path) as unfinished:
             picture.save(unfinished, "PNG")
         print(f"wrote {path}")
 
@@ -252,16 +255,16 @@ def _maps(args: argparse.Namespace, overrides: list[str], loaded: Loaded) -> Non
 def _masking(args: argparse.Namespace, overrides: list[str]) -> None:
     with options.report(ValueError, OSError):
         config, workdir = _configuration(args, overrides)
-        if workdir is None and args.config is None:
-            config = _as_the_weights(args, overrides, config)
         processes.initialize(args.coordinator, args.num_processes, args.process_id)
     with processes.failing_together():
         with options.report(ValueError, OSError, RuntimeError):
             processes.check_devices()
             processes.log_from_main()
         with options.report(ValueError, OSError, ImageError):
+            if workdir is None and args.config is None:
+                config = _as_the_weights(args, overrides, config)
             sizes = () if args.size is None else (image_size.pair(args.size),)
-            choices = eval_setup.Choices(ema=args.ema, sizes=sizes)
+            choices = eval_setup.Choices(args.checkpoint, args.ema, sizes)
             prepared = eval_setup.prepare(config, workdir, choices)
             setup.use_compilation_cache(prepared.config, prepared.workdir)
             found = measured.measure_masking(prepared, args.first)
@@ -280,9 +283,9 @@ def _show(
     if args.out is None:
         return
     drawn = None if picture is None else picture(found)  # before anything is written
-    args.out.mkdir(parents=True, exist_ok=True)
+    storage.make_folder(args.out)
     path = args.out / f"{args.command}.json"
-    write_text(path, eval_report.to_json(found))
+    storage.write_text(path, eval_report.to_json(found))
     print(f"wrote {path}")
     if drawn is not None:
         path = args.out / f"{args.command}.png"

@@ -20,13 +20,7 @@ def main(argv: Sequence[str] | None = None, prog: str = "convit eval") -> None:
     options.add_config(parser, "; default: the configuration of the run in --workdir")
     add = parser.add_argument
     add("--workdir", metavar="DIR", help="folder of the run to evaluate, or only of eval.json")
-    add(
-        "--checkpoint",
-        metavar="WHICH",
-        default="best",
-        help="checkpoint of the run to evaluate: best (by top-1 of the weights that are "
-        "evaluated), newest, or a step; default best",
-    )
+    options.add_checkpoint(parser)
     add(
         "--ema",
         action=argparse.BooleanOptionalAction,

@@ -71,6 +71,17 @@ def add_weights(parser: argparse.ArgumentParser) -> None:
     )
 
 
+def add_checkpoint(parser: argparse.ArgumentParser) -> None:
+    """Adds the flag --checkpoint."""
+    parser.add_argument(
+        "--checkpoint",
+        metavar="WHICH",
+        default="best",
+        help="checkpoint of the run to evaluate: best (by top-1 of the weights that are "
+        "evaluated), newest, or a step; default best",
+    )
+
+
 def add_reading(parser: argparse.ArgumentParser) -> None:
     """Adds the flags that say how `weights.load.read_weights` reads weights."""
     parser.add_argument(
@@ -219,6 +230,11 @@ def sizes(text: str) -> tuple[tuple[int, int], ...]:
 def positive(text: str) -> int:
     """Parses the value of a flag: a whole number, 1 or more."""
     return _at_least(1, text)
+
+
+def positives(text: str) -> tuple[int, ...]:
+    """Parses the value of a flag: whole numbers, 1 or more, separated by commas."""
+    return tuple(positive(part) for part in text.split(","))
 
 
 def not_negative(text: str) -> int:

@@ -24,7 +24,7 @@ from convit_jax.weights.loaded import Loaded
 
 _EPILOG = (
     "Exit status: 0 on success; 1 if the weights or a file could not be read (the other files are\n"
-    "predicted); 2 for an error on the command line."
+    "predicted, unless a bucket does not answer); 2 for an error on the command line."
 )
 
 
@@ -36,7 +36,8 @@ def main(argv: Sequence[str] | None = None, prog: str = "convit predict") -> int
         parser.error("--heads: expected with --attention DIR")
     options.start_logging()
     marks = [time.perf_counter()]
-    paths, failures = find_images(args.images)
+    with options.report(OSError):
+        paths, failures = find_images(args.images)
     overrides = {} if args.size is None else {"image_size": args.size}
     with options.report(ValueError, OSError):
         loaded = read_weights(

@@ -82,25 +82,25 @@ def _add_flags(parser: argparse.ArgumentParser) -> None:
     )
     add(
         "--shares",
-        type=_numbers,
+        type=_shares,
         metavar="A,B,...",
-        help="shares of the training images, columns of sample-efficiency and ablations; the "
-        "defaults are the paper's, and smaller ones for mnist5k",
+        help="shares of the training images, up to 1: the columns of sample-efficiency (default: "
+        "0.05,0.1,0.3,0.5,1 as in the paper, and 0.01,0.05,0.1,0.3,1 for mnist5k) and of "
+        "ablations (default: 1,0.1), and the one share of locality (default: 1)",
     )
     add(
         "--strengths",
         type=_numbers,
         metavar="A,B,...",
-        default=_STRENGTHS,
-        help="locality strengths, columns of locality; the default is "
+        help="locality strengths, the columns of locality; the default is "
         + ",".join(f"{x:g}" for x in _STRENGTHS),
     )
     add(
         "--layers",
-        type=_counts,
+        type=options.positives,
         metavar="A,B,...",
-        help="numbers of GPSA layers, rows of locality; the default is a third, two thirds and "
-        "all of the configuration's",
+        help="numbers of GPSA layers, the rows of locality; the default is a third, two thirds "
+        "and all of the configuration's",
     )
     what = parser.add_mutually_exclusive_group().add_argument
     what(
@@ -115,9 +115,20 @@ def _add_flags(parser: argparse.ArgumentParser) -> None:
     )
 
 
+def _check_flags(args: argparse.Namespace) -> None:
+    """Raises ValueError if a flag has no meaning for the study."""
+    used = {"locality": ("shares", "strengths", "layers"), "masking": ()}.get(
+        args.study, ("shares",)
+    )
+    for flag in ("shares", "strengths", "layers"):
+        if flag not in used and getattr(args, flag) is not None:
+            raise ValueError(f"--{flag}: has no meaning for the study {args.study}")
+
+
 def _sample_efficiency(args: argparse.Namespace, config: ml_collections.ConfigDict) -> plans.Study:
-    shares = args.shares or _default_shares(config, plans.PAPER_SHARES)
-    return plans.sample_efficiency(config, range(args.seeds), shares)
+    small = config.data.source == "mnist5k"
+    default = plans.SMALL_SHARES if small else plans.PAPER_SHARES
+    return plans.sample_efficiency(config, range(args.seeds), args.shares or default)
 
 
 def _ablations(args: argparse.Namespace, config: ml_collections.ConfigDict) -> plans.Study:
@@ -128,13 +139,11 @@ def _locality(args: argparse.Namespace, config: ml_collections.ConfigDict) -> pl
     share = args.shares or (1.0,)
     if len(share) > 1:
         raise ValueError(f"--shares: expected one share for locality, got {share}")
-    layers = args.layers or plans.default_layers(config)
-    return plans.locality(config, range(args.seeds), args.strengths, layers, share[0])
+    layers, strengths = args.layers or plans.figure_8_layers(config), args.strengths or _STRENGTHS
+    return plans.locality(config, range(args.seeds), strengths, layers, share[0])
 
 
 def _masking(args: argparse.Namespace, config: ml_collections.ConfigDict) -> plans.Study:
-    if args.shares:
-        raise ValueError("--shares: expected none for masking, which trains on all images")
     return plans.masking_study(config, range(args.seeds))
 
 
@@ -144,12 +153,6 @@ _STUDIES: dict[str, Callable[[argparse.Namespace, ml_collections.ConfigDict], pl
     "locality": _locality,
     "masking": _masking,
 }
-
-
-def _default_shares(
-    config: ml_collections.ConfigDict, paper: tuple[float, ...]
-) -> tuple[float, ...]:
-    return plans.SMALL_SHARES if config.data.source == "mnist5k" else paper
 
 
 def _write(study: plans.Study, folder: pathlib.Path, config: ml_collections.ConfigDict) -> None:
@@ -180,6 +183,9 @@ def _numbers(text: str) -> tuple[float, ...]:
     return tuple(dict.fromkeys(numbers))
 
 
-def _counts(text: str) -> tuple[int, ...]:
-    """Parses the value of a flag: whole numbers, 0 or more, separated by commas."""
-    return tuple(dict.fromkeys(options.not_negative(part) for part in text.split(",")))
+def _shares(text: str) -> tuple[float, ...]:
+    """Parses the value of a flag: shares, above 0 and up to 1, separated by commas."""
+    numbers = _numbers(text)
+    if max(numbers) > 1:
+        raise argparse.ArgumentTypeError(f"expected shares up to 1 such as 0.1,1, got {text}")
+    return numbers

@@ -48,8 +48,9 @@ def copied(paths: Iterable[str], cache: str) -> pathlib.Path:
             text = f"data.cache={cache}: expected a folder that can be written: {error.strerror}"
             raise type(error)(error.errno, text, os.fspath(folder)) from error
         wait = f"data.cache: waiting for another process that copies to {folder}"
-        with storage.locked(folder, wait=wait):
-            for unfinished in folder.glob("*.part"):  # left by a process that was killed
+        with storage.locked(folder, wait=wait) as is_locked:
+            # Left by a process that was killed. Without a lock another one may be writing them.
+            for unfinished in folder.glob("*.part") if is_locked else ():
                 unfinished.unlink()
             _copy(_outdated(there, folder), folder, cache)
     return folder

@@ -27,7 +27,7 @@ class Returned(NamedTuple):
     Attributes:
       attention: whether to return the maps of the attention; or a function of them, whose result is
         returned in their place.
-      tokens: whether to return the output once more. A scan stacks only what is returned besides.
+      tokens: whether to return the output once more: a scan stacks its second result only.
     """
 
     attention: bool | MapsFunction = False

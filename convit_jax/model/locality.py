@@ -23,7 +23,7 @@ from convit_jax.model.positional import Grid
 
 Array = jax.Array
 
-# The map that averages the values, equation 7, and the two that it is blended of.
+# The map that averages the values (equation 7), and its two parts.
 PARTS = ("blended", "content", "positional")
 
 

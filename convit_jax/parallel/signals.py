@@ -25,7 +25,7 @@ import numpy as np
 
 log = logging.getLogger(__name__)
 
-_SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP, signal.SIGUSR1, signal.SIGUSR2)
+SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP, signal.SIGUSR1, signal.SIGUSR2)
 _SAME_WISH = 1.0  # seconds; a repeat within them is ignored, as `timeout` and others send two
 
 
@@ -55,7 +55,7 @@ class Interruption:
 
     def __enter__(self) -> "Interruption":
         # Keep the service's handler of SIGTERM: it is written in C++, so Python cannot restore it.
-        for number in _SIGNALS[1:] if self._several else _SIGNALS:
+        for number in SIGNALS[1:] if self._several else SIGNALS:
             if signal.getsignal(number) is not signal.SIG_IGN:
                 self._old[number] = signal.signal(number, self._handle)
         return self
@@ -114,12 +114,12 @@ def shielded_children() -> Iterator[None]:
     SIGKILL, or by means other than signals. This process still gets its signals, on another thread
     or at the end of the block.
     """
-    before = signal.pthread_sigmask(signal.SIG_BLOCK, _SIGNALS)
+    before = signal.pthread_sigmask(signal.SIG_BLOCK, SIGNALS)
     try:
         # Starting the first process would start multiprocessing's resource tracker, which unblocks
         # signals. Start it now, shielded too, and block them again.
         resource_tracker.ensure_running()
-        signal.pthread_sigmask(signal.SIG_BLOCK, _SIGNALS)
+        signal.pthread_sigmask(signal.SIG_BLOCK, SIGNALS)
         yield
     finally:
         signal.pthread_sigmask(signal.SIG_SETMASK, before)

@@ -27,11 +27,16 @@ def find_images(arguments: Iterable[str]) -> tuple[list[str], dict[str, str]]:
     Returns:
       The paths in the order of the arguments, sorted within each argument and without repetition;
       and {argument: reason} for the arguments that name no image.
+
+    Raises:
+      BucketError: if a bucket cannot be used: it would fail for the other arguments too.
     """
     paths, reasons = [], {}
     for argument in arguments:
         try:
             found, reason = _named_by(argument)
+        except storage.BucketError:
+            raise
         except (OSError, ValueError) as error:  # the folder, or one in it, cannot be read
             found, reason = [], str(error)
         if not found:
@@ -40,15 +45,19 @@ def find_images(arguments: Iterable[str]) -> tuple[list[str], dict[str, str]]:
     return list(dict.fromkeys(paths)), reasons
 
 
+def path_of(name: str) -> pathlib.Path:
+    """Returns the path of a file on a disk or in a bucket; a "~" in a local name is kept."""
+    return storage.as_path(name) if storage.is_bucket(name) else pathlib.Path(name)
+
+
 def _named_by(argument: str) -> tuple[list[str], str]:
     """Returns the image files that an argument names, and the reason if there are none."""
-    in_bucket = storage.is_bucket(argument)
-    path = storage.as_path(argument) if in_bucket else pathlib.Path(argument)
+    path = path_of(argument)
     if path.is_dir():
         found = [os.path.join(argument, name) for name in walk(argument).images]
         return found, f"no images in this folder ({', '.join(EXTENSIONS)})"
     if glob.has_magic(argument) and not path.exists():
-        look = storage.matching if in_bucket else _matching
+        look = storage.matching if storage.is_bucket(argument) else _matching
         return look(argument), "no file matches this pattern"
     return [argument], ""  # a missing file is reported when it is read
 
@@ -76,12 +85,16 @@ def predict_files(
 
     Yields:
       (path, predictions), or (path, reason) if the file cannot be read, in the order of the paths.
+
+    Raises:
+      BucketError: if a bucket cannot be used, after the files before have been yielded.
     """
 
-    def read(path: str) -> np.ndarray | str:
+    def read(path: str) -> np.ndarray | str | storage.BucketError:
         try:
-            opened = storage.as_path(path) if storage.is_bucket(path) else pathlib.Path(path)
-            return predictor.pixels(opened.read_bytes())
+            return predictor.pixels(path_of(path).read_bytes())
+        except storage.BucketError as error:
+            return error
         except OSError as error:
             return error.strerror or str(error)
         except ValueError as error:
@@ -100,6 +113,9 @@ def predict_files(
 
     files: list[tuple[str, np.ndarray | str]] = []
     for path, image in _ahead(read, paths, 2 * predictor.batch_size):
+        if isinstance(image, storage.BucketError):
+            yield from classified(files)
+            raise image
         files.append((path, image))
         if sum(not isinstance(image, str) for _, image in files) == predictor.batch_size:
             yield from classified(files)
@@ -110,7 +126,8 @@ def predict_files(
 def _ahead(function: Any, items: Iterable[str], count: int) -> Iterator[tuple[str, Any]]:
     """Yields (item, function(item)) in order; threads compute up to `count` items ahead."""
     items = iter(items)
-    with futures.ThreadPoolExecutor() as pool:
+    pool = futures.ThreadPoolExecutor()
+    try:
         running = collections.deque(
             (item, pool.submit(function, item)) for item in itertools.islice(items, count)
         )
@@ -118,3 +135,5 @@ def _ahead(function: Any, items: Iterable[str], count: int) -> Iterator[tuple[st
             item, future = running.popleft()
             running.extend((x, pool.submit(function, x)) for x in itertools.islice(items, 1))
             yield item, future.result()
+    finally:
+        pool.shutdown(cancel_futures=True)

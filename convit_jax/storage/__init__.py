@@ -3,12 +3,12 @@
 from convit_jax.storage.ahead import ReadAhead, Span
 from convit_jax.storage.calls import failure, read_bytes
 from convit_jax.storage.copies import fetch, local_file
-from convit_jax.storage.faults import BucketError
+from convit_jax.storage.faults import BucketError, outage_behind
 from convit_jax.storage.folder_lock import locked
 from convit_jax.storage.folders import local_folder, move_folder
 from convit_jax.storage.growing import GrowingFile
 from convit_jax.storage.listing import Version, below, children, is_folder, matching, size, versions
-from convit_jax.storage.paths import absolute, as_path, is_bucket, make_folder
+from convit_jax.storage.paths import absolute, as_path, is_bucket, make_folder, refuse_pattern
 from convit_jax.storage.whole import whole_file, write_text
 
 __all__ = [
@@ -31,7 +31,9 @@ __all__ = [
     "make_folder",
     "matching",
     "move_folder",
+    "outage_behind",
     "read_bytes",
+    "refuse_pattern",
     "size",
     "versions",
     "whole_file",

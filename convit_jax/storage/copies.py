@@ -43,8 +43,9 @@ def fetch(source: str | os.PathLike, copy: pathlib.Path) -> None:
 
     Its size and checksum are compared with those that the bucket keeps: CRC-32C on gs://, the ETag
     on s3://. Those of the copy of a file are compared with those of the bytes that were read. Only
-    the size of an S3 object that is encrypted with a key of KMS or of the customer is compared. The
-    copy has the modification time of the source.
+    the size of an S3 object is compared if it is encrypted with a key of KMS or of the customer, or
+    if the service does not tell the sizes of the parts in which it was uploaded. The copy has the
+    modification time of the source.
 
     Args:
       source: the file or object to copy.

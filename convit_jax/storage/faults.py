@@ -10,7 +10,23 @@ class BucketError(OSError):
     """A bucket cannot be used. The message names the object, and is one line.
 
     An object that does not exist is a FileNotFoundError instead.
+
+    Attributes:
+      status: HTTP status of the last answer; None if there was no answer.
     """
+
+    status: int | None = None
+
+
+def outage_behind(error: BaseException) -> BucketError | None:
+    """Returns the BucketError that a library has turned into another error; None without one.
+
+    An error that is a BucketError itself is returned.
+    """
+    cause: BaseException | None = error
+    while cause is not None and not isinstance(cause, BucketError):
+        cause = cause.__cause__ or cause.__context__
+    return cause
 
 
 class Fault(NamedTuple):
@@ -97,4 +113,6 @@ def explain(
         )
     else:
         text = fault.reason
-    return BucketError(f"{name}: {text}")
+    error = BucketError(f"{name}: {text}")
+    error.status = fault.status
+    return error

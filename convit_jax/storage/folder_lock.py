@@ -10,8 +10,11 @@ log = logging.getLogger(__name__)
 
 
 @contextlib.contextmanager
-def locked(folder: pathlib.Path, *, wait: str = "") -> Iterator[None]:
+def locked(folder: pathlib.Path, *, wait: str = "") -> Iterator[bool]:
     """Locks a folder against other processes until the end of the block or of this process.
+
+    Yields whether the folder is locked: some network file systems have no locks. Without a lock
+    another process may be writing to the folder.
 
     Args:
       folder: an existing folder.
@@ -23,6 +26,7 @@ def locked(folder: pathlib.Path, *, wait: str = "") -> Iterator[None]:
     import fcntl  # does not exist on Windows
 
     handle = os.open(folder, os.O_RDONLY)
+    is_locked = True
     try:
         try:
             fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
@@ -33,8 +37,9 @@ def locked(folder: pathlib.Path, *, wait: str = "") -> Iterator[None]:
                 ) from None
             log.info("%s", wait)
             fcntl.flock(handle, fcntl.LOCK_EX)
-        except OSError as error:  # some network file systems have no locks
+        except OSError as error:
+            is_locked = False
             log.warning("%s: cannot be locked (%s): let one process write at a time", folder, error)
-        yield
+        yield is_locked
     finally:
         os.close(handle)

@@ -24,7 +24,7 @@ import google_crc32c
 import requests
 
 from convit_jax.storage import faults, retries
-from convit_jax.storage.existence import Existence
+from convit_jax.storage.object_store import ObjectStore
 
 _MEND = faults.Mend(
     log_in="gcloud auth application-default login",
@@ -38,7 +38,6 @@ _CONNECTION_ERRORS = (
     requests.RequestException,
     ConnectionError,
 )
-_PIECE = 16 * 2**20  # bytes of an upload that are sent again after a fault
 _EMPTY: tuple = (204, {}, None, b"")  # an answer without content
 
 # The functions of gcsfs without its decorator, which repeats them.
@@ -46,8 +45,10 @@ _request_once = inspect.unwrap(core.GCSFileSystem._request)
 _get_file_once = inspect.unwrap(core.GCSFileSystem._get_file_request)
 
 
-class FileSystem(Existence, core.GCSFileSystem):
+class FileSystem(ObjectStore, core.GCSFileSystem):
     """Google Cloud Storage."""
+
+    mend = _MEND
 
     def __init__(self, *args: Any, **options: Any):
         silence = retries.patience().silence
@@ -120,10 +121,6 @@ class FileSystem(Existence, core.GCSFileSystem):
 
         return await self._attempt(once, self.unstrip_protocol(rpath), True)
 
-    async def _put_file(self, *args: Any, **options: Any) -> None:
-        options.setdefault("chunksize", _PIECE)
-        await super()._put_file(*args, **options)
-
     async def _attempt(self, once: Any, name: str, needs_object: bool, upload: int = 0) -> Any:
         def fault_of(error: Exception) -> faults.Fault | None:
             if isinstance(error, FileNotFoundError) and needs_object:
@@ -132,14 +129,6 @@ class FileSystem(Existence, core.GCSFileSystem):
 
         return await retries.attempt(
             once, fault_of, functools.partial(self.explain, name), name=name, upload=upload
-        )
-
-    def explain(
-        self, name: str, fault: faults.Fault, tries: int = 1, seconds: float | None = None
-    ) -> faults.BucketError:
-        """Returns the error of a request of this account that is not tried again."""
-        return faults.explain(
-            name, fault, account=self._account(), mend=_MEND, tries=tries, seconds=seconds
         )
 
     def _account(self) -> str:

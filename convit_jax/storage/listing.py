@@ -67,8 +67,9 @@ def below(path: str) -> list[str]:
     Raises:
       OSError: if they cannot be listed.
     """
+    path = path.rstrip("/")
     start = f"{_name(path)}/"
-    names = calls.result(calls.begin(path.rstrip("/"), "_find"), path)
+    names = calls.result(calls.begin(path, "_find"), path)
     found = (_name(name) for name in names if not name.endswith("/"))
     return sorted(name.removeprefix(start) for name in found if name.startswith(start))
 

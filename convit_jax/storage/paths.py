@@ -82,6 +82,23 @@ def absolute(path: pathlib.Path) -> pathlib.Path:
     return path if is_bucket(path) else path.resolve()
 
 
+def refuse_pattern(path: pathlib.Path, key: str) -> None:
+    """Refuses the URL of a folder that fsspec would take for a pattern when it deletes objects.
+
+    Args:
+      path: a local folder, which may have any name, or one in a bucket.
+      key: flag or argument that the path is the value of.
+
+    Raises:
+      ValueError: if it is a URL with a character of patterns.
+    """
+    if is_bucket(path) and set(os.fspath(path)) & set("*?[]"):
+        raise ValueError(
+            f"{key}: expected a URL without * ? [ and ], which stand for other characters when "
+            f"objects are deleted, got {os.fspath(path)}"
+        )
+
+
 def make_folder(path: pathlib.Path) -> None:
     """Makes a local folder and its parents if they are missing.
 

@@ -20,7 +20,7 @@ import s3fs
 from s3fs import errors
 
 from convit_jax.storage import faults, retries
-from convit_jax.storage.existence import Existence
+from convit_jax.storage.object_store import PIECE, ObjectStore
 
 _MEND = faults.Mend(
     log_in="aws configure, or set AWS_PROFILE",
@@ -42,12 +42,13 @@ _CUT_OFF = (
 _CONNECTION_ERRORS = (aiohttp.ClientError, botocore.exceptions.HTTPClientError, ConnectionError)
 # Operations for which an answer of 404 says that there is no bucket, besides the listings.
 _OF_BUCKETS = ("create_multipart_upload", "head_bucket", "put_object")
-_PIECE = 16 * 2**20  # bytes of a download or upload in one request
-_PIECES = 4  # requests of a download at a time
+_PIECES = 4  # requests of a download at a time, each for PIECE bytes
 
 
-class FileSystem(Existence, s3fs.S3FileSystem):
+class FileSystem(ObjectStore, s3fs.S3FileSystem):
     """S3, of Amazon or of another service."""
+
+    mend = _MEND
 
     def _prepare_config_kwargs(self) -> dict[str, Any]:
         silence = retries.patience().silence
@@ -101,10 +102,6 @@ class FileSystem(Existence, s3fs.S3FileSystem):
         with contextlib.suppress(Exception):
             await self._send("abort_multipart_upload", **options)
 
-    async def _put_file(self, *args: Any, **options: Any) -> None:
-        options.setdefault("chunksize", _PIECE)
-        await super()._put_file(*args, **options)
-
     call_s3 = sync_wrapper(_call_s3)  # what an open file calls
 
     async def _get_file(
@@ -115,19 +112,11 @@ class FileSystem(Existence, s3fs.S3FileSystem):
         size = (await self._info(rpath))["size"]
         callback.set_size(size)
         with open(lpath, "wb") as file:
-            for start in range(0, size, _PIECES * _PIECE):
-                starts = range(start, min(size, start + _PIECES * _PIECE), _PIECE)
-                pieces = [self._cat_file(rpath, start=at, end=at + _PIECE) for at in starts]
+            for start in range(0, size, _PIECES * PIECE):
+                starts = range(start, min(size, start + _PIECES * PIECE), PIECE)
+                pieces = [self._cat_file(rpath, start=at, end=at + PIECE) for at in starts]
                 for piece in await asyncio.gather(*pieces):
                     callback.relative_update(file.write(piece))
-
-    def explain(
-        self, name: str, fault: faults.Fault, tries: int = 1, seconds: float | None = None
-    ) -> faults.BucketError:
-        """Returns the error of a request of this account that is not tried again."""
-        return faults.explain(
-            name, fault, account=self._account(), mend=_MEND, tries=tries, seconds=seconds
-        )
 
     def _account(self) -> str:
         signer = getattr(self._s3, "_request_signer", None)

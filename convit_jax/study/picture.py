@@ -1,9 +1,9 @@
-"""The picture of a study: lines over a numeric column, or a bar for each row."""
+"""The picture of a study: lines over numeric columns, else points."""
 
 import pathlib
 
 from convit_jax import extras
-from convit_jax.storage import whole_file
+from convit_jax.analysis import pictures
 from convit_jax.study.plans import Study
 from convit_jax.study.results import Results
 
@@ -23,9 +23,10 @@ def draw(study: Study, results: Results, path: pathlib.Path) -> None:
     with extras.needed("study", "convit study"):
         from matplotlib.figure import Figure
 
-    figure = Figure(figsize=(7, 4.5), layout="constrained")
+    figure = Figure(figsize=(7, 4.5), dpi=150, layout="constrained")
     axes = figure.subplots()
     places = _places(study)
+    numeric = [*places.values()] != [*range(len(places))]
     for row in study.rows:
         there = [(places[c], results.get((row, c))) for c in study.columns]
         found = [(place, result) for place, result in there if result and result.values]
@@ -34,9 +35,8 @@ def draw(study: Study, results: Results, path: pathlib.Path) -> None:
                 [place for place, _ in found],
                 [result.mean or 0.0 for _, result in found],
                 [result.spread or 0.0 for _, result in found],
-                marker="o", capsize=3, label=row,
+                marker="o", linestyle="-" if numeric else "none", capsize=3, label=row,
             )  # fmt: skip
-    numeric = [*places.values()] != [*range(len(places))]
     if numeric:
         axes.set_xscale("log")
     axes.set_xticks([*places.values()], [*places], minor=False)
@@ -45,8 +45,7 @@ def draw(study: Study, results: Results, path: pathlib.Path) -> None:
     axes.grid(alpha=0.3)
     if axes.lines:
         axes.legend(title=study.corner, fontsize="small")
-    with whole_file(path) as unfinished:
-        figure.savefig(unfinished, format="png", dpi=150)
+    pictures.save(figure, path)
 
 
 def _places(study: Study) -> dict[str, float]:

@@ -12,7 +12,8 @@ import ml_collections
 
 from convit_jax import ablations, recipe
 from convit_jax.analysis import masking
-from convit_jax.model.variants import structure_of
+from convit_jax.model import image_size
+from convit_jax.model.variants import create_model, structure_of
 
 
 @dataclasses.dataclass(frozen=True)
@@ -105,10 +106,44 @@ def baseline(config: ml_collections.ConfigDict) -> tuple[str, ...]:
     the depth of the configuration.
     """
     model = config.model
-    if (model.embed_dim, model.num_heads, model.depth) == (None, None, None):
+    stated = (model.embed_dim, model.num_heads, model.depth, model.local_up_to_layer)
+    if stated == (None, None, None, None):
         name = (model.name or recipe.DEFAULT_MODEL).replace("convit_", "deit_")
         return _as_flags({"model.name": name})
     return _as_flags(ablations.TABLE_3["e"])
+
+
+def check_base(config: ml_collections.ConfigDict) -> None:
+    """Checks that a study can be made of a configuration.
+
+    Raises:
+      ValueError: if it is of a DeiT, starts from weights, or sets what the study sets.
+    """
+    if not gpsa_layers(config):
+        raise ValueError("--config: expected a ConViT, got a DeiT: each study makes its own DeiT")
+    if config.init_from:
+        raise ValueError(f"init_from: expected random weights for a study, got {config.init_from}")
+    for name in ("seed", "data.sampling_ratio", "data.epochs_scale"):
+        value = recipe.values(config)[name]
+        if value != recipe.KEYS[name].default:
+            raise ValueError(f"{name}: set by the study (see --seeds and --shares), got {value}")
+
+
+def check_run(config: ml_collections.ConfigDict) -> None:
+    """Checks that the model of a run can be made, before the runs before it take hours.
+
+    Args:
+      config: the configuration of the run.
+
+    Raises:
+      ValueError: if its options do not fit together, or it freezes what its model does not have.
+    """
+    stated = {name: value for name, value in config.model.items() if value is not None}
+    stated["image_size"] = image_size.parse(stated.get("image_size", 224), "model.image_size")
+    model = create_model(stated.pop("name", recipe.DEFAULT_MODEL), **stated)
+    frozen = {*config.optim.freeze.split(",")} & {"gates", "positional", "gpsa"}
+    if frozen and not model.local_up_to_layer:
+        raise ValueError(f"optim.freeze={config.optim.freeze}: a DeiT has no such parameters")
 
 
 def sample_efficiency(
@@ -116,7 +151,7 @@ def sample_efficiency(
 ) -> Study:
     """Table 2: a ConViT and its DeiT, each trained on some of the images of every class.
 
-    The epochs grow as the share falls, so that every run takes the same number of steps.
+    The epochs grow as the share falls, so that every run takes about as many steps.
     """
     return Study(
         "sample-efficiency",
@@ -172,6 +207,8 @@ def locality(
                 {"model.local_up_to_layer": count, "model.locality_strength": f"{strength:g}"}
             )
             name = f"gpsa_{count}-strength_{strength:g}"
+            if (count, strength) == (gpsa_layers(config), config.model.locality_strength or 1.0):
+                name, flags = "convit", ()
             cells.append(
                 Cell(f"{count}", f"{strength:g}", _runs(config, name, flags, share, seeds))
             )
@@ -186,16 +223,15 @@ def locality(
 
 def masking_study(config: ml_collections.ConfigDict, seeds: Sequence[int]) -> Study:
     """Tables 5 and 6: a ConViT and its DeiT without position embedding, content or position."""
-    first = masking.default_layers(_gpsa_layers(config))
+    first = masking.default_layers(gpsa_layers(config))
     cells = []
     for row, (name, flags) in _convit_and_deit(config).items():
         layers = first if row == "ConViT" else ()
         runs = _runs(config, name, flags, 1.0, seeds)
         runs = tuple(dataclasses.replace(run, mask_first=layers) for run in runs)
-        columns: dict[str, tuple[str, int | None]] = {
-            "nothing": ("nothing", None),
-            "position embedding": ("position embedding", None),
-        }
+        columns: dict[str, tuple[str, int | None]] = {"nothing": ("nothing", None)}
+        if config.model.use_pos_embed is not False:
+            columns["position embedding"] = ("position embedding", None)
         columns |= {f"{part}, {n}": (part, n) for part in ("content", "position") for n in layers}
         cells += [Cell(row, column, runs, masked) for column, masked in columns.items()]
     return Study(
@@ -214,13 +250,14 @@ def _convit_and_deit(
     return {"ConViT": ("convit", ()), "DeiT": ("deit", baseline(config))}
 
 
-def default_layers(config: ml_collections.ConfigDict) -> tuple[int, ...]:
+def figure_8_layers(config: ml_collections.ConfigDict) -> tuple[int, ...]:
     """Returns a third, two thirds and all of the GPSA layers of a configuration."""
-    most = _gpsa_layers(config)
-    return tuple(sorted({round(most * part / 3) for part in (1, 2, 3)}))
+    most = gpsa_layers(config)
+    return tuple(sorted({max(1, round(most * part / 3)) for part in (1, 2, 3)}))
 
 
-def _gpsa_layers(config: ml_collections.ConfigDict) -> int:
+def gpsa_layers(config: ml_collections.ConfigDict) -> int:
+    """Returns the number of GPSA layers of a configuration."""
     count = config.model.local_up_to_layer
     if count is None:
         return structure_of(config.model.name or recipe.DEFAULT_MODEL)["local_up_to_layer"]

@@ -7,7 +7,6 @@ import pathlib
 import statistics
 from typing import Any
 
-from convit_jax.study import runner
 from convit_jax.study.plans import Cell, Run, Study
 from convit_jax.workdir.folder import Workdir
 from convit_jax.workdir.metric_files import read_lines
@@ -68,13 +67,12 @@ def _accuracy(
     run: Run, masked: tuple[str, int | None] | None, folder: pathlib.Path
 ) -> float | None:
     """Returns the top-1 accuracy of a run; None if it has not finished."""
-    if masked is not None:
-        path = runner.masking_file(run, folder)
-        if not path.exists():
-            return None
-        lines = json.loads(path.read_text())["results"]
-        return next(x["top1"] for x in lines if (x["masked"], x["layers"]) == masked)
     workdir = Workdir(folder / run.name)
+    if masked is not None:
+        if not workdir.masking.exists():
+            return None
+        lines = json.loads(workdir.masking.read_text())["results"]
+        return next((x["top1"] for x in lines if (x["masked"], x["layers"]) == masked), None)
     if not workdir.weights.exists():
         return None
     last = [line for line in read_lines(workdir) if line["kind"] == "eval"][-1]

@@ -21,8 +21,10 @@ from typing import Self, TextIO
 import ml_collections
 
 from convit_jax import recipe
+from convit_jax.data import fit
+from convit_jax.parallel.signals import SIGNALS
 from convit_jax.storage import is_bucket
-from convit_jax.study.plans import Run, Study
+from convit_jax.study.plans import Study
 from convit_jax.train import same_run
 from convit_jax.workdir.folder import Workdir
 
@@ -64,20 +66,16 @@ def jobs(study: Study, config: str, overrides: Sequence[str], folder: pathlib.Pa
     made = []
     for run in study.runs:
         keys = (f"--config={config}", *overrides, *run.flags)
-        weights = Workdir(folder / run.name).weights
-        made.append(Job(run.name, ("train", *keys, f"--workdir={folder / run.name}"), weights))
+        workdir = Workdir(folder / run.name)
+        made.append(Job(run.name, ("train", *keys, f"--workdir={workdir}"), workdir.weights))
         if run.mask_first is not None:
-            result = masking_file(run, folder)
             first = ",".join(map(str, run.mask_first))
-            flags = (f"--first={first}",) if first else ()
-            words = ("analyse", "masking", f"--weights={weights}", *flags, f"--out={result.parent}")
-            made.append(Job(f"{run.name}.masking", (*words, *keys), result))
+            words = (
+                "analyse", "masking", f"--weights={workdir}", "--checkpoint=newest",
+                *((f"--first={first}",) if first else ()), f"--out={workdir.masking.parent}",
+            )  # fmt: skip
+            made.append(Job(f"{run.name}.masking", words, workdir.masking))
     return made
-
-
-def masking_file(run: Run, folder: pathlib.Path) -> pathlib.Path:
-    """Returns the file that `convit analyse masking` writes about a run."""
-    return folder / f"{run.name}.masking" / "masking.json"
 
 
 def command_text(words: Sequence[str]) -> str:
@@ -98,6 +96,9 @@ def check(workdir: Workdir, config: ml_collections.ConfigDict) -> None:
     found = same_run.config_of_run(workdir)
     if found is None:
         return
+    config = config.copy_and_resolve_references()  # completed as the start of the run did
+    config.distill.sha256 = config.distill.sha256 or found.distill.sha256
+    fit.fit_normalisation(config, found.model.in_channels or 3)
     costs, asked = recipe.MAY_CHANGE - _COUNTS, recipe.values(config)
     wrong = [
         text
@@ -145,8 +146,8 @@ def run_all(study: Study, folder: pathlib.Path, todo: Sequence[Job]) -> bool:
                 return False
             if status or not job.result.exists():
                 raise Failed(
-                    f"{job.name} ended with status {status}; once its cause is mended, the same "
-                    "command continues the study. Its last lines:\n  " + "\n  ".join(end)
+                    f"{job.name} ended with status {status}. Remove the cause: the same command "
+                    "continues the study. Its last lines:\n  " + "\n  ".join(end)
                 )
             log.info("%s finished in %.0f s", job.name, time.monotonic() - began)
     return True
@@ -167,14 +168,16 @@ def _output(path: pathlib.Path) -> Iterator[TextIO]:
 class _Forwarding(contextlib.AbstractContextManager):
     """Runs processes, and passes the signals that stop this process on to the one that runs."""
 
-    _SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGUSR1, signal.SIGUSR2)
-
     def __init__(self) -> None:
         self.stopped = False
         self._process: subprocess.Popen | None = None
 
     def __enter__(self) -> Self:
-        self._before = {number: signal.signal(number, self._pass_on) for number in self._SIGNALS}
+        self._before = {
+            number: signal.signal(number, self._pass_on)
+            for number in SIGNALS
+            if signal.getsignal(number) is not signal.SIG_IGN  # as nohup sets it
+        }
         return self
 
     def __exit__(self, *_: object) -> None:

@@ -229,6 +229,8 @@ def _describe(distillation: Distillation, student: ConViT) -> None:
             100 * teacher.flops / flops.training_flops(student),
             flops.training_flops(student) / 1e9,
         )
+    if teacher.source.endswith(".stablehlo"):
+        log.info("teacher: a program computes in the precision with which it was written")
     if (teacher.mean, teacher.std) != (distillation.mean, distillation.std):
         log.info(
             "teacher: its images are normalised by mean %s and std %s, the student's by %s and %s",

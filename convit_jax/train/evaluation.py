@@ -35,11 +35,11 @@ def make_eval_step(
 
     The results are sums over the images, without padding and corrupt images: "loss", "top1", "top5"
     and "images"; "corrupt" is the number of corrupt images. With `predictions` there are also
-    arrays (B, ...): "evaluated", False for padding and corrupt images; "label"; "rank", the rank of
-    the label's logit, as below; "predictions" (B, 5), the five classes with the largest logits, the
-    largest first (all classes if there are fewer than five); and "probabilities" (B, 5), those of
-    the predictions. Labels and predictions of corrupt images are -1, and so are the predictions for
-    padding.
+    arrays (B, ...): "evaluated", False for padding and corrupt images; "label"; "losses"; "rank",
+    the rank of the label's logit, as below; "predictions" (B, 5), the five classes with the largest
+    logits, the largest first (all classes if there are fewer than five); and "probabilities"
+    (B, 5), those of the predictions. Labels and predictions of corrupt images are -1, and so are
+    the predictions for padding.
 
     Args:
       model: the model to evaluate.
@@ -75,6 +75,7 @@ def make_eval_step(
         return sums | {
             "evaluated": evaluated,
             "label": labels,
+            "losses": loss,
             "rank": rank,
             "predictions": jnp.where(evaluated[:, None], best, -1),
             "probabilities": shares,

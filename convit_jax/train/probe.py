@@ -29,7 +29,7 @@ Step = Callable[[Any, dict[str, jax.Array]], dict[str, jax.Array]]
 
 _MOST = 32  # images, if the configuration does not say
 _AT_ONCE = 2**26  # bytes that one layer's map of all images of a device may have
-_LARGEST = 256  # megabytes of one image's map, above which training does not measure
+_LARGEST = 2**28  # bytes of one image's map, above which training does not measure
 
 
 class Probe:
@@ -52,14 +52,13 @@ class Probe:
         whole = math.ceil(len(some) / mesh.size) * mesh.size
         share = Share(min(batch_size(model, mesh), whole), chunks.share.index, chunks.share.count)
         self._chunks = EvalChunks(some, chunks.transform, share, chunks.skip_corrupt)
-        megabytes = map_bytes(model) >> 20
-        if megabytes <= _LARGEST:
+        if map_bytes(model) <= _LARGEST:
             self._step = make_step(model, data.mean, data.std, mesh)
         else:
             log.info(
-                "evaluations measure no non-locality: at this image size an attention map has %d "
-                "MB for each image and layer, and train.probe_images allows up to %d",
-                megabytes, _LARGEST,
+                "evaluations measure no non-locality: at this image size the attention map of one "
+                "image and layer has %d MB, more than the limit of %d MB",
+                map_bytes(model) >> 20, _LARGEST >> 20,
             )  # fmt: skip
 
     def __call__(self, params: Any) -> dict[str, list]:

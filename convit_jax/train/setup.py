@@ -138,9 +138,8 @@ def prepare(config: ml_collections.ConfigDict, workdir: Workdir, profile: bool =
     train_source, test_source = sources
     train_transform, eval_transform = make_transforms(config, model)  # the data settled the rest
     model = make_model(config, train_source.num_classes)
-    draws = draws_per_epoch(len(train_source), config.data.repeats)
-    steps_per_epoch = draws / config.train.batch_size
-    total_steps = _total_steps(config, steps_per_epoch, workdir)
+    steps_per_epoch, total_steps = number_of_steps(config, len(train_source))
+    _check_finished(total_steps, workdir)
     distill = None
     if teacher is not None:
         distill = distillation.fit(teacher, config, model, train_source.class_names, mesh)
@@ -206,19 +205,26 @@ def _open_data(
     return changed, sources, data
 
 
-def _total_steps(
-    config: ml_collections.ConfigDict, steps_per_epoch: float, workdir: Workdir
-) -> int:
-    """Returns the number of steps; raises ValueError if the run has finished more than that."""
+def number_of_steps(config: ml_collections.ConfigDict, num_images: int) -> tuple[float, int]:
+    """Returns the number of steps in an epoch, which may be a fraction, and in the whole run.
+
+    Args:
+      config: the configuration; its batch size must be set.
+      num_images: number of training images.
+    """
+    steps_per_epoch = draws_per_epoch(num_images, config.data.repeats) / config.train.batch_size
     epochs = config.train.epochs * config.data.epochs_scale
-    total = max(1, int(epochs * steps_per_epoch))
+    return steps_per_epoch, max(1, int(epochs * steps_per_epoch))
+
+
+def _check_finished(total: int, workdir: Workdir) -> None:
+    """Raises ValueError if the run has finished more than all its steps."""
     newest = newest_step(workdir.checkpoints)
     if newest is not None and newest > total:
         raise ValueError(
             f"train.epochs: expected at least the {newest} steps that {workdir} has finished, got "
             f"{total} steps"
         )
-    return total
 
 
 def use_compilation_cache(config: ml_collections.ConfigDict, workdir: Workdir | None) -> None:

@@ -36,8 +36,8 @@ def outage(error: Exception, folder: pathlib.Path) -> OSError | None:
       error: an error of Orbax.
       folder: what was read or written.
     """
-    if isinstance(error, storage.BucketError):
-        return error
+    if behind := storage.outage_behind(error):
+        return behind
     name, _, text = str(error).partition(": ")
     if name not in (*_REFUSED, *_UNREACHABLE):
         return None

@@ -4,7 +4,7 @@ import os
 import secrets
 import tempfile
 
-from convit_jax.storage import as_path, is_bucket, write_text
+from convit_jax.storage import as_path, is_bucket, refuse_pattern, write_text
 
 
 class Workdir:
@@ -27,6 +27,8 @@ class Workdir:
       profile: folder of traces.
       evaluation: result of an evaluation, as JSON.
       predictions: a JSON line for each image of an evaluation.
+      masking: result of masking parts of the final weights, in a study, as JSON.
+      report: page about the run, as HTML.
     """
 
     def __init__(self, path: str | os.PathLike):
@@ -40,11 +42,7 @@ class Workdir:
           ModuleNotFoundError: if the package is missing that reads and writes such a bucket.
         """
         self.path = path = as_path(path)
-        if is_bucket(path) and set(str(path)) & set("*?[]"):
-            raise ValueError(
-                f"--workdir: expected a URL without * ? [ and ], which stand for other characters "
-                f"when objects are deleted, got {path}"
-            )
+        refuse_pattern(path, "--workdir")
         self.config = path / "config.json"
         self.classes = path / "classes.json"
         self.data = path / "data.json"
@@ -60,6 +58,8 @@ class Workdir:
         self.profile = path / "profile"
         self.evaluation = path / "eval.json"
         self.predictions = path / "predictions.jsonl"
+        self.masking = path / "masking" / "masking.json"
+        self.report = path / "report.html"
 
     def __str__(self) -> str:
         return str(self.path)

@@ -50,13 +50,29 @@ def read_data(workdir: Workdir) -> dict[str, Any]:
 
 
 def read_fingerprints(workdir: Workdir) -> dict[str, np.ndarray]:
-    """Returns {split: hash of each image} of the run's last start; empty if unknown."""
+    """Returns {split: hash of each image} of the run's last start; empty if unknown.
+
+    Raises:
+      OSError: if the workdir is in a bucket that cannot be read.
+    """
     try:
         # Opened here, because numpy does not close a file that turns out to be damaged.
         with workdir.fingerprints.open("rb") as file, np.load(file) as arrays:
             return {split: arrays[split] for split in arrays.files}
+    except storage.BucketError:
+        raise  # they may be there
     except (OSError, ValueError, EOFError, zipfile.BadZipFile):
         return {}  # a run of an earlier version, or a folder that was deleted as a cache
+
+
+def read_starts(workdir: Workdir) -> list[dict[str, Any]]:
+    """Returns the starts of the run, see `record_start`; a line cut off by a crash is left out."""
+    found = []
+    if workdir.starts.is_file():
+        for line in workdir.starts.read_text().splitlines():
+            with contextlib.suppress(ValueError):
+                found.append(json.loads(line))
+    return [start for start in found if isinstance(start, dict)]
 
 
 def record_start(

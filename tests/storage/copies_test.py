@@ -1,6 +1,7 @@
 """Local copies of files and objects are whole and checked."""
 
 import contextlib
+import errno
 import re
 
 import pytest
@@ -46,16 +47,54 @@ def test_copies_of_objects_are_checked(bucket, tmp_path, monkeypatch):
         assert list(tmp_path.iterdir()) == [copy]
 
 
-def test_copies_of_objects_uploaded_in_parts_are_checked(s3, tmp_path):
-    (tmp_path / "file").write_bytes(bytes(11 * 2**20))
+def upload_in_parts(file_system, name, contents):
+    """Uploads an S3 object in parts of any sizes."""
+    bucket, key, _ = file_system.split_path(name)
+    place = {"Bucket": bucket, "Key": key}
+    place["UploadId"] = file_system.call_s3("create_multipart_upload", **place)["UploadId"]
+    parts = []
+    for number, body in enumerate(contents, start=1):
+        sent = file_system.call_s3("upload_part", **place, PartNumber=number, Body=body)
+        parts.append({"PartNumber": number, "ETag": sent["ETag"]})
+    file_system.call_s3("complete_multipart_upload", **place, MultipartUpload={"Parts": parts})
+
+
+def test_copies_of_objects_uploaded_in_unequal_parts_are_checked(s3, tmp_path, monkeypatch):
     file_system, name = copies._opened(f"{s3}/file")
-    file_system.put_file(str(tmp_path / "file"), name, chunksize=5 * 2**20)
-    assert file_system.info(name)["ETag"].endswith('-3"')
+    sizes = (6 * 2**20, 5 * 2**20, 10)
+    upload_in_parts(file_system, name, [bytes([n]) * size for n, size in enumerate(sizes)])
     storage.fetch(f"{s3}/file", tmp_path / "copy")
-    checksum = checksums.of_object(file_system, name, file_system.info(name))
-    assert checksum.part == 5 * 2**20
+    info = file_system.info(name)
+    checksum = checksums.of_object(file_system, name, info)
+    assert checksum.parts == sizes
     with (tmp_path / "copy").open("r+b") as file:
-        assert not copies._difference(tmp_path / "copy", 11 * 2**20, checksum)
         file.write(b"!")
-        file.flush()
-        assert "not" in copies._difference(tmp_path / "copy", 11 * 2**20, checksum)
+    assert "not" in copies._difference(tmp_path / "copy", sum(sizes), checksum)
+
+    # A service may not know the numbers of parts. One that is out of order is no reason to give up
+    # the check.
+    answer = file_system._call_s3
+
+    async def refusing(method, **options):
+        if "PartNumber" not in options:
+            return await answer(method, **options)
+        status = statuses.pop()
+        if status == 416:
+            raise OSError(errno.EINVAL, "Requested Range Not Satisfiable")
+        error = storage.BucketError("refused")
+        error.status = status
+        raise error
+
+    async def ignoring(method, PartNumber=None, **options):
+        return await answer(method, **options)
+
+    monkeypatch.setattr(file_system, "_call_s3", ignoring)
+    assert checksums.of_object(file_system, name, info) is None
+    monkeypatch.setattr(file_system, "_call_s3", refusing)
+    for status in (416, 501):
+        statuses = [status] * 3
+        assert checksums.of_object(file_system, name, info) is None
+    for status in (403, 503, None):
+        statuses = [status] * 3
+        with pytest.raises(storage.BucketError, match="refused"):
+            checksums.of_object(file_system, name, info)

@@ -45,7 +45,8 @@ def test_a_bucket_is_listed(bucket, tmp_path):
     found = storage.children(f"{bucket}/")
     assert (found.folders, [*found.files]) == (("a", "b"), ["c.txt"])
     assert found.files["c.txt"].size == 5
-    assert storage.below(f"{bucket}/a") == ["1.jpg", "deep/2.jpg", "deep/er/3.jpg"]
+    for folder in (f"{bucket}/a", f"{bucket}/a/"):
+        assert storage.below(folder) == ["1.jpg", "deep/2.jpg", "deep/er/3.jpg"]
     names = ("a", "a/", "a/deep", "c.txt", "nowhere")
     assert [storage.is_folder(f"{bucket}/{name}") for name in names] == [True] * 3 + [False] * 2
     with pytest.raises(FileNotFoundError, match="nowhere"):

@@ -51,10 +51,11 @@ def test_studies_share_the_runs_that_they_have_in_common():
 @pytest.mark.parametrize(("base", "layers"), [("convit_b", (3, 7, 10)), ("mnist5k", (2, 3, 5))])
 def test_figure_8(base, layers):
     config = options.configuration(base, [])
-    study = plans.locality(config, [0], (0.5, 1.0), plans.default_layers(config), 1.0)
+    study = plans.locality(config, [0], (0.5, 1.0), plans.figure_8_layers(config), 1.0)
     assert study.rows == tuple(map(str, layers))
-    last = options.configuration(base, study.runs[-1].flags).model
-    assert (last.local_up_to_layer, last.locality_strength) == (layers[-1], 1.0)
+    first = options.configuration(base, study.runs[0].flags).model
+    assert (first.local_up_to_layer, first.locality_strength) == (layers[0], 0.5)
+    assert study.runs[-1].name == "convit-seed_0"  # the configuration itself
 
 
 def test_tables_5_and_6():
@@ -67,3 +68,28 @@ def test_tables_5_and_6():
         ("nothing", None), ("position embedding", None),
     ]  # fmt: skip
     assert [run.mask_first for run in study.runs] == [(3, 5, 10), ()]
+
+
+@pytest.mark.parametrize(
+    ("flags", "error"),
+    [
+        (["--config.model.local_up_to_layer=0"], "expected a ConViT, got a DeiT"),
+        (["--config.init_from=runs/a"], "expected random weights"),
+        (["--config.data.sampling_ratio=0.5"], "data.sampling_ratio: set by the study"),
+    ],
+)
+def test_what_no_study_can_be_made_of_is_refused(flags, error):
+    with pytest.raises(ValueError, match=error):
+        plans.check_base(options.configuration("mnist5k", flags))
+
+
+def test_runs_that_cannot_be_made_are_refused_before_the_first_is_trained():
+    config = options.configuration("mnist5k", ["--config.optim.freeze=gates"])
+    plans.check_run(config)
+    study = plans.locality(config, [0], [1.0], [12], 1.0)
+    with pytest.raises(ValueError, match="local_up_to_layer"):
+        plans.check_run(options.configuration("mnist5k", study.runs[0].flags))
+    deit = plans.sample_efficiency(config, [0], [1.0]).runs[1]
+    flags = ["--config.optim.freeze=gates", *deit.flags]
+    with pytest.raises(ValueError, match="a DeiT has no such parameters"):
+        plans.check_run(options.configuration("mnist5k", flags))

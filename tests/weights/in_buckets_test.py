@@ -9,6 +9,7 @@ import pytest
 from small_models import MODEL, equal, random_params, write_shards
 
 from convit_jax import load, storage, to_torch
+from convit_jax.analysis import images
 from convit_jax.cli import convert, predict
 from convit_jax.predict import files as predict_files
 from convit_jax.weights import safetensors
@@ -49,7 +50,7 @@ def test_pictures_are_predicted_and_drawn_in_a_bucket(gcs, capsys):
     for name in ("a.png", "b.png"):
         with storage.whole_file(f"{gcs}/photos/{name}") as path:
             Image.fromarray(rng.integers(0, 256, (20, 20, 3), np.uint8)).save(path)
-    assert predict_files.find_images([f"{gcs}/photos", "az://b/a.png", f"{gcs}/none/*.png"]) == (
+    assert predict_files.find_images([f"{gcs}/photos/", "az://b/a.png", f"{gcs}/none/*.png"]) == (
         [f"{gcs}/photos/a.png", f"{gcs}/photos/b.png"],
         {
             "az://b/a.png": "expected a local path, gs://BUCKET/NAME or s3://BUCKET/NAME, got "
@@ -57,6 +58,8 @@ def test_pictures_are_predicted_and_drawn_in_a_bucket(gcs, capsys):
             f"{gcs}/none/*.png": "no file matches this pattern",
         },
     )
+    (name, pixels), _ = images.of_files(loaded, [f"{gcs}/photos/"])
+    assert (name, pixels.shape) == (f"{gcs}/photos/a.png", (16, 16, 3))
     pictures = [f"{gcs}/photos/*.png", f"{gcs}/photos/none.png"]
     arguments = ["--weights", f"{gcs}/weights.safetensors", "--json", *pictures]
     assert predict.main([*arguments, "--attention", f"{gcs}/maps"]) == 1

@@ -22,6 +22,7 @@ import tqdm
 from convit_jax import storage
 from convit_jax.data.first_names import first_names
 from convit_jax.data.imagenet import shard_files, tar_files
+from convit_jax.data.tfds.prepared import file_format_for
 
 log = logging.getLogger(__name__)
 
@@ -76,7 +77,8 @@ def prepare_imagenet(
     Raises:
       FileNotFoundError: if a tar is missing.
       ValueError: if a tar is damaged or does not hold what it should, if the incomplete folder was
-        begun with other tars or another number of shards, or if `tars` is in a bucket.
+        begun with other tars or another number of shards, if `tars` is in a bucket, or if
+        `data_dir` is a URL with a character of patterns.
       FileExistsError: if another data set is stored in the folder of the version.
       BlockingIOError: if another run is writing there.
       OSError: if the disk has too little space, or fails.
@@ -87,15 +89,17 @@ def prepare_imagenet(
         if not 1 <= shards[split] <= count:
             raise ValueError(f"{split}: expected 1 to {count} shards, got {shards[split]}")
     version = str(tar_files.tfds_module().Builder.VERSION)
-    final = storage.as_path(data_dir) / _NAME / version
+    root = storage.as_path(data_dir)
+    storage.refuse_pattern(root, "data_dir")
+    final = root / _NAME / version
     if final.exists() and not _is_unfinished(final):
         _check_finished(final, counts)
         return final
     train_tar, validation_tar = tar_files.find_tars(tars)
     validation = tar_files.index_validation(validation_tar, validation_images)
     train = tar_files.index_train(train_tar, classes, train_images, progress)
-    plan = _plan("train", train, train_shards, _format(final))
-    plan |= _plan("validation", validation, validation_shards, _format(final))
+    plan = _plan("train", train, train_shards, file_format_for(final))
+    plan |= _plan("validation", validation, validation_shards, file_format_for(final))
     _write(final, plan, progress)
     return final
 
@@ -163,11 +167,6 @@ def write_metadata(
     builder.info.write_to_directory(folder)
 
 
-def _format(folder: pathlib.Path) -> str:
-    """Returns the format of the shards in a folder, by tfds' name."""
-    return "tfrecord" if storage.is_bucket(folder) else "array_record"
-
-
 def _plan(split: str, images: tar_files.Images, shards: int, file_format: str) -> _Plan:
     ordered = images[tfds_order(images.names, split)]
     bounds = [round(len(ordered) * i / shards) for i in range(shards + 1)]  # as tfds rounds
@@ -188,21 +187,22 @@ def _write(final: pathlib.Path, plan: _Plan, progress: bool) -> None:
     if storage.is_bucket(final):
         with tempfile.TemporaryDirectory(prefix="convit") as folder:
             done = _write_shards(final, plan, progress)
-            _write_all_metadata(pathlib.Path(folder), plan, done, _format(final))
+            _write_all_metadata(pathlib.Path(folder), plan, done, file_format_for(final))
             names = sorted(os.listdir(folder), key=lambda name: (name == _INFO, name))
             for name in names:
                 with storage.whole_file(final / name) as unfinished:
                     unfinished.write_bytes(pathlib.Path(folder, name).read_bytes())
-        (final / _STATE).unlink()
+        (final / _STATE).unlink(missing_ok=True)  # another run may have finished first
         return
     incomplete = final.with_name(final.name + ".incomplete")
     incomplete.mkdir(parents=True, exist_ok=True)
-    with storage.locked(incomplete):
-        for unfinished in incomplete.glob("*.part"):  # left by a run that was killed
+    with storage.locked(incomplete) as is_locked:
+        # Left by a run that was killed. Without a lock another run may be writing them.
+        for unfinished in incomplete.glob("*.part") if is_locked else ():
             if unfinished.is_file():
                 unfinished.unlink()
         done = _write_shards(incomplete, plan, progress)
-        _write_all_metadata(incomplete, plan, done, _format(final))
+        _write_all_metadata(incomplete, plan, done, file_format_for(final))
         os.rename(incomplete, final)
         (final / _STATE).unlink()
 
@@ -239,7 +239,7 @@ def _write_shards(folder: pathlib.Path, plan: _Plan, progress: bool) -> dict[str
                 continue
             with storage.whole_file(folder / name) as unfinished:
                 done[name] = _write_shard(
-                    unfinished, images, split == "train", pool, _format(folder)
+                    unfinished, images, split == "train", pool, file_format_for(folder)
                 )
             _write_state(folder, source, done)
             bar.update(len(images))
@@ -267,7 +267,7 @@ def _complete_shards(folder: pathlib.Path, plan: _Plan, source: str) -> dict[str
     def is_whole(name: str, entry: dict) -> bool:
         if in_bucket:
             return name in there and there[name].size == entry["size"]
-        return shard_files.is_whole(folder / name, len(plan[name][1]), _format(folder))
+        return shard_files.is_whole(folder / name, len(plan[name][1]), file_format_for(folder))
 
     return {name: entry for name, entry in state["shards"].items() if is_whole(name, entry)}
 
@@ -335,10 +335,12 @@ def _check_finished(final: pathlib.Path, counts: dict[str, int]) -> None:
         sizes = {name: split.num_examples for name, split in info.splits.items()}
         found = f"{sizes} as {info.file_format.value}"
     except Exception as error:  # tfds raises many kinds of errors for a folder it cannot read
+        if outage := storage.outage_behind(error):
+            raise outage from None  # what the folder holds is not known
         found = f"nothing that tfds reads ({error})"
-    if found != f"{counts} as {_format(final)}":
+    if found != f"{counts} as {file_format_for(final)}":
         raise FileExistsError(
-            f"{final}: expected no folder, or {counts} as {_format(final)}; found {found}. "
+            f"{final}: expected no folder, or {counts} as {file_format_for(final)}; found {found}. "
             "Use it as it is, move it away, or choose another data_dir"
         )
     (final / _STATE).unlink(missing_ok=True)  # left if a run was killed just before its end

@@ -161,6 +161,7 @@ def open_tfds(
       FileNotFoundError: if the data set or one of its shards is missing.
       ValueError: if the data set has another format, has no such split, is damaged, or is not for
         image classification.
+      BucketError: if the data set is in a bucket that cannot be used.
       ModuleNotFoundError: if tensorflow-datasets is not installed.
     """
     root = find_root(data_dir)
@@ -287,6 +288,8 @@ def _tfds_info(folder: pathlib.Path) -> Any:
         # Not tfds.data_source, which starts to prepare a data set that it does not find.
         return tfds.builder_from_directory(os.fspath(folder)).info
     except Exception as error:  # of many kinds, depending on what is wrong in the folder
+        if outage := storage.outage_behind(error):
+            raise outage from None  # the files may be intact
         raise ValueError(
             f"{folder}: tfds cannot read dataset_info.json and features.json: {error}; copy or "
             f"prepare the data set again"

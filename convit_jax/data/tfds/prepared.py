@@ -68,6 +68,11 @@ def find_version(spec: str, root: pathlib.Path) -> pathlib.Path:
     )
 
 
+def file_format_for(folder: pathlib.Path) -> str:
+    """Returns the format to prepare shards in, by tfds' name. Only TFRecord is read in a bucket."""
+    return "tfrecord" if storage.is_bucket(folder) else "array_record"
+
+
 def how_to_prepare(spec: str, root: pathlib.Path) -> str:
     """Returns a sentence with the command that prepares a data set, or that there is none.
 
@@ -89,8 +94,9 @@ def how_to_prepare(spec: str, root: pathlib.Path) -> str:
         close = difflib.get_close_matches(name, known, n=1)
         hint = f": did you mean tfds:{close[0]}?" if close else "; its own script prepares it"
         return f"tensorflow-datasets {tfds.__version__} has no data set {name!r}{hint}"
+    file_format = file_format_for(root)
     return (
-        f"To prepare it: tfds build {shlex.quote(spec)} --file_format=array_record --data_dir "
+        f"To prepare it: tfds build {shlex.quote(spec)} --file_format={file_format} --data_dir "
         f"{data_dir} (after pip install tensorflow tensorflow-datasets)"
     )
 

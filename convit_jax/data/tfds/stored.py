@@ -44,6 +44,9 @@ def cached(path: str | None, key: str, build: Callable[[], Arrays]) -> Arrays:
       path: .npz file that stores the result, on disk or in a bucket; None stores nothing.
       key: a hash of everything that the result depends on.
       build: makes the arrays.
+
+    Raises:
+      OSError: if `path` is in a bucket that cannot be read.
     """
     if path is None:
         return build()
@@ -54,6 +57,8 @@ def cached(path: str | None, key: str, build: Callable[[], Arrays]) -> Arrays:
                 return {name: arrays[name] for name in arrays.files if name != "key"}
     except FileNotFoundError:
         pass
+    except storage.BucketError:
+        raise  # the result may be there, and take hours to build again
     except (OSError, ValueError, KeyError, EOFError, zipfile.BadZipFile) as error:
         log.warning("%s: not readable, so it is built again: %s", path, error)
     arrays = build()

@@ -15,6 +15,7 @@ import subprocess
 import sys
 import tarfile
 
+import buckets
 import numpy as np
 from PIL import Image
 import pytest
@@ -437,6 +438,8 @@ def test_a_bucket_gets_the_same_tfrecords_after_a_kill(tars, prepared, bucket, m
 
     def uploaded(path):
         names.append(path.name)
+        if path == folder / "dataset_info.json":
+            buckets.remove(folder / "progress.json")  # another run has written the same shards
         return upload(path)
 
     monkeypatch.setattr(storage.whole, "_uploaded", uploaded)
@@ -456,6 +459,8 @@ def test_a_bucket_gets_the_same_tfrecords_after_a_kill(tars, prepared, bucket, m
     (folder / "dataset_info.json").unlink()
     with pytest.raises(FileExistsError, match="expected no folder, or"):
         run(tars, bucket)
+    with pytest.raises(ValueError, match=r"data_dir: expected a URL without \* .* got .*/\[1\]"):
+        run(tars, f"{bucket}/[1]")
     with pytest.raises(ValueError, match="tars: expected a folder on a disk"):
         run(folder, prepared.parents[2])
 

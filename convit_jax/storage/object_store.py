@@ -1,16 +1,38 @@
-"""Whether an object or a folder exists in a bucket: a bucket that cannot be read has no answer."""
+"""What the file systems of both kinds of buckets have in common."""
 
 import errno
 from typing import Any
 
 from fsspec.asyn import sync_wrapper
 
+from convit_jax.storage import faults
 
-class Existence:
-    """For file systems of fsspec, whose own methods answer no after some errors.
+PIECE = 16 * 2**20  # bytes of an upload that are sent again after a fault
 
-    A run whose folder seems not to exist would begin anew.
+
+class ObjectStore:
+    """Methods in place of those of gcsfs and s3fs.
+
+    Their own methods say after some errors that an object does not exist. A run whose folder seems
+    not to exist would begin anew. Here a bucket that cannot be read raises an error.
+
+    Attributes:
+      mend: commands that help with the faults of this kind of bucket.
     """
+
+    mend: faults.Mend
+
+    def explain(
+        self: Any, name: str, fault: faults.Fault, tries: int = 1, seconds: float | None = None
+    ) -> faults.BucketError:
+        """Returns the error of a request of this account that is not tried again."""
+        return faults.explain(
+            name, fault, account=self._account(), mend=self.mend, tries=tries, seconds=seconds
+        )
+
+    async def _put_file(self, *args: Any, **options: Any) -> None:
+        options.setdefault("chunksize", PIECE)
+        await super()._put_file(*args, **options)  # type: ignore[misc]
 
     async def _info(self: Any, path: str, *args: Any, **options: Any) -> dict[str, Any]:
         try:
