@@ -106,6 +106,7 @@ def restore(found: Found) -> dict[str, Any]:
     Raises:
       OSError: if the checkpoint cannot be read.
     """
+    checkpoint_errors.hide_late_answers()
     part, item = "ema" if found.ema else "params", for_orbax(found.path / "state")
     try:
         # A Checkpointer would warn that the folder has no metadata of its own.
