@@ -101,9 +101,8 @@ def _proxy(request):
     with faulty_proxy.running(os.environ[key]) as proxy:
         variables = environment(proxy.url) | {"CONVIT_BUCKET_RETRY_SECONDS": "1.5"}
         with buckets.in_environment(variables):
-            storage.as_path(
-                f"{url}/none"
-            ).exists()  # making a client takes longer than a test waits
+            # Making a client takes longer than a test waits for an answer.
+            storage.as_path(f"{url}/none").exists()
             yield proxy, url
 
 

@@ -57,7 +57,7 @@ def read_bytes(path: str | os.PathLike) -> bytes:
     """
     if not is_bucket(path):
         return as_path(path).read_bytes()
-    return result(begin(os.fspath(path), "_cat_file"), os.fspath(path))
+    return result(begin(os.fspath(path), "_cat_file", max_concurrency=1), os.fspath(path))
 
 
 def failure(path: str, status: int | None, text: str, tries: int = 1) -> faults.BucketError:

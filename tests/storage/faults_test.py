@@ -106,6 +106,17 @@ def test_what_is_missing_is_an_object_or_the_bucket(faulty):
             work()
 
 
+def test_an_object_that_may_be_replaced_meanwhile_is_read_by_one_request(faulty):
+    path = storage.as_path(f"{faulty.bucket}/file")
+    storage.write_text(path, "text")
+    storage.read_bytes(path)  # makes the client
+    faulty.use(lambda *_: None)
+    assert storage.read_bytes(path) == b"text"
+    assert len(faulty.requests) == 1
+    with pytest.raises(FileNotFoundError, match="no such object"):
+        storage.read_bytes(path.with_name("none"))
+
+
 def test_the_account_of_a_service_is_named(gcs, monkeypatch):
     storage.as_path(gcs)
     file_system = fsspec.filesystem("gs", skip_instance_cache=True)
