@@ -19,6 +19,8 @@ import compiling  # noqa: E402
 import faulty_proxy  # noqa: E402
 import pytest  # noqa: E402
 
+from convit_jax import storage  # noqa: E402
+
 # The two workers share the cores. With a thread for each core, PyTorch and NumPy would wait in busy
 # loops for threads that the other worker holds up. The tests of timm took several times as long.
 for _threads in ("OMP_NUM_THREADS", "OPENBLAS_NUM_THREADS"):
@@ -92,16 +94,27 @@ def bucket(request):
     return request.getfixturevalue(request.param)
 
 
-@pytest.fixture(params=["gcs", "s3"])
-def faulty(request):
-    """A proxy before an emulated bucket, of each kind in turn, with `bucket`, the URL of a folder.
-
-    Requests are tried again for 1.5 seconds.
-    """
-    folder = request.getfixturevalue(request.param)
+@pytest.fixture(scope="module", params=["gcs", "s3"])
+def _proxy(request):
+    url = request.getfixturevalue(f"_{request.param}")
     key, environment = buckets.PROXIED[request.param]
     with faulty_proxy.running(os.environ[key]) as proxy:
         variables = environment(proxy.url) | {"CONVIT_BUCKET_RETRY_SECONDS": "1.5"}
         with buckets.in_environment(variables):
-            proxy.bucket = folder.partition("[")[0]  # fsspec takes brackets for a pattern
-            yield proxy
+            # Making a client takes longer than a test waits for an answer.
+            storage.as_path(f"{url}/none").exists()
+            yield proxy, url
+
+
+@pytest.fixture
+def faulty(_proxy, request):
+    """A proxy before an emulated bucket, of each kind in turn, with `bucket`, the URL of a folder.
+
+    Requests are tried again for 1.5 seconds. The tests of a module share the proxies: pytest runs
+    those without a proxy first, then those of each kind.
+    """
+    proxy, url = _proxy
+    proxy.use(lambda *_: None)
+    proxy.bucket = _folder(url, request).rstrip("_")
+    yield proxy
+    proxy.use(lambda *_: None)

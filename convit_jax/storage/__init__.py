@@ -1,6 +1,7 @@
 """Files on disk and in buckets: paths, listing, reading, writing them whole, and local copies."""
 
 from convit_jax.storage.ahead import ReadAhead, Span
+from convit_jax.storage.calls import failure, read_bytes
 from convit_jax.storage.copies import fetch, local_file
 from convit_jax.storage.faults import BucketError, outage_behind
 from convit_jax.storage.folder_lock import locked
@@ -21,6 +22,7 @@ __all__ = [
     "below",
     "children",
     "create_object",
+    "failure",
     "fetch",
     "is_bucket",
     "is_folder",
@@ -31,6 +33,7 @@ __all__ = [
     "matching",
     "move_folder",
     "outage_behind",
+    "read_bytes",
     "refuse_pattern",
     "size",
     "versions",

@@ -2,9 +2,11 @@
 
 import asyncio
 from concurrent.futures import Future
+import os
 from typing import Any
 
-from convit_jax.storage.paths import as_path
+from convit_jax.storage import faults
+from convit_jax.storage.paths import as_path, is_bucket
 
 
 def begin(path: str, method: str, **options: Any) -> Future[Any]:
@@ -42,3 +44,34 @@ def result(answer: Future[Any], path: str) -> Any:
         raise type(error)(f"{path}: {error or type(error).__name__}") from error
     except Exception as error:  # of the libraries' own kinds
         raise OSError(f"{path}: cannot be read: {error or type(error).__name__}") from error
+
+
+def read_bytes(path: str | os.PathLike) -> bytes:
+    """Returns the content of a file or object that another process may replace meanwhile.
+
+    An object comes by one request. `Path.read_bytes` asks for its size first: if the object is
+    replaced before the second request, the content is cut, or S3 refuses.
+
+    Raises:
+      OSError: if it cannot be read; FileNotFoundError if there is none.
+    """
+    if not is_bucket(path):
+        return as_path(path).read_bytes()
+    return result(begin(os.fspath(path), "_cat_file", max_concurrency=1), os.fspath(path))
+
+
+def failure(path: str, status: int | None, text: str, tries: int = 1) -> faults.BucketError:
+    """Returns the error of a request to a bucket that another library has made.
+
+    Args:
+      path: URL of the object.
+      status: HTTP status; None if there was no answer.
+      text: what the library says.
+      tries: number of its requests.
+    """
+    as_path(path)  # sets up the package that reads such buckets
+    import fsspec
+
+    fault = faults.broken(text) if status is None else faults.answered(status, text)
+    file_system, _ = fsspec.core.url_to_fs(path)
+    return file_system.explain(path, fault, tries)

@@ -81,7 +81,7 @@ def broken(text: str) -> Fault:
 
 
 def explain(
-    name: str, fault: Fault, *, account: str, mend: Mend, tries: int, seconds: float
+    name: str, fault: Fault, *, account: str, mend: Mend, tries: int, seconds: float | None
 ) -> BucketError:
     """Returns the error of a request that is not tried again.
 
@@ -91,7 +91,7 @@ def explain(
       account: who made the request.
       mend: commands for this kind of bucket.
       tries: number of requests.
-      seconds: time since the first request.
+      seconds: time since the first request; None if it is not known.
     """
     scheme, _, rest = name.partition("://")
     bucket = rest.partition("/")[0]
@@ -106,10 +106,10 @@ def explain(
             f"{mend.create.format(bucket=bucket)}"
         )
     elif fault.most_tries is None:
+        within = "" if seconds is None else f" in {seconds:.0f} s"
         text = (
-            f"{fault.reason}; gave up after {tries} {'tries' if tries > 1 else 'try'} in "
-            f"{seconds:.0f} s ({VARIABLE} sets how long). Start the same command again when "
-            "the service is back"
+            f"{fault.reason}; gave up after {tries} {'tries' if tries > 1 else 'try'}{within} "
+            f"({VARIABLE} sets how long). Start the same command again when the service is back"
         )
     else:
         text = fault.reason

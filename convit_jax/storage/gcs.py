@@ -9,6 +9,7 @@ import base64
 from collections.abc import Mapping, Sequence
 import contextlib
 import errno
+import functools
 import inspect
 import json
 import os
@@ -48,6 +49,8 @@ _get_file_once = inspect.unwrap(core.GCSFileSystem._get_file_request)
 
 class FileSystem(ObjectStore, core.GCSFileSystem):
     """Google Cloud Storage."""
+
+    mend = _MEND
 
     def __init__(self, *args: Any, **options: Any):
         silence = retries.patience().silence
@@ -136,12 +139,9 @@ class FileSystem(ObjectStore, core.GCSFileSystem):
                 raise FileExistsError(errno.EEXIST, "the object exists", name) from None
             return _fault(error)
 
-        def give_up(fault: faults.Fault, tries: int, seconds: float) -> Exception:
-            return faults.explain(
-                name, fault, account=self._account(), mend=_MEND, tries=tries, seconds=seconds
-            )
-
-        return await retries.attempt(once, fault_of, give_up, name=name, upload=upload)
+        return await retries.attempt(
+            once, fault_of, functools.partial(self.explain, name), name=name, upload=upload
+        )
 
     def _account(self) -> str:
         credentials = self.credentials.credentials

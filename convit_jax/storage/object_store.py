@@ -5,6 +5,8 @@ from typing import Any
 
 from fsspec.asyn import sync_wrapper
 
+from convit_jax.storage import faults
+
 PIECE = 16 * 2**20  # bytes of an upload that are sent again after a fault
 
 
@@ -13,7 +15,20 @@ class ObjectStore:
 
     Their own methods say after some errors that an object does not exist. A run whose folder seems
     not to exist would begin anew. Here a bucket that cannot be read raises an error.
+
+    Attributes:
+      mend: commands that help with the faults of this kind of bucket.
     """
+
+    mend: faults.Mend
+
+    def explain(
+        self: Any, name: str, fault: faults.Fault, tries: int = 1, seconds: float | None = None
+    ) -> faults.BucketError:
+        """Returns the error of a request of this account that is not tried again."""
+        return faults.explain(
+            name, fault, account=self._account(), mend=self.mend, tries=tries, seconds=seconds
+        )
 
     async def _put_file(self, *args: Any, **options: Any) -> None:
         options.setdefault("chunksize", PIECE)

@@ -6,6 +6,7 @@ s3fs and botocore have retries of their own. They differ by operation and by kin
 import asyncio
 import contextlib
 import errno
+import functools
 import os
 import re
 from typing import Any
@@ -47,6 +48,8 @@ _PIECES = 4  # requests of a download at a time, each for PIECE bytes
 class FileSystem(ObjectStore, s3fs.S3FileSystem):
     """S3, of Amazon or of another service."""
 
+    mend = _MEND
+
     def _prepare_config_kwargs(self) -> dict[str, Any]:
         silence = retries.patience().silence
         ours = {
@@ -84,15 +87,12 @@ class FileSystem(ObjectStore, s3fs.S3FileSystem):
                 raise FileExistsError(errno.EEXIST, "the object exists", name) from None
             return _fault(error)
 
-        def give_up(fault: faults.Fault, tries: int, seconds: float) -> Exception:
-            return faults.explain(
-                name, fault, account=self._account(), mend=_MEND, tries=tries, seconds=seconds
-            )
-
         body = options.get("Body")
         upload = len(body) if isinstance(body, (bytes, bytearray, memoryview)) else 0
         try:
-            return await retries.attempt(once, fault_of, give_up, name=name, upload=upload)
+            return await retries.attempt(
+                once, fault_of, functools.partial(self.explain, name), name=name, upload=upload
+            )
         except botocore.exceptions.ClientError as error:
             raise errors.translate_boto_error(error) from error
 

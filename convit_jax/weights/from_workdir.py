@@ -14,14 +14,8 @@ from convit_jax import recipe
 from convit_jax.model import image_size
 from convit_jax.model.variants import options_of_kind, structure_of
 from convit_jax.weights.infer import Claim
-from convit_jax.workdir import record
-from convit_jax.workdir.checkpoints import (
-    best_step,
-    first_line,
-    newest_step,
-    read_metrics,
-    steps_of,
-)
+from convit_jax.workdir import checkpoint_errors, record
+from convit_jax.workdir.checkpoints import best_step, newest_step, read_metrics, steps_of
 from convit_jax.workdir.folder import Workdir
 from convit_jax.workdir.orbax_paths import for_orbax
 
@@ -112,6 +106,7 @@ def restore(found: Found) -> dict[str, Any]:
     Raises:
       OSError: if the checkpoint cannot be read.
     """
+    checkpoint_errors.hide_late_answers()
     part, item = "ema" if found.ema else "params", for_orbax(found.path / "state")
     try:
         # A Checkpointer would warn that the folder has no metadata of its own.
@@ -121,7 +116,9 @@ def restore(found: Found) -> dict[str, Any]:
         args = ocp.args.PyTreeRestore(item=tree, restore_args=as_numpy, partial_restore=True)
         return handler.restore(item, args=args)[part]
     except Exception as error:  # Orbax raises many types for broken files
-        raise OSError(f"{found.path}: cannot read this checkpoint: {first_line(error)}") from error
+        outage = checkpoint_errors.outage(error, found.path)
+        reason = outage or checkpoint_errors.first_line(error)
+        raise OSError(f"{found.path}: cannot read this checkpoint: {reason}") from error
 
 
 def measured(found: Found) -> dict[str, float] | None:

@@ -7,15 +7,12 @@ renamed, and the one before it is used. A checkpoint can be restored on any numb
 processes, and on any mesh.
 """
 
-from collections.abc import Callable, Container, Iterator, Sequence
-import contextlib
+from collections.abc import Callable, Container, Sequence
 import functools
 import json
 import logging
 import math
-import os
 import pathlib
-import re
 from typing import Any, NamedTuple
 
 import jax
@@ -25,6 +22,7 @@ import orbax.checkpoint as ocp
 from orbax.checkpoint import checkpoint_managers
 
 from convit_jax import storage
+from convit_jax.workdir import checkpoint_errors
 from convit_jax.workdir.orbax_paths import for_orbax
 
 log = logging.getLogger(__name__)
@@ -90,11 +88,6 @@ def read_metrics(folder: pathlib.Path, step: int) -> dict[str, float] | None:
     except (OSError, ValueError):
         return None
     return metrics if isinstance(metrics, dict) else None
-
-
-def first_line(error: Exception) -> str:
-    """Returns what an error says, without the description of the array that TensorStore adds."""
-    return re.split(r"\n| \[tensorstore_spec=", str(error))[0][:400]
 
 
 def _value(metric: str, metrics: dict[str, float]) -> float:
@@ -172,6 +165,7 @@ class Checkpoints:
             checkpoint_managers.SpecificStepsPolicy(also),
             checkpoint_managers.PreemptionCheckpointingPolicy(),
         ]
+        checkpoint_errors.hide_late_answers()
         self._folder = folder
         self._unevaluated: int | None = None  # step of the newest checkpoint if it has no metrics
         self._manager = _Manager(
@@ -201,7 +195,7 @@ class Checkpoints:
 
     def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
         try:
-            with _as_os_error(self._folder):
+            with checkpoint_errors.as_os_error(self._folder):
                 self._manager.close()  # waits until the last checkpoint is written
         except OSError:
             if kind is None:
@@ -234,7 +228,7 @@ class Checkpoints:
           OSError: if this or an earlier checkpoint cannot be written.
         """
         self._manager.stopping = stopping
-        with _as_os_error(self._folder):
+        with checkpoint_errors.as_os_error(self._folder):
             self._manager.check_for_errors()
             if step == self._unevaluated:
                 if metrics is not None:
@@ -276,12 +270,11 @@ class Checkpoints:
                 restored = Restored(step, items["state"], items["progress"], metrics)
             except Exception as error:  # Orbax raises many types for broken files
                 failure = error
-            outage = failure is not None and _is_outage(failure)
-            if not _on_all(not outage):  # the checkpoint may be intact
-                reason = "another process cannot read it"
-                if failure is not None:
-                    reason = first_line(storage.outage_behind(failure) or failure)
-                raise OSError(f"{self._folder / str(step)}: {reason}") from failure
+            outage = failure and checkpoint_errors.outage(failure, self._folder / str(step))
+            if not _on_all(outage is None):  # the checkpoint may be intact
+                raise outage or OSError(
+                    f"{self._folder / str(step)}: another process cannot read it"
+                ) from failure
             if _on_all(restored is not None) and restored is not None:
                 for bad in unreadable:
                     self._set_aside(bad)
@@ -290,7 +283,7 @@ class Checkpoints:
             log.warning(
                 "cannot read checkpoint %s: %s; trying the one before it",
                 self._folder / str(step),
-                first_line(failure) if failure else "another process cannot",
+                checkpoint_errors.first_line(failure) if failure else "another process cannot",
             )
             unreadable.append(step)
         if unreadable:
@@ -325,32 +318,3 @@ class Checkpoints:
 def _on_all(this: bool) -> bool:
     """Returns whether `this` is true on every process."""
     return bool(np.all(multihost_utils.process_allgather(np.array(this))))
-
-
-def _is_outage(error: Exception) -> bool:
-    """Returns whether a bucket did not answer, or refused, after all retries.
-
-    TensorStore says so by the name of a status, at the beginning of the text.
-    """
-    refused = r"(ABORTED|UNAVAILABLE|DEADLINE_EXCEEDED|PERMISSION_DENIED|UNAUTHENTICATED):"
-    return storage.outage_behind(error) is not None or bool(re.match(refused, str(error)))
-
-
-@contextlib.contextmanager
-def _as_os_error(folder: pathlib.Path) -> Iterator[None]:
-    """Turns errors of the file system, which Orbax raises as ValueError, into OSError."""
-    try:
-        yield
-    except (OSError, ValueError) as error:
-        code = re.search(r"os_error_code='(\d+)'", str(error))
-        number = int(code[1]) if code else getattr(error, "errno", None)
-        if number is not None:
-            reason = os.strerror(number)
-        elif storage.is_bucket(folder):
-            reason = first_line(error)
-        else:
-            raise
-        raise OSError(
-            f"{folder}: cannot write a checkpoint: {reason}. Earlier ones are kept: the same "
-            "command continues from the newest"
-        ) from error

@@ -72,7 +72,7 @@ class ObjectEntry:
         writes the object between them.
         """
         try:
-            return storage.ReadAhead().read(storage.Span(str(self._path)))
+            return storage.read_bytes(self._path)
         except FileNotFoundError:
             return b""
 

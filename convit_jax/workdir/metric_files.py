@@ -37,7 +37,7 @@ _SPEED = ("images_per_second", "data_seconds", "data_wait", "mfu")
 def read_lines(workdir: Workdir) -> list[dict[str, Any]]:
     """Returns the whole lines of metrics.jsonl in their order; none if there is no such file."""
     try:
-        lines = workdir.metrics.read_bytes().splitlines(keepends=True)
+        lines = storage.read_bytes(workdir.metrics).splitlines(keepends=True)
     except FileNotFoundError:
         return []
     return [json.loads(line) for line in lines if _place_of(line)[0] < math.inf]

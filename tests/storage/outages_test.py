@@ -1,5 +1,7 @@
 """A bucket that does not answer is neither called damaged nor taken for empty."""
 
+import pathlib
+
 import numpy as np
 import pytest
 
@@ -8,7 +10,7 @@ from convit_jax.cli import predict as command
 from convit_jax.data.imagenet import prepare
 from convit_jax.data.tfds import dataset, stored
 from convit_jax.predict import Prediction, find_images, predict_files
-from convit_jax.workdir import checkpoints, record
+from convit_jax.workdir import checkpoint_errors, record
 from convit_jax.workdir.folder import Workdir
 
 
@@ -51,7 +53,8 @@ def test_an_outage_is_known_through_the_errors_that_libraries_make_of_it():
                 raise ValueError("cannot be read") from error
         except ValueError as error:
             errors.append(error)
-    assert [checkpoints._is_outage(error) for error in errors] == [True, False]
+    found = [checkpoint_errors.outage(error, pathlib.Path("run")) for error in errors]
+    assert [str(outage) for outage in found] == ["gave up", "None"]
 
 
 class Stub:
