@@ -17,7 +17,8 @@ _REFUSED = {"UNAUTHENTICATED": 401, "PERMISSION_DENIED": 403}
 _UNREACHABLE = ("ABORTED", "UNAVAILABLE", "DEADLINE_EXCEEDED")
 # The end of its text: the object, as a URL or as a name in the bucket, and what happened.
 _LAST_PLACE = re.compile(
-    r".*(?:Error (?:reading|writing)|database at) (?:\"([^\"]+)\"|([^\"]+?)): (.*)"
+    r".*(?:Error (?:reading|writing)(?: Byte range \S+ \S+ of)?|database at) "
+    r"(?:\"([^\"]+)\"|([^\"]+?)): (.*)"
 )
 _RETRIED = re.compile(r"All (\d+) retry attempts failed: ")
 

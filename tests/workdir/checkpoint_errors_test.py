@@ -3,6 +3,7 @@
 import asyncio
 import sys
 
+from etils import epath
 from faulty_proxy import RESET
 import jax.numpy as jnp
 import pytest
@@ -39,6 +40,27 @@ def test_a_failed_write_of_an_array_names_the_object_the_account_and_what_mends_
         ):
             checkpoints.save(1, state, dict)
         assert "\n" not in str(raised.value)
+
+
+def test_the_request_is_found_in_the_text_of_tensorstore(monkeypatch):
+    monkeypatch.setattr(storage, "failure", lambda *what: what)
+    folder = epath.Path("s3://b/run/checkpoints")
+    open_w = 'Error opening "zarr" driver: Error reading "w/.zarray" in OCDBT database at'
+    for text, request in {
+        f'ABORTED: {open_w} "run/c/": Error reading Byte range [0, 772) of "run/c/d/ab": All 10 '
+        "retry attempts failed: Unknown [http_response_code='503'] [tensorstore_spec='...']": (
+            "s3://b/run/c/d/ab", 503, "", 10
+        ),
+        f"PERMISSION_DENIED: {open_w} gs://b/c/: Error reading gs://b/c d/manifest: Forbidden": (
+            "gs://b/c d/manifest", 403, "Forbidden", 1
+        ),
+        'ABORTED: Error writing "w/0.0" in OCDBT database at gs://b/c/: All 9 retry attempts failed'
+        ": CURL error Empty reply [curl_code='52']": (
+            "gs://b/c/", None, "CURL error Empty reply", 9
+        ),
+    }.items():  # fmt: skip
+        assert checkpoint_errors.outage(ValueError(text), folder) == request
+    assert checkpoint_errors.outage(ValueError("NOT_FOUND: Error reading x: gone"), folder) is None
 
 
 def test_only_late_answers_of_tensorstore_are_hidden(monkeypatch):
