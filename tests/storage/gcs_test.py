@@ -8,7 +8,7 @@ from convit_jax import storage
 from convit_jax.storage import gcs
 
 
-@pytest.mark.parametrize("faulty", ["gcs"], indirect=True)
+@pytest.mark.parametrize("_proxy", ["gcs"], indirect=True)
 def test_objects_are_deleted_one_by_one_also_at_google(faulty, monkeypatch):
     folder = storage.as_path(f"{faulty.bucket}/folder")
     for name in ("one", "two", "three"):

@@ -14,6 +14,8 @@ from convit_jax.workdir.folder import Workdir
 from convit_jax.workdir.metric_files import read_lines
 
 pytestmark = pytest.mark.slow
+# For the tests that take longest: faults of S3 are in tests/storage, at less cost.
+ON_GCS = pytest.mark.parametrize("_proxy", ["gcs"], indirect=True)
 
 # 22 steps of a small model on scikit-learn's digits, which need no files.
 DIGITS = (
@@ -111,19 +113,20 @@ def test_a_killed_run_in_a_bucket_ends_as_the_one_on_disk(bucket, whole, here):
     assert_as_on_disk(bucket, whole, here)
 
 
-def test_two_processes_write_to_one_bucket(bucket, whole, here):
-    flags = (*DIGITS, f"--workdir={bucket}")
+def test_two_processes_write_to_one_bucket(s3, whole, here):
+    flags = (*DIGITS, f"--workdir={s3}")
     pair = runs.start_pair(here, *flags)
-    runs.wait_for(lambda _: reached(bucket, 8), pair[0], here, poll=0.05)
+    runs.wait_for(lambda _: reached(s3, 8), pair[0], here, poll=0.05)
     for process in pair:
         runs.kill(process)
     for process in runs.start_pair(here, *flags):
         runs.finish(process, here)
     assert "continuing from step" in runs.output(here)
-    assert storage.as_path(f"{bucket}/weights.safetensors").exists()
-    assert_as_on_disk(bucket, whole, here, runs.assert_close)
+    assert storage.as_path(f"{s3}/weights.safetensors").exists()
+    assert_as_on_disk(s3, whole, here, runs.assert_close)
 
 
+@ON_GCS
 def test_a_run_in_a_faulty_bucket_ends_as_the_one_on_disk(faulty, whole, here, monkeypatch):
     """Temporary faults change nothing; a lasting one, and a death in an upload, lose no step."""
     monkeypatch.setenv("CONVIT_BUCKET_RETRY_SECONDS", "6")
@@ -162,6 +165,7 @@ def test_a_run_in_a_faulty_bucket_ends_as_the_one_on_disk(faulty, whole, here, m
     assert_as_on_disk(url, whole, here)
 
 
+@ON_GCS
 def test_two_processes_that_die_in_an_upload_go_on(faulty, whole, here, monkeypatch):
     monkeypatch.setenv("CONVIT_BUCKET_RETRY_SECONDS", "60")
     flags = (*DIGITS, f"--workdir={faulty.bucket}")
