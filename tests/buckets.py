@@ -150,5 +150,7 @@ def _forget_connections() -> None:
 
     backend.fsspec_backend._get_filesystem.cache_clear()
     retries._given_up.clear()
+    if orbax_paths := sys.modules.get("convit_jax.workdir.orbax_paths"):
+        orbax_paths._s3_service.cache_clear()  # the endpoint that TensorStore uses
     for file_system in {fsspec.registry[name] for name in ("gcs", "s3") if name in fsspec.registry}:
         file_system.clear_instance_cache()
