@@ -56,7 +56,7 @@ def gcs_emulator() -> Iterator[dict[str, str]]:
     """Yields the environment in which gs://bkt is a bucket of an emulator, in memory."""
     for package in ("gcsfs", "gcp_storage_emulator"):
         if importlib.util.find_spec(package) is None:
-            pytest.skip(f"gs:// needs {package}: pip install -e '.[test]'")
+            pytest.skip(f"gs:// needs {package}: pip install -e '.[emulators]'")
     port = free_port()
     server = str(pathlib.Path(__file__).with_name("gcs_server.py"))
     with serving([sys.executable, server, str(port), BUCKET], port):
@@ -78,7 +78,7 @@ def s3_emulator() -> Iterator[dict[str, str]]:
     """Yields the environment in which s3://bkt is a bucket of an emulator, in memory."""
     for package in ("s3fs", "moto"):
         if importlib.util.find_spec(package) is None:
-            pytest.skip(f"s3:// needs {package}: pip install -e '.[test]'")
+            pytest.skip(f"s3:// needs {package}: pip install -e '.[emulators]'")
     port = free_port()
     with serving([_script("moto_server"), "-H", "127.0.0.1", "-p", str(port)], port):
         environment = s3_environment(f"http://127.0.0.1:{port}")
