@@ -131,7 +131,7 @@ def test_a_run_in_a_faulty_bucket_ends_as_the_one_on_disk(faulty, whole, here, m
     """Temporary faults change nothing; a lasting one, and a death in an upload, lose no step."""
     monkeypatch.setenv("CONVIT_BUCKET_RETRY_SECONDS", "6")
     kinds = (429, 500, 503, 503, faulty_proxy.RESET, faulty_proxy.LOST, faulty_proxy.CUT)
-    some = faulty_proxy.seeded(7, 0.15, *kinds, faulty_proxy.STALL)
+    some = faulty_proxy.seeded(7, 0.1, *(3 * kinds), faulty_proxy.STALL)  # a stall takes a second
     url = faulty.bucket
     flags = (*DIGITS, f"--workdir={url}")
 
