@@ -51,12 +51,17 @@ def _script(name: str) -> str:
     return str(beside) if beside.exists() else shutil.which(name) or name
 
 
+def _need(*packages: str) -> None:
+    """Skips the test if a package is missing."""
+    for package in packages:
+        if importlib.util.find_spec(package) is None:
+            pytest.skip(f"no package {package}: pip install -e '.[emulators]'")
+
+
 @contextlib.contextmanager
 def gcs_emulator() -> Iterator[dict[str, str]]:
     """Yields the environment in which gs://bkt is a bucket of an emulator, in memory."""
-    for package in ("gcsfs", "gcp_storage_emulator"):
-        if importlib.util.find_spec(package) is None:
-            pytest.skip(f"gs:// needs {package}: pip install -e '.[emulators]'")
+    _need("gcsfs", "gcp_storage_emulator")
     port = free_port()
     server = str(pathlib.Path(__file__).with_name("gcs_server.py"))
     with serving([sys.executable, server, str(port), BUCKET], port):
@@ -76,9 +81,7 @@ def gcs_environment(url: str) -> dict[str, str]:
 @contextlib.contextmanager
 def s3_emulator() -> Iterator[dict[str, str]]:
     """Yields the environment in which s3://bkt is a bucket of an emulator, in memory."""
-    for package in ("s3fs", "moto"):
-        if importlib.util.find_spec(package) is None:
-            pytest.skip(f"s3:// needs {package}: pip install -e '.[emulators]'")
+    _need("s3fs", "moto")
     port = free_port()
     with serving([_script("moto_server"), "-H", "127.0.0.1", "-p", str(port)], port):
         environment = s3_environment(f"http://127.0.0.1:{port}")

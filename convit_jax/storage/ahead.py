@@ -9,7 +9,7 @@ from concurrent.futures import Future
 import threading
 from typing import NamedTuple
 
-from convit_jax.storage import calls
+from convit_jax.storage.calls import begin, result
 
 _MERGED = 2**20  # bytes; spans that adjoin are requested together, up to so many
 
@@ -71,8 +71,8 @@ class ReadAhead:
                 if not found.reads:
                     del self._requested[span]
         if found is None:
-            return calls.result(_begin(span), span.path)
-        data = calls.result(found.answer, span.path)
+            return result(_begin(span), span.path)
+        data = result(found.answer, span.path)
         if span.end is None:
             return data
         return data[found.skip : found.skip + span.end - span.start]
@@ -106,5 +106,5 @@ def _begin(span: Span) -> Future[bytes]:
     """Requests a span; the answer arrives in the background."""
     if span.end is None:
         # s3fs asks for the size first, unless it may make only one request at a time.
-        return calls.begin(span.path, "_cat_file", max_concurrency=1)
-    return calls.begin(span.path, "_cat_file", start=span.start, end=span.end)
+        return begin(span.path, "_cat_file", max_concurrency=1)
+    return begin(span.path, "_cat_file", start=span.start, end=span.end)

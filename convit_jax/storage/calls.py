@@ -5,8 +5,8 @@ from concurrent.futures import Future
 import os
 from typing import Any
 
-from convit_jax.storage import faults
-from convit_jax.storage.paths import as_path, is_bucket
+from convit_jax.storage.faults import BucketError, answered, broken
+from convit_jax.storage.paths import as_path, is_bucket, opened
 
 
 def begin(path: str, method: str, **options: Any) -> Future[Any]:
@@ -24,7 +24,7 @@ def begin(path: str, method: str, **options: Any) -> Future[Any]:
     import fsspec
 
     async def call() -> Any:
-        file_system, name = fsspec.core.url_to_fs(path)
+        file_system, name = opened(path)
         return await getattr(file_system, method)(name, **options)
 
     return asyncio.run_coroutine_threadsafe(call(), fsspec.asyn.get_loop())
@@ -60,7 +60,7 @@ def read_bytes(path: str | os.PathLike) -> bytes:
     return result(begin(os.fspath(path), "_cat_file", max_concurrency=1), os.fspath(path))
 
 
-def failure(path: str, status: int | None, text: str, tries: int = 1) -> faults.BucketError:
+def failure(path: str, status: int | None, text: str, tries: int = 1) -> BucketError:
     """Returns the error of a request to a bucket that another library has made.
 
     Args:
@@ -69,9 +69,6 @@ def failure(path: str, status: int | None, text: str, tries: int = 1) -> faults.
       text: what the library says.
       tries: number of its requests.
     """
-    as_path(path)  # sets up the package that reads such buckets
-    import fsspec
-
-    fault = faults.broken(text) if status is None else faults.answered(status, text)
-    file_system, _ = fsspec.core.url_to_fs(path)
+    fault = broken(text) if status is None else answered(status, text)
+    file_system, _ = opened(path)
     return file_system.explain(path, fault, tries)

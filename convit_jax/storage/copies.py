@@ -5,13 +5,11 @@ import contextlib
 import os
 import pathlib
 import tempfile
-from typing import Any
 import zlib
 
-from convit_jax.storage import checksums
-from convit_jax.storage.checksums import Checksum
+from convit_jax.storage.checksums import Checksum, of_file, of_object
 from convit_jax.storage.listing import Version, version_of
-from convit_jax.storage.paths import as_path, is_bucket
+from convit_jax.storage.paths import as_path, is_bucket, opened
 from convit_jax.storage.whole import whole_file
 
 _TRIES = 2  # times that a file is copied if the copy differs
@@ -79,9 +77,9 @@ _Read = Callable[[pathlib.Path], Checksum | None]  # copies a file, and returns 
 
 def _from_bucket(source: pathlib.Path) -> tuple[_Read, Version]:
     """Returns a function that copies an object, with the bucket's checksum, and its version."""
-    file_system, name = _opened(source)
+    file_system, name = opened(source)
     info = file_system.info(name)
-    checksum = checksums.of_object(file_system, name, info)
+    checksum = of_object(file_system, name, info)
 
     def read(copy: pathlib.Path) -> Checksum | None:
         file_system.get_file(name, os.fspath(copy))
@@ -105,13 +103,6 @@ def _from_disk(source: pathlib.Path) -> tuple[_Read, Version]:
     return read, Version(stat.st_size, "", int(stat.st_mtime))
 
 
-def _opened(path: pathlib.Path) -> tuple[Any, str]:
-    """Returns the file system of a bucket, and the name of the object there."""
-    import fsspec
-
-    return fsspec.core.url_to_fs(os.fspath(path))
-
-
 def _difference(path: pathlib.Path, size: int, expected: Checksum | None) -> str:
     """Says how a file differs from what is expected; empty if it does not."""
     found = path.stat().st_size
@@ -119,5 +110,5 @@ def _difference(path: pathlib.Path, size: int, expected: Checksum | None) -> str
         return f"{found:,} bytes instead of {size:,}"
     if expected is None:
         return ""
-    value = checksums.of_file(path, expected)
+    value = of_file(path, expected)
     return "" if value == expected.value else f"{expected.kind} {value}, not {expected.value}"

@@ -2,12 +2,11 @@
 
 from collections.abc import Iterator
 import contextlib
-import os
 import pathlib
 import shutil
 import tempfile
 
-from convit_jax.storage.paths import as_path, is_bucket
+from convit_jax.storage.paths import as_path, is_bucket, opened
 from convit_jax.storage.whole import whole_file
 
 
@@ -42,10 +41,8 @@ def move_folder(path: pathlib.Path, target: pathlib.Path) -> None:
     if not is_bucket(path):
         path.rename(target)
         return
-    import fsspec
-
-    file_system, name = fsspec.core.url_to_fs(os.fspath(path))
-    _, new = fsspec.core.url_to_fs(os.fspath(target))
+    file_system, name = opened(path)
+    _, new = opened(target)
     for found in file_system.find(name):
         file_system.cp_file(found, new + found.removeprefix(name))
     file_system.rm(name, recursive=True)

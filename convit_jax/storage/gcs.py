@@ -74,7 +74,7 @@ class FileSystem(ObjectStore, core.GCSFileSystem):
                 if deletes and key:  # as on S3: the answer to an earlier try may have been lost
                     return _EMPTY
                 raise
-            _check(*answer)
+            _check(*answer, is_content="alt=media" in path)
             return answer
 
         reads = bool(key) and (len(args) > 1 or method.upper() not in ("POST", "PUT"))
@@ -168,17 +168,20 @@ def _target(path: str, args: Sequence[str], data: Any) -> tuple[str, str]:
     return parts[1], urllib.parse.unquote(key)
 
 
-def _check(status: int, headers: Mapping[str, str], _: Any, content: bytes) -> None:
+def _check(
+    status: int, headers: Mapping[str, str], _: Any, content: bytes, *, is_content: bool
+) -> None:
     """Raises a ChecksumError if an answer is not whole.
 
     The HTTP client has compared its length with Content-Length. Something between the service and
-    this machine may have shortened both.
+    this machine may have shortened both. With `is_content`, the answer is the content of an object,
+    which may be anything; otherwise it is JSON of the service itself.
     """
     part = re.match(r"bytes (\d+)-(\d+)/", headers.get("Content-Range", ""))
     if status == 206 and part and len(content) != int(part[2]) - int(part[1]) + 1:
         raise retry.ChecksumError(f"{len(content)} bytes came for {part[0]}")
-    is_json = status == 200 and "json" in headers.get("Content-Type", "")  # 206 is a part of it
-    if is_json and content.strip()[-1:] not in (b"", b"}", b"]"):
+    is_json = status == 200 and "json" in headers.get("Content-Type", "")
+    if is_json and not is_content and content.strip()[-1:] not in (b"", b"}", b"]"):
         raise retry.ChecksumError("the answer is cut off")
     hashes = re.search(r"crc32c=([^,\s]+)", headers.get("X-Goog-Hash", ""))
     stored_as = headers.get("X-Goog-Stored-Content-Encoding", "identity")

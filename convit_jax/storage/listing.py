@@ -6,7 +6,7 @@ import os
 import stat
 from typing import Any, NamedTuple
 
-from convit_jax.storage import calls
+from convit_jax.storage.calls import begin, result
 from convit_jax.storage.paths import is_bucket
 
 # What changes with the content of an object, the best first: Google's checksum, S3's entity tag.
@@ -42,7 +42,7 @@ def children(path: str) -> Children:
       OSError: if it cannot be listed.
     """
     path = path.rstrip("/")
-    entries = calls.result(calls.begin(path, "_ls", detail=True), path)
+    entries = result(begin(path, "_ls", detail=True), path)
     folders, files = set(), {}
     start = _name(path)
     for entry in entries:
@@ -69,7 +69,7 @@ def below(path: str) -> list[str]:
     """
     path = path.rstrip("/")
     start = f"{_name(path)}/"
-    names = calls.result(calls.begin(path, "_find"), path)
+    names = result(begin(path, "_find"), path)
     found = (_name(name) for name in names if not name.endswith("/"))
     return sorted(name.removeprefix(start) for name in found if name.startswith(start))
 
@@ -81,7 +81,7 @@ def matching(pattern: str) -> list[str]:
       OSError: if the bucket cannot be listed.
     """
     scheme = pattern.partition("://")[0]
-    entries = calls.result(calls.begin(pattern, "_glob", detail=True), pattern)
+    entries = result(begin(pattern, "_glob", detail=True), pattern)
     return [f"{scheme}://{name}" for name, entry in entries.items() if entry["type"] == "file"]
 
 
@@ -95,7 +95,7 @@ def is_folder(path: str | os.PathLike) -> bool:
         return os.path.isdir(path)
     path = os.fspath(path).rstrip("/")
     try:
-        return calls.result(calls.begin(path, "_info"), path)["type"] == "directory"
+        return result(begin(path, "_info"), path)["type"] == "directory"
     except FileNotFoundError:
         return False
 
@@ -129,7 +129,7 @@ def size(path: str | os.PathLike) -> int:
     """
     if not is_bucket(path):
         return os.path.getsize(path)
-    return int(calls.result(calls.begin(os.fspath(path), "_info"), os.fspath(path))["size"])
+    return int(result(begin(os.fspath(path), "_info"), os.fspath(path))["size"])
 
 
 def _on_disk(path: str) -> Version | None:

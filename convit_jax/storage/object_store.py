@@ -5,7 +5,7 @@ from typing import Any
 
 from fsspec.asyn import sync_wrapper
 
-from convit_jax.storage import faults
+from convit_jax.storage.faults import BucketError, Fault, Mend, explain
 
 PIECE = 16 * 2**20  # bytes of an upload that are sent again after a fault
 
@@ -20,13 +20,13 @@ class ObjectStore:
       mend: commands that help with the faults of this kind of bucket.
     """
 
-    mend: faults.Mend
+    mend: Mend
 
     def explain(
-        self: Any, name: str, fault: faults.Fault, tries: int = 1, seconds: float | None = None
-    ) -> faults.BucketError:
+        self: Any, name: str, fault: Fault, tries: int = 1, seconds: float | None = None
+    ) -> BucketError:
         """Returns the error of a request of this account that is not tried again."""
-        return faults.explain(
+        return explain(
             name, fault, account=self._account(), mend=self.mend, tries=tries, seconds=seconds
         )
 

@@ -4,10 +4,10 @@ import functools
 import importlib
 import os
 import pathlib
-from typing import cast
+from typing import Any, cast
 
 from convit_jax import extras
-from convit_jax.storage import retries
+from convit_jax.storage.retries import patience
 
 # Scheme of a URL -> the package that reads and writes it, and the extra of setup.cfg that has it.
 # The module of this package with the name of the extra adds retries to it.
@@ -54,7 +54,7 @@ def _load(scheme: str) -> None:
     # block: without an answer it tries for minutes.
     os.environ.setdefault("GCSFS_EXPERIMENTAL_ZB_HNS_SUPPORT", "false")
     # TensorStore, which writes checkpoints, would wait for ever for an answer.
-    silence = str(max(1, round(retries.patience().silence)))
+    silence = str(max(1, round(patience().silence)))
     os.environ.setdefault("TENSORSTORE_CURL_LOW_SPEED_TIME_SECONDS", silence)
     os.environ.setdefault("TENSORSTORE_CURL_LOW_SPEED_LIMIT_BYTES", "1")
     os.environ.setdefault("TENSORSTORE_CURL_CONNECT_TIMEOUT_SECONDS", silence)
@@ -75,6 +75,14 @@ def _load(scheme: str) -> None:
     file_system = importlib.import_module(f"convit_jax.storage.{extra}").FileSystem
     for protocol in file_system.protocol:
         fsspec.register_implementation(protocol, file_system, clobber=True)
+
+
+def opened(path: str | os.PathLike) -> tuple[Any, str]:
+    """Returns the file system of a bucket, from fsspec, and the name of an object there."""
+    text = os.fspath(as_path(path))  # sets up the package that reads such buckets
+    import fsspec
+
+    return fsspec.core.url_to_fs(text)
 
 
 def absolute(path: pathlib.Path) -> pathlib.Path:

@@ -8,7 +8,7 @@ import socket
 import tempfile
 
 from convit_jax.storage.faults import BucketError
-from convit_jax.storage.paths import as_path, is_bucket
+from convit_jax.storage.paths import as_path, is_bucket, opened
 
 
 @contextlib.contextmanager
@@ -61,13 +61,11 @@ def _replaced(path: pathlib.Path) -> Iterator[pathlib.Path]:
 @contextlib.contextmanager
 def _uploaded(path: pathlib.Path) -> Iterator[pathlib.Path]:
     """Yields a path in a temporary folder, which is uploaded to `path` if the block succeeds."""
-    import fsspec
-
     with tempfile.TemporaryDirectory(prefix="convit") as folder:
         unfinished = pathlib.Path(folder, path.name)
         unfinished.touch()
         yield unfinished
-        file_system, name = fsspec.core.url_to_fs(os.fspath(path))
+        file_system, name = opened(path)
         file_system.put_file(os.fspath(unfinished), name)
 
 
@@ -81,9 +79,7 @@ def create_object(path: str | os.PathLike, data: bytes) -> None:
         first request was lost.
       OSError: if the object cannot be written; the message names it.
     """
-    import fsspec
-
-    file_system, name = fsspec.core.url_to_fs(os.fspath(as_path(path)))
+    file_system, name = opened(path)
     file_system.pipe_file(name, data, mode="create")
 
 

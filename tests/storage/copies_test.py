@@ -35,12 +35,12 @@ def test_copies_of_objects_are_checked(bucket, tmp_path, monkeypatch):
     there, copied = storage.versions([path, str(copy)])
     assert copy.read_text() == "content"
     assert (there.size, there.modified) == (copied.size, copied.modified)
-    file_system, name = copies._opened(path)
+    file_system, name = copies.opened(path)
     error = pytest.raises(OSError, match=rf"{re.escape(path)}: copied 2 times .* not ")
     for times, ends in ((1, contextlib.nullcontext()), (2, error)):
         copy.write_text("old")
         damaged = damaging(file_system, times)
-        monkeypatch.setattr(copies, "_opened", lambda path: (damaged, name))  # noqa: B023
+        monkeypatch.setattr(copies, "opened", lambda path: (damaged, name))  # noqa: B023
         with ends:
             storage.fetch(path, copy)
         assert copy.read_text() == ("content" if times == 1 else "old")
@@ -60,7 +60,7 @@ def upload_in_parts(file_system, name, contents):
 
 
 def test_copies_of_objects_uploaded_in_unequal_parts_are_checked(s3, tmp_path, monkeypatch):
-    file_system, name = copies._opened(f"{s3}/file")
+    file_system, name = copies.opened(f"{s3}/file")
     sizes = (6 * 2**20, 5 * 2**20, 10)
     upload_in_parts(file_system, name, [bytes([n]) * size for n, size in enumerate(sizes)])
     storage.fetch(f"{s3}/file", tmp_path / "copy")

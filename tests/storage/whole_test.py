@@ -52,6 +52,10 @@ def test_an_object_appears_in_a_bucket_when_it_is_whole(bucket):
         unfinished.write_text("half")
         raise KeyError
     assert path.read_text() == "newer"
+    torn = path.with_name("torn.json")
+    storage.write_text(torn, '{"whatever": "it is')  # content is the user's, and not judged
+    assert torn.read_text().endswith("it is")
+    torn.unlink()
     assert [child.name for child in path.parent.iterdir()] == ["file"]
     assert not unfinished.exists()
 
