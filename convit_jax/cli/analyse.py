@@ -20,13 +20,12 @@ import numpy as np
 from convit_jax import recipe, storage
 from convit_jax.analysis import images, measured, pictures, tables
 from convit_jax.analysis.images import Image
-from convit_jax.cli import options, report
+from convit_jax.cli import options, run_report
 from convit_jax.data.corrupt import ImageError
 from convit_jax.model import image_size
 from convit_jax.model.locality import PARTS
 from convit_jax.parallel import processes
 from convit_jax.predict.attention import draw
-from convit_jax.storage import as_path
 from convit_jax.train import eval_report, eval_setup, init_from, same_run, setup
 from convit_jax.weights import hub
 from convit_jax.weights.load import read_weights
@@ -67,7 +66,7 @@ def main(argv: Sequence[str] | None = None, prog: str = "convit analyse") -> Non
     if overrides and "config" not in args:
         commands[args.command].error(f"unrecognized arguments: {' '.join(overrides)}")
     if args.command in ("masking", "report"):
-        (_masking if args.command == "masking" else report.run)(args, overrides)
+        (_masking if args.command == "masking" else run_report.run)(args, overrides)
         return
     with options.report(ValueError, OSError, ImageError):
         size = {} if getattr(args, "size", None) is None else {"image_size": args.size}
@@ -111,7 +110,7 @@ def _parser(prog: str) -> tuple[argparse.ArgumentParser, dict[str, argparse.Argu
             options.add_size(command)
             options.add_config(command, "; default: that of the run, or the recipe for ImageNet")
         command.add_argument(
-            "--out", metavar="DIR", type=as_path, help="folder of JSON and pictures to write"
+            "--out", metavar="DIR", type=options.path, help="folder of JSON and pictures to write"
         )
     _add_images(made["nonlocality"], 64)
     _add_images(made["maps"], 4)
@@ -125,7 +124,7 @@ def _parser(prog: str) -> tuple[argparse.ArgumentParser, dict[str, argparse.Argu
     )
     options.add_checkpoint(made["masking"])
     options.add_processes(made["masking"])
-    made["report"] = report.add(added)
+    made["report"] = run_report.add(added)
     return parser, made
 
 
@@ -191,7 +190,7 @@ def _configuration(
 ) -> tuple[ml_collections.ConfigDict, Workdir | None]:
     """Returns the configuration that the flags choose, and the workdir of the weights' run."""
     saved = workdir = None
-    path = as_path(args.weights)
+    path = storage.as_path(args.weights)
     if path.is_dir() and hub.cloned(path) is None:
         workdir = Workdir(args.weights)
         saved = same_run.config_of_run(workdir)

@@ -14,7 +14,7 @@ import ml_collections
 from ml_collections import config_flags
 
 import convit_jax
-from convit_jax import recipe
+from convit_jax import recipe, storage
 from convit_jax.model import image_size
 
 _PACKAGE = pathlib.Path(convit_jax.__file__).parent
@@ -225,6 +225,12 @@ def sizes(text: str) -> tuple[tuple[int, int], ...]:
     """Parses the value of a flag, sizes such as 160,224,224x320, into (height, width) pairs."""
     with _argument_errors():
         return tuple(image_size.pair(image_size.parse(part)) for part in text.split(","))
+
+
+def path(text: str) -> pathlib.Path:
+    """Parses the value of a flag: a path on disk, or gs://BUCKET/NAME or s3://BUCKET/NAME."""
+    with _argument_errors():
+        return storage.as_path(text)
 
 
 def positive(text: str) -> int:

@@ -3,11 +3,10 @@
 import argparse
 from typing import Any
 
-from convit_jax.analysis import page
-from convit_jax.analysis import report as reports
+from convit_jax import storage
+from convit_jax.analysis import page, report
 from convit_jax.cli import options
 from convit_jax.parallel import processes
-from convit_jax.storage import as_path, write_text
 from convit_jax.train import same_run
 from convit_jax.workdir.folder import Workdir
 
@@ -37,7 +36,7 @@ def add(commands: Any) -> argparse.ArgumentParser:
         help="show the averaged weights; default: if the run has any",
     )
     command.add_argument(
-        "--out", metavar="FILE", type=as_path, help="file to write; default: DIR/report.html"
+        "--out", metavar="FILE", type=options.path, help="file to write; default: DIR/report.html"
     )
     options.add_config(command, "; default: that of the run")
     return command
@@ -51,9 +50,9 @@ def run(args: argparse.Namespace, overrides: list[str]) -> None:
         config = same_run.config_of_run(workdir)
         if args.config is not None or (config is not None and overrides):
             config = options.configuration(args.config or config, overrides)
-        found = reports.gather(workdir, config, args.ema)
+        found = report.gather(workdir, config, args.ema)
         if found is not None:
             path = args.out or workdir.report
-            path.parent.mkdir(parents=True, exist_ok=True)
-            write_text(path, page.html(found))
+            storage.make_folder(path.parent)
+            storage.write_text(path, page.html(found))
             print(f"wrote {path}")

@@ -25,7 +25,7 @@ import ml_collections
 
 from convit_jax import recipe
 from convit_jax.cli import options
-from convit_jax.storage import as_path, write_text
+from convit_jax.storage import write_text
 from convit_jax.study import picture, plans, results, runner
 from convit_jax.workdir.folder import Workdir
 
@@ -45,9 +45,14 @@ def main(argv: Sequence[str] | None = None, prog: str = "convit study") -> None:
     base = args.config or _DEFAULT
     with options.report(ValueError, OSError, RuntimeError, ModuleNotFoundError):
         config = options.configuration(base, overrides)
+        _check_flags(args)
+        plans.check_base(config)
         study = _STUDIES[args.study](args, config)
         configs = {run: options.configuration(base, [*overrides, *run.flags]) for run in study.runs}
-        folder = as_path(args.out) / pathlib.Path(base).stem.replace(":", "_")
+        for wanted in configs.values():
+            plans.check_run(wanted)
+        name = pathlib.PurePath(base.replace(".py", "")).name.replace(":", "_")
+        folder = args.out / name
         jobs = runner.jobs(study, base, overrides, folder)
         if args.print:
             for job in jobs:
@@ -70,6 +75,7 @@ def _add_flags(parser: argparse.ArgumentParser) -> None:
     add(
         "--out",
         metavar="DIR",
+        type=options.path,
         default="runs/study",
         help="folder of tables and runs; the default is runs/study",
     )

@@ -14,11 +14,14 @@ import pytest
 from runs import ROOT
 
 from convit_jax.cli import study
+from convit_jax.workdir.checkpoints import newest_step
+from convit_jax.workdir.folder import Workdir
 
 # Two runs of a few seconds each: ConViT and DeiT on half of the images.
 SMALL = (
     "sample-efficiency", "--config=digits", "--seeds=1", "--shares=0.5",
-    "--config.train.epochs=1", "--config.train.eval_every=1", "--config.model.depth=2",
+    "--config.train.epochs=4", "--config.train.eval_every=4", "--config.model.depth=2",
+    "--config.checkpoint.every=1",
     "--config.model.local_up_to_layer=1", "--config.data.workers=0",
 )  # fmt: skip
 COMMAND = [sys.executable, "-m", "convit_jax", "study", *SMALL]
@@ -28,11 +31,40 @@ def test_what_a_study_would_run_is_printed(capsys, tmp_path):
     study.main([*SMALL, f"--out={tmp_path}", "--print"])
     lines = capsys.readouterr().out.splitlines()
     assert len(lines) == 2
-    assert lines[0].startswith("convit train --config=digits --config.train.epochs=1 ")
+    assert lines[0].startswith("convit train --config=digits --config.train.epochs=4 ")
     assert lines[-1].endswith(f"--workdir={tmp_path}/digits/deit-images_0.5-seed_0")
     assert not [*tmp_path.iterdir()]
-    with pytest.raises(SystemExit, match="expected one share for locality"):
-        study.main(["locality", "--config=digits", "--shares=0.5,1"])
+
+
+@pytest.mark.parametrize(
+    ("flags", "error"),
+    [
+        (["locality", "--config=digits", "--shares=0.5,1"], "expected one share for locality"),
+        (["masking", "--shares=0.5"], "--shares: has no meaning for the study masking"),
+        (["ablations", "--layers=2"], "--layers: has no meaning for the study ablations"),
+        (["ablations", "--config=deit_s"], "expected a ConViT, got a DeiT"),
+        (["ablations", "--config.seed=3"], "seed: set by the study"),
+        (["locality", "--layers=9"], "local_up_to_layer"),
+    ],
+)
+def test_what_cannot_be_studied_is_refused_before_any_run(flags, error, tmp_path):
+    with pytest.raises(SystemExit, match=f"error: .*{error}"):
+        study.main([*flags, f"--out={tmp_path}"])
+    assert not [*tmp_path.iterdir()]
+
+
+def test_shares_are_no_percentages(capsys):
+    with pytest.raises(SystemExit):
+        study.main(["ablations", "--shares=10,100"])
+    assert "expected shares up to 1" in capsys.readouterr().err
+
+
+def test_choices_of_a_file_have_folders_of_their_own(capsys):
+    for choice in "bc":
+        study.main(["locality", f"--config=ablations:{choice}", "--seeds=1", "--print"])
+    folders = {line.split("runs/study/")[1].split("/")[0] for line in
+               capsys.readouterr().out.splitlines()}  # fmt: skip
+    assert folders == {"ablations_b", "ablations_c"}
 
 
 @pytest.mark.slow
@@ -48,10 +80,12 @@ def test_a_study_that_is_killed_goes_on_and_makes_the_same_table(capsys, tmp_pat
             assert any(line in text for text in process.stderr)
             yield process
 
-    # Killed with its child in the second run. The next start repeats that one alone, and is
-    # stopped by a signal.
+    # Killed with its child in the middle of the second run. The next start continues that one
+    # alone, and is stopped by a signal.
+    second = Workdir(killed / "digits" / "deit-images_0.5-seed_0")
     with begun(": 2 of 2") as process:
-        time.sleep(3)
+        while (newest_step(second.checkpoints) or 0) < 2:
+            time.sleep(0.01)
         children = subprocess.run(
             ["pgrep", "-P", str(process.pid)], capture_output=True, text=True
         ).stdout.split()
@@ -64,6 +98,8 @@ def test_a_study_that_is_killed_goes_on_and_makes_the_same_table(capsys, tmp_pat
 
     # A third start finishes. Its table is that of the study that nobody disturbed.
     subprocess.run([*COMMAND, f"--out={killed}"], cwd=ROOT, check=True, timeout=1200)
+    log = (killed / "digits" / "deit-images_0.5-seed_0.log").read_text()
+    assert "continuing from step" in log
     tables = [(out / "digits" / "sample-efficiency.md").read_text() for out in (whole, killed)]
     assert tables[0] == tables[1]
     assert tables[0].count("|") == 4 * 3
@@ -84,5 +120,5 @@ def test_a_study_that_is_killed_goes_on_and_makes_the_same_table(capsys, tmp_pat
     assert tables[0] in capsys.readouterr().out
 
     # Runs of another configuration are not taken for those of this one.
-    with pytest.raises(SystemExit, match=r"another configuration(.|\n)*train.epochs: saved 1"):
-        study.main([*SMALL, f"--out={whole}", "--config.train.epochs=2", "--collect"])
+    with pytest.raises(SystemExit, match=r"another configuration(.|\n)*train.epochs: saved 4"):
+        study.main([*SMALL, f"--out={whole}", "--config.train.epochs=5", "--collect"])
