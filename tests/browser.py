@@ -42,7 +42,7 @@ def open_page(page: str, width: int, dark: bool, picture: pathlib.Path) -> int:
         window = f"--window-size={max(width, 500)},{height}"
         profile = f"--user-data-dir={picture.parent / 'profile'}"
         command = [str(find()), *fixed, window, profile, *flags, file.as_uri()]
-        done = subprocess.run(command, capture_output=True, text=True, timeout=300, check=True)
+        done = subprocess.run(command, capture_output=True, text=True, timeout=1200, check=True)
         return done.stdout
 
     found = re.search(r'data-size="([^"]*)"', run(800, "--dump-dom"))

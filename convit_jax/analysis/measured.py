@@ -18,7 +18,6 @@ from convit_jax.analysis import masking
 from convit_jax.analysis.images import Image
 from convit_jax.model.locality import distances, gates, query_attention, reach
 from convit_jax.model.normalise import normalise
-from convit_jax.model.variants import variant_of
 from convit_jax.parallel import sharding
 from convit_jax.parallel.signals import Interruption
 from convit_jax.train import eval_report, eval_run, probe
@@ -222,13 +221,9 @@ def evaluate_masked(
 
 
 def _weights(loaded: Loaded) -> dict[str, Any]:
-    """Returns what the weights are, as JSON types."""
+    """Returns what the weights are, and of which layers and size, as JSON types."""
     return {
-        "weights": loaded.source,
-        "step": loaded.step,
-        "ema": loaded.ema,
-        "chosen": loaded.chosen or "the weights named",
-        "model": variant_of(loaded.model) or "none of the paper's",
+        **eval_report.of_weights(loaded),
         "gpsa_layers": loaded.model.local_up_to_layer,
         "image_size": list(loaded.model.image_shape[:2]),
     }

@@ -15,10 +15,13 @@ if TYPE_CHECKING:
 
 
 def gates(found: dict[str, Any]) -> "Figure":
-    """Draws the gate of each head over the GPSA layers, and their mean (figure 6)."""
+    """Draws the gate of each head over the GPSA layers, and their mean (figure 6).
+
+    The dotted line is where the gates start unless model.gate_init says otherwise.
+    """
     figure, axes = _figure()
     _dots(axes, found["gates"], "mean of the heads")
-    axes.axhline(1 / (1 + np.exp(-1)), color="0.7", linestyle=":", label="at initialisation")
+    axes.axhline(1 / (1 + np.exp(-1)), color="0.7", linestyle=":", label="sigmoid(1)")
     axes.set(xlabel="layer", ylabel="gate: share of the positional attention", ylim=(0, 1))
     axes.legend(frameon=False)
     return figure

@@ -229,7 +229,7 @@ def _describe(distillation: Distillation, student: ConViT) -> None:
             100 * teacher.flops / flops.training_flops(student),
             flops.training_flops(student) / 1e9,
         )
-    if teacher.source.endswith(".stablehlo"):
+    if teacher.program is not None:
         log.info("teacher: a program computes in the precision with which it was written")
     if (teacher.mean, teacher.std) != (distillation.mean, distillation.std):
         log.info(

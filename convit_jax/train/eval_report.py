@@ -16,6 +16,7 @@ from convit_jax.data.class_mapping import ClassMapping
 from convit_jax.data.source import Source, describe
 from convit_jax.model.variants import variant_of
 from convit_jax.train.eval_setup import EvalRun
+from convit_jax.weights.loaded import Loaded
 from convit_jax.workdir import record
 
 PerImage = dict[str, np.ndarray]  # arrays (images, ...), see `of_evaluated`
@@ -186,15 +187,22 @@ def image_names(source: Source, indices: Sequence[int], cache_dir: str | None) -
         return dict(zip(indices, found, strict=True))
 
 
-def contents(prepared: EvalRun, results: list[dict[str, Any]]) -> dict[str, Any]:
-    """Returns the contents of `eval.json`; numbers that are not finite become None, JSON's null."""
-    config, loaded, classes = prepared.config, prepared.loaded, prepared.classes
+def of_weights(loaded: Loaded) -> dict[str, Any]:
+    """Returns what weights are and where they are from, as JSON types."""
     return {
         "weights": loaded.source,
         "step": loaded.step,
         "ema": loaded.ema,
         "chosen": loaded.chosen or "the weights named",
         "model": variant_of(loaded.model) or "none of the paper's",
+    }
+
+
+def contents(prepared: EvalRun, results: list[dict[str, Any]]) -> dict[str, Any]:
+    """Returns the contents of `eval.json`; numbers that are not finite become None, JSON's null."""
+    config, loaded, classes = prepared.config, prepared.loaded, prepared.classes
+    return {
+        **of_weights(loaded),
         "data": describe(prepared.source),
         "classes": f"{len(classes.kept):,} of the weights' {classes.num_logits:,}, {classes.how}",
         "crop_pct": config.augment.eval_crop,

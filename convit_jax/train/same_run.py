@@ -26,7 +26,7 @@ from convit_jax.workdir.folder import Workdir
 log = logging.getLogger(__name__)
 
 # Keys that may differ between the processes of a run.
-_OF_A_HOST = ("data.dir", "data.workers", "distill.teacher")
+_OF_A_HOST = ("data.cache", "data.dir", "data.workers", "distill.teacher")
 
 
 def config_of_run(workdir: Workdir) -> ml_collections.ConfigDict | None:

@@ -99,7 +99,7 @@ def pod(tmp_path):
             stdout=subprocess.PIPE,
             stderr=subprocess.STDOUT,
             text=True,
-            timeout=60,
+            timeout=1200,
         )
         return done.returncode, done.stdout
 

