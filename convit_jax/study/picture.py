@@ -7,6 +7,8 @@ from convit_jax.analysis import pictures
 from convit_jax.study.plans import Study
 from convit_jax.study.results import Results
 
+_SIDE_BY_SIDE = 12  # letters of the longest name in a legend of one line
+
 
 def draw(study: Study, results: Results, path: pathlib.Path) -> None:
     """Draws the table of a study as a PNG file. Error bars show the spread over the seeds.
@@ -23,7 +25,7 @@ def draw(study: Study, results: Results, path: pathlib.Path) -> None:
     with extras.needed("study", "convit study"):
         from matplotlib.figure import Figure
 
-    figure = Figure(figsize=(7, 4.5), dpi=150, layout="constrained")
+    figure = Figure(figsize=(7, 5), dpi=150, layout="constrained")
     axes = figure.subplots()
     places = _places(study)
     numeric = [*places.values()] != [*range(len(places))]
@@ -41,17 +43,26 @@ def draw(study: Study, results: Results, path: pathlib.Path) -> None:
         axes.set_xscale("log")
     axes.set_xticks([*places.values()], [*places], minor=False)
     axes.minorticks_off()
-    axes.set(xlabel=study.across, ylabel="top-1 accuracy (%)", title=study.title)
+    axes.set(xlabel=study.across, ylabel="top-1 accuracy (%)")
+    axes.set_title(study.title, fontsize="medium")
+    axes.tick_params(axis="x", labelsize="small")
     axes.grid(alpha=0.3)
     if axes.lines:
-        axes.legend(title=study.corner, fontsize="small")
+        narrow = max(map(len, study.rows)) <= _SIDE_BY_SIDE
+        figure.legend(
+            loc="outside lower center",
+            title=study.corner,
+            ncols=len(study.rows) if narrow else 1,
+            frameon=False,
+            fontsize="small",
+        )
     pictures.save(figure, path)
 
 
 def _places(study: Study) -> dict[str, float]:
-    """Returns the place of each column on the axis: its value if all are positive numbers."""
+    """Returns the place of each column on the axis: its value if all are numbers or percentages."""
     try:
-        places = {column: float(column) for column in study.columns}
+        places = {column: float(column.removesuffix("%")) for column in study.columns}
     except ValueError:
         places = {}
     if places and min(places.values()) > 0:

@@ -159,7 +159,7 @@ def sample_efficiency(
         "model",
         "share of the training images",
         tuple(
-            Cell(row, f"{share:.4g}", _runs(config, name, flags, share, seeds))
+            Cell(row, _percent(share), _runs(config, name, flags, share, seeds))
             for row, (name, flags) in _convit_and_deit(config).items()
             for share in shares
         ),
@@ -183,7 +183,7 @@ def ablation_study(
         tuple(
             Cell(
                 f"{row}: {_ABLATIONS[row]}",
-                f"{share:.4g}",
+                _percent(share),
                 _runs(config, names.get(row, f"ablation_{row}"), _as_flags(changes), share, seeds),
             )
             for row, changes in ablations.TABLE_3.items()
@@ -262,6 +262,10 @@ def gpsa_layers(config: ml_collections.ConfigDict) -> int:
     if count is None:
         return structure_of(config.model.name or recipe.DEFAULT_MODEL)["local_up_to_layer"]
     return count
+
+
+def _percent(share: float) -> str:
+    return f"{100 * share:.4g}%"
 
 
 def _as_flags(changes: Mapping[str, Any]) -> tuple[str, ...]:

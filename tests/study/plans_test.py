@@ -10,7 +10,7 @@ from convit_jax.study import plans
 def test_table_2_of_the_paper():
     study = plans.sample_efficiency(recipe.paper("convit_small"), range(2), plans.PAPER_SHARES)
     assert study.rows == ("ConViT", "DeiT")
-    assert study.columns == ("0.05", "0.1", "0.3", "0.5", "1")
+    assert study.columns == ("5%", "10%", "30%", "50%", "100%")
     assert len(study.runs) == 20
     # Seed 0 of every cell comes before seed 1 of any.
     assert [run.flags[-1] for run in study.runs] == 10 * ["--config.seed=0"] + 10 * [

@@ -29,7 +29,7 @@ def test_a_cell_is_the_mean_and_deviation_of_the_last_evaluations(tmp_path):
     write_run(tmp_path, deit[0], 0.25)
     found = results.collect(study, tmp_path)
     assert results.markdown(study, found) == (
-        "| model  | 0.1 | 1             |\n"
+        "| model  | 10% | 100%          |\n"
         "| ------ | --- | ------------- |\n"
         "| ConViT | -   | 60.0 ± 10.0   |\n"
         "| DeiT   | -   | 25.0 (1 of 3) |\n"
