@@ -8,10 +8,11 @@ from PIL import Image
 import pytest
 from small_models import MODEL, equal, random_params, write_shards
 
-from convit_jax import load, storage, to_torch
+from convit_jax import load, recipe, storage, to_torch
 from convit_jax.analysis import images
 from convit_jax.cli import convert, predict
 from convit_jax.predict import files as predict_files
+from convit_jax.train import init_from
 from convit_jax.weights import safetensors
 from convit_jax.weights.digest import digest
 from convit_jax.weights.loaded import Loaded
@@ -29,6 +30,12 @@ def test_weights_are_converted_and_loaded_in_a_bucket(bucket, tmp_path):
         equal(load(source)[1]["params"], params)
     convert.main([source, str(tmp_path / "back.pth")])
     equal(load(tmp_path / "back.pth")[1]["params"], params)
+
+    config = recipe.get_config()
+    config.init_from = source
+    start = init_from.settle_new_model(config)
+    equal(start.params, params)
+    assert config.model.embed_dim == MODEL.embed_dim
 
     (tmp_path / "shards").mkdir()
     write_shards(tmp_path / "shards", to_torch(params))
