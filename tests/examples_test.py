@@ -86,14 +86,14 @@ def test_notebook_is_committed_with_its_output(path: pathlib.Path):
 
 
 def test_the_story_says_what_its_output_shows():
-    """What convit_story.ipynb says of its own run, which its text must keep saying if it changes."""
+    """The claims of convit_story.ipynb hold for the numbers that are committed with it."""
     path = ROOT / "examples" / "convit_story.ipynb"
     shown = "".join(map(text, code_cells(json.loads(path.read_text()))))
     assert "equal at strength 16: True" in shown
     assert shown.count("each head looks at its own patch of the window: True") == 2
 
     right = {name: float(top1) for name, top1 in re.findall(r"(ConViT|DeiT): ([\d.]+)% of", shown)}
-    low, high, first, last = zip(*re.findall(STORY_LAYER, shown), strict=True)
+    low, _, first, last = zip(*re.findall(STORY_LAYER, shown), strict=True)
     assert right["ConViT"] > right["DeiT"]
     assert float(low[0]) > float(low[2])
     assert float(first[2]) < float(last[2])
