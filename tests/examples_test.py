@@ -32,7 +32,10 @@ SHORTER = {
     r"_batches\([1-9]00\)": "_batches(20)",
     r"train\.update\(epochs=18\.0": "train.update(epochs=3.0",
     r"train\.epochs=50": "train.epochs=5",
+    r"train\.epochs=40": "train.epochs=4",
 }
+# A line of convit_story.ipynb: the range of a layer's gates, and its non-locality before and after.
+STORY_LAYER = r"layer \d: gates from 0.73 to ([\d.]+) ... ([\d.]+), \D+([\d.]+) to ([\d.]+) patches"
 
 notebooks = pytest.mark.parametrize("path", NOTEBOOKS, ids=lambda path: path.stem)
 
@@ -57,8 +60,14 @@ def text(cell: dict[str, Any]) -> str:
     return "".join("".join(part) for part in parts)
 
 
+def claims(cell: dict[str, Any]) -> list[str]:
+    """Returns the lines of a cell's text that say whether something is true."""
+    return [line for line in text(cell).splitlines() if line.endswith((": True", ": False"))]
+
+
 def test_there_are_notebooks():
-    assert [path.stem for path in NOTEBOOKS] == ["finetune_on_a_folder", "gpsa_in_your_model"]
+    names = ["convit_story", "finetune_on_a_folder", "gpsa_in_your_model"]
+    assert [path.stem for path in NOTEBOOKS] == names
     sources = "".join(path.read_text() for path in NOTEBOOKS)
     assert all(re.search(long, sources) for long in SHORTER)
 
@@ -74,6 +83,24 @@ def test_notebook_is_committed_with_its_output(path: pathlib.Path):
         assert all(output["output_type"] != "error" for output in cell["outputs"]), cell["source"]
         assert "stderr" not in kinds(cell), cell["outputs"]  # warnings
         assert not ABSOLUTE_PATH.search(text(cell)), text(cell)
+
+
+def test_the_story_says_what_its_output_shows():
+    """The claims of convit_story.ipynb hold for the numbers that are committed with it."""
+    path = ROOT / "examples" / "convit_story.ipynb"
+    shown = "".join(map(text, code_cells(json.loads(path.read_text()))))
+    assert "equal at strength 16: True" in shown
+    assert shown.count("each head looks at its own patch of the window: True") == 2
+
+    right = {name: float(top1) for name, top1 in re.findall(r"(ConViT|DeiT): ([\d.]+)% of", shown)}
+    low, _, first, last = zip(*re.findall(STORY_LAYER, shown), strict=True)
+    assert right["ConViT"] > right["DeiT"]
+    assert float(low[0]) > float(low[2])
+    assert float(first[2]) < float(last[2])
+
+    row = r" (content|position) +first ([123]) +([\d.]+)%"
+    masked = {(part, int(n)): float(top1) for part, n, top1 in re.findall(row, shown)}
+    assert all(masked["position", n] < masked["content", n] for n in (1, 2, 3))
 
 
 @pytest.mark.slow
@@ -101,6 +128,7 @@ def test_notebook_runs(path: pathlib.Path, tmp_path: pathlib.Path, monkeypatch):
     committed = json.loads(path.read_text())
     for new, old in zip(code_cells(executed), code_cells(committed), strict=True):
         assert kinds(new) == kinds(old), new["source"]
+        assert claims(new) == claims(old), new["source"]
 
 
 @pytest.mark.slow
