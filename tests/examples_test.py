@@ -32,7 +32,7 @@ SHORTER = {
     r"_batches\([1-9]00\)": "_batches(20)",
     r"train\.update\(epochs=18\.0": "train.update(epochs=3.0",
     r"train\.epochs=50": "train.epochs=5",
-    r"train\.epochs=40": "train.epochs=4",
+    r"train\.epochs=40": "train.epochs=2",
 }
 # A line of convit_story.ipynb: the range of a layer's gates, and its non-locality before and after.
 STORY_LAYER = r"layer \d: gates from 0.73 to ([\d.]+) ... ([\d.]+), \D+([\d.]+) to ([\d.]+) patches"
