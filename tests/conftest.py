@@ -14,12 +14,7 @@ import tempfile
 _TESTS = pathlib.Path(__file__).parent
 sys.path[:0] = [str(_TESTS.parent), str(_TESTS)]
 
-import buckets  # noqa: E402
 import compiling  # noqa: E402
-import faulty_proxy  # noqa: E402
-import pytest  # noqa: E402
-
-from convit_jax import storage  # noqa: E402
 
 # The two workers share the cores. With a thread for each core, PyTorch and NumPy would wait in busy
 # loops for threads that the other worker holds up. The tests of timm took several times as long.
@@ -40,7 +35,13 @@ os.environ["JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS"] = "0.1"
 # With a limit of its size JAX locks the folder: no process reads what another one has half written.
 os.environ["JAX_COMPILATION_CACHE_MAX_SIZE"] = str(8 * 2**30)
 
+# All of these import jax, which reads the variables above.
+import buckets  # noqa: E402
+import faulty_proxy  # noqa: E402
 import jax  # noqa: E402
+import pytest  # noqa: E402
+
+from convit_jax import storage  # noqa: E402
 
 jax.config.update("jax_default_matmul_precision", "highest")
 
