@@ -8,6 +8,9 @@ import importlib.metadata
 
 # LLVM's optimisation takes two thirds of the time to compile.
 QUICK = "--xla_backend_optimization_level=0"
+# Code in several parts, for several cores, takes a fifth more CPU time to compile. The tests occupy
+# all cores as it is.
+QUICK += " --xla_cpu_parallel_codegen_split_count=1"
 # The older code generator for fusions takes half of the rest. Later versions have lost it, and end
 # the process at a flag that they do not know.
 if importlib.metadata.version("jax").startswith("0.10."):

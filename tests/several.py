@@ -10,8 +10,10 @@ import threading
 import compiling
 from runs import ROOT
 
+# A shell's background job ignores SIGINT, and so does all that it starts: the tests may be one.
 START = """
-import logging, os, sys, time
+import logging, os, signal, sys, time
+signal.signal(signal.SIGINT, signal.default_int_handler)
 import numpy as np
 logging.basicConfig(format="%(message)s", level=logging.WARNING)
 log = logging.getLogger("convit_jax")

@@ -52,8 +52,8 @@ def test_signal_to_one_process_stops_all_at_the_same_step():
         texts = finish(pair)
         assert [process.returncode for process in pair] == [0, 0], texts
         stops = [line_with(text, "stopped") for text in texts]
-        assert stops[0] == stops[1]
-        assert 3 < int(stops[0][1]) < 9_999
+        assert stops[0] == stops[1], texts
+        assert 3 < int(stops[0][1]) < 9_999, texts  # the texts have the service's warnings
         assert stops[0][2] == "True"
         if number == signal.SIGTERM:
             assert "stopping after this step: one of the processes got SIGTERM\n" in texts[0]
