@@ -46,7 +46,7 @@ class Chip:
 def find(
     device: jax.Device,
     dtype: jnp.dtype,
-    flops: float | None = None,
+    peak_tflops: float | None = None,
     bandwidth: float | None = None,
 ) -> Chip:
     """Returns what is known of a device.
@@ -54,14 +54,15 @@ def find(
     Args:
       device: recognised by its `device_kind`.
       dtype: dtype of the matrix products, bfloat16 or float32.
-      flops: peak FLOPs a second, in place of the table's.
-      bandwidth: bytes a second, in place of the table's.
+      peak_tflops: peak in TFLOP/s, in place of the table's.
+      bandwidth: bandwidth of the memory in GB/s, in place of the table's.
     """
-    memory = None
-    for kind, size, speed in _MEMORIES:
+    memory = speed = None
+    for kind, *of_kind in _MEMORIES:
         if re.fullmatch(kind, device.device_kind):
-            memory, bandwidth = size, bandwidth or speed
+            memory, speed = of_kind
             break
-    flops = flops or peak_flops(device, dtype)
-    peaks = Peaks(flops, bandwidth) if flops and bandwidth else None
+    flops = peak_tflops * 1e12 if peak_tflops else peak_flops(device, dtype)
+    speed = bandwidth * _GB if bandwidth else speed
+    peaks = Peaks(flops, speed) if flops and speed else None
     return Chip(device.device_kind, memory, peaks)

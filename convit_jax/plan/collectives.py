@@ -72,9 +72,7 @@ def _read(
 
 def _group_size(instruction: Instruction) -> int:
     """Returns the number of devices that take part in a collective together."""
-    groups = re.search(
-        r"replica_groups=(?:\[\d+,(\d+)\]|\{\{([\d,]+)\})", instruction.attributes
-    )
+    groups = re.search(r"replica_groups=(?:\[\d+,(\d+)\]|\{\{([\d,]+)\})", instruction.attributes)
     assert groups is not None
     return int(groups[1]) if groups[1] else len(groups[2].split(","))
 

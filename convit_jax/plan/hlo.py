@@ -38,7 +38,7 @@ class Array:
 
     @property
     def bytes(self) -> int:
-        """Size in bytes, without the padding of tiles; 0 for tokens and other types without data."""
+        """Size in bytes, without the padding of tiles; 0 for types without data, such as tokens."""
         return self.size * _ITEM_BYTES.get(self.dtype, 0)
 
     @property

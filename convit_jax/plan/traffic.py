@@ -101,7 +101,7 @@ def _bytes(type_: str) -> int:
 def _share_read(
     parameter: Instruction, readers: dict[str, list[Instruction]], operand: str
 ) -> float:
-    """Returns the share of an operand that a fusion reads: 1, unless it is sliced or overwritten."""
+    """Returns the share of an operand that a fusion reads: 1 if all of it."""
     found = list(_through_bitcasts(parameter, readers))
     if not found or any(
         reader.operands[0] != source.name or reader.kind not in (*_SLICES, _UPDATE)
