@@ -27,8 +27,9 @@ def use_compiler_alone() -> None:
         "TPU_WORKER_HOSTNAMES": "localhost",
         # libtpu's lock is there for TPUs. Compilers need not wait for one another.
         "ALLOW_MULTIPLE_LIBTPU_LOAD": "1",
-        # Errors alone on standard error, and no files in the temporary folder.
-        "TPU_STDERR_LOG_LEVEL": "2",
+        # Errors are raised. What libtpu logs besides are alarms about slow compilation. Only what
+        # ends the process goes to standard error, and nothing to files in the temporary folder.
+        "TPU_STDERR_LOG_LEVEL": "3",
         "TPU_LOG_DIR": "disabled",
     }
     for name, value in settings.items():

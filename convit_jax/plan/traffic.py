@@ -15,10 +15,13 @@ from convit_jax.plan.hlo import Array, Computation, Instruction, Program, arrays
 _FREE = {
     "parameter", "constant", "tuple", "get-tuple-element", "bitcast", "while", "call",
     "conditional", "async-start", "async-update", "async-done", "after-all", "partition-id",
-    "replica-id", "opt-barrier", "copy-done", "slice-done", "all-reduce-done", "all-gather-done",
-    "collective-permute-done", "send", "send-done", "recv", "recv-done", "iota",
+    "replica-id", "opt-barrier", "copy-done", "slice-done", "dynamic-slice-done",
+    "all-reduce-done", "all-gather-done", "collective-permute-done", "send", "send-done", "recv",
+    "recv-done",
 }  # fmt: skip
 _SLICES = ("slice", "dynamic-slice")
+# Copies beside other work. The types are (to, from, context) or (from, to, context).
+_FETCHES = ("copy-start", "slice-start", "dynamic-slice-start")
 _UPDATE = "dynamic-update-slice"
 
 
@@ -64,16 +67,19 @@ class _Moved:
             return 2 * self._size(instruction.type)
         if instruction.kind == _UPDATE:
             return 2 * self._size(operands[1])
-        if instruction.kind in ("copy-start", "slice-start"):  # (destination, source, context)
-            return sum(self._of(array) for array in arrays(instruction.type)[:2])
+        if instruction.kind in _FETCHES:
+            ends = arrays(instruction.type)[:2]
+            return min(end.bytes for end in ends) * sum(self._counts(end) for end in ends)
         return self._size(instruction.type) + sum(map(self._size, operands))
 
     def _size(self, type_: str) -> int:
         return sum(map(self._of, arrays(type_)))
 
     def _of(self, array: Array) -> int:
-        counts = array.in_main_memory or not self.main_memory_only
-        return array.bytes if counts else 0
+        return array.bytes if self._counts(array) else 0
+
+    def _counts(self, array: Array) -> bool:
+        return array.in_main_memory or not self.main_memory_only
 
     def _by_fusion(self, instruction: Instruction, operands: list[str]) -> int:
         inside = self.program.computations[self.program.called(instruction)[0]]
@@ -90,7 +96,7 @@ class _Moved:
         for array, result in zip(arrays(instruction.type), results, strict=False):
             updated = result.kind == _UPDATE
             part = _bytes(inside[result.operands[1]].type) if updated else array.bytes
-            total += min(part, array.bytes) if self._of(array) else 0
+            total += min(part, array.bytes) if self._counts(array) else 0
         return total
 
 
