@@ -112,7 +112,7 @@ class Step:
         return None if available is None else self.memory.total <= available
 
 
-def _trace(
+def trace(
     config: ml_collections.ConfigDict,
     model: ConViT,
     mesh: Mesh,
@@ -158,7 +158,7 @@ def measure(
     Raises:
       ValueError: if the number of devices does not divide the batch size.
     """
-    traced, state = _trace(config, model, mesh, steps_per_epoch, total_steps)
+    traced, state = trace(config, model, mesh, steps_per_epoch, total_steps)
     images = config.train.batch_size
     step = Step(
         name=name,
@@ -175,11 +175,8 @@ def measure(
     except jax.errors.JaxRuntimeError as error:
         if "RESOURCE_EXHAUSTED" not in str(error):
             raise
-        reason = re.search(r"Used \S+ of \S+ hbm|Ran out of memory.*", str(error))
         return dataclasses.replace(
-            step,
-            seconds=time.monotonic() - start,
-            refusal=reason[0] if reason else str(error),
+            step, seconds=time.monotonic() - start, refusal=_reason(str(error))
         )
     seconds = time.monotonic() - start
     text = Compiled.parse(compiled.as_text())
@@ -192,6 +189,13 @@ def measure(
         collectives=tuple(collectives),
         unexpected=tuple(sent.unexpected(collectives, sent.expected_sizes(state, model))),
     )
+
+
+def _reason(error: str) -> str:
+    """Returns what the compiler says about memory, without the details that follow."""
+    found = re.search(r"Used \S+ of \S+ hbm", error)
+    found = found or re.search(r"Ran out of memory.*?(?=\. |$)", error, re.MULTILINE)
+    return found[0] if found else error
 
 
 def _bytes_per_device(state: TrainState) -> int:
