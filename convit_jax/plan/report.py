@@ -110,8 +110,8 @@ def _work(step: Step) -> list[str]:
     count, flops = step.arithmetic, step.flops
     repeated = step.arithmetic.flops / step.model_flops
     lines = [
-        "a step on a device, as counted in the traced and in the compiled program",
-        f"  matrix products   {flops / 1e9:,.4g} GFLOP, {repeated:.2f} of what the model needs",
+        "a step on a device: products counted in the traced step, memory in the compiled program",
+        f"  matrix products   {flops / 1e9:,.4g} GFLOP, {repeated:.2f} times what the model needs",
         f"  main memory       {step.bytes_moved / 1e9:,.4g} GB read and written",
     ]
     if count.kernels:
@@ -152,8 +152,7 @@ def _time(place: Place, step: Step, found: Bound) -> list[str]:
         f"the least time, at peaks of {peaks.flops / 1e12:,.4g} TFLOP/s and "
         f"{peaks.bandwidth / 1e9:,.4g} GB/s",
         f"  matrix products {found.flops_seconds * 1e3:.3g} ms, memory "
-        f"{found.bytes_seconds * 1e3:.3g} ms: at least {found.seconds * 1e3:.3g} ms a step, "
-        f"by its {found.limit}",
+        f"{found.bytes_seconds * 1e3:.3g} ms: at least {found.seconds * 1e3:.3g} ms a step",
         f"  at most {found.images_per_second:,.0f} images/s, "
         f"MFU {found.mfu(step.model_flops / step.devices, peaks):.0%}",
     ]
