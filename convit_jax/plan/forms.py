@@ -1,6 +1,7 @@
 """Compiles the training step as configured, and in forms that need less memory."""
 
 from collections.abc import Iterator, Sequence
+from typing import Any
 
 import jax
 import ml_collections
@@ -68,7 +69,7 @@ def less_memory(
     """
     now = config.train.accum_steps
     parts = [n for n in _ACCUM_STEPS if n > now and config.train.batch_size % (n * devices) == 0]
-    values = {
+    values: dict[str, tuple[str, list[Any]]] = {
         "remat": ("train", ["block"] if config.train.remat != "block" else []),
         "fsdp": ("mesh", [devices] if config.mesh.fsdp != devices else []),
         "accum_steps": ("train", parts),
