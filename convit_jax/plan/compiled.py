@@ -74,6 +74,8 @@ class Step:
       refusal: the compiler's words if it needs more memory than a device has, else None.
       memory: memory on one device; None if the compiler refused.
       bytes_moved: bytes that one device reads and writes in its main memory in a step.
+      xla_bytes: XLA's own count of that, which has the body of a loop once and the memory on a
+        TPU's chip too; None without one.
       collectives: what the devices send to one another in a step.
       unexpected: what of that is neither a gradient nor a parameter, with its source.
     """
@@ -88,6 +90,7 @@ class Step:
     refusal: str | None = None
     memory: Memory | None = None
     bytes_moved: int = 0
+    xla_bytes: float | None = None
     collectives: tuple[sent.Collective, ...] = ()
     unexpected: tuple[tuple[str, str], ...] = ()
 
@@ -186,6 +189,7 @@ def measure(
         seconds=seconds,
         memory=Memory.of(compiled.memory_analysis()),
         bytes_moved=traffic.bytes_moved(text),
+        xla_bytes=(compiled.cost_analysis() or {}).get("bytes accessed"),
         collectives=tuple(collectives),
         unexpected=tuple(sent.unexpected(collectives, sent.expected_sizes(state, model))),
     )

@@ -114,6 +114,10 @@ def _work(step: Step) -> list[str]:
         f"  matrix products   {flops / 1e9:,.4g} GFLOP, {repeated:.2f} times what the model needs",
         f"  main memory       {step.bytes_moved / 1e9:,.4g} GB read and written",
     ]
+    if step.xla_bytes is not None:
+        lines.append(
+            f"  XLA's own count   {step.xla_bytes / 1e9:,.4g} GB: loops once, on-chip memory too"
+        )
     if count.kernels:
         lines.append(f"  {count.kernels} kernels count as what they state")
     lines += [
@@ -247,6 +251,7 @@ def _step_json(place: Place, step: Step) -> dict[str, Any]:
         "kernels": step.arithmetic.kernels,
         "uncounted": dict(step.arithmetic.uncounted),
         "bytes_moved": step.bytes_moved if memory else None,
+        "xla_bytes_accessed": step.xla_bytes,
         "collectives": [
             {"kind": c.kind, "bytes": c.bytes, "times": c.turns, "source": c.source}
             for c in step.collectives

@@ -58,6 +58,7 @@ def test_the_devices_here_have_a_plan(capsys, monkeypatch, tmp_path):
     assert bound["device_hours"] == pytest.approx(8 * steps * seconds / 3600, rel=1e-3)
     assert bound["host_images_per_second"] == pytest.approx(8 / seconds)  # two hosts
     assert "2 hosts" in text
+    assert step["xla_bytes_accessed"] > 0
     assert "at 536 images/s" in text
 
 
