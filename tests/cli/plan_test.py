@@ -23,7 +23,7 @@ POD = (
 )  # fmt: skip
 TINY = (
     "--config=convit_ti", "--config.model.image_size=32", "--config.model.embed_dim=32",
-    "--config.model.depth=2", "--config.model.local_up_to_layer=1",
+    "--config.model.depth=1", "--config.model.local_up_to_layer=0",
     "--config.model.num_classes=10", "--config.train.batch_size=16", "--config.mixup.mixup=0",
     "--config.mixup.cutmix=0", "--config.mixup.erase_prob=0", "--config.train.remat=none",
 )  # fmt: skip

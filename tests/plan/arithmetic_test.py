@@ -13,7 +13,7 @@ from convit_jax.model.flops import forward_flops
 from convit_jax.parallel import sharding
 from convit_jax.plan import arithmetic
 
-SMALL = {"image_size": 32, "embed_dim": 48, "depth": 4, "local_up_to_layer": 2, "num_classes": 10}
+SMALL = {"image_size": 32, "embed_dim": 48, "depth": 2, "local_up_to_layer": 1, "num_classes": 10}
 
 
 def count(function, *arguments) -> arithmetic.Arithmetic:
