@@ -9,7 +9,7 @@ and the body of a loop once.
 import collections
 from collections.abc import Iterator
 
-from convit_jax.plan.hlo import Array, Computation, Instruction, Program, arrays
+from convit_jax.plan.hlo import Computation, Instruction, Program, arrays
 
 # Instructions that move nothing themselves: names of arrays, and frames of other instructions.
 _FREE = {
@@ -25,20 +25,13 @@ _FETCHES = ("copy-start", "slice-start", "dynamic-slice-start")
 _UPDATE = "dynamic-update-slice"
 
 
-def bytes_moved(program: Program, main_memory_only: bool = True, turns: bool = True) -> int:
-    """Returns the bytes that a step reads and writes on one device.
-
-    Args:
-      program: the compiled program.
-      main_memory_only: whether to leave out arrays in the memory on the chip.
-      turns: whether the body of a loop counts once for each turn, and not once in all.
-    """
-    total = 0
-    for name, instruction, count in program.runs():
-        if instruction.kind not in _FREE and not _only_allocates(instruction):
-            moved = _Moved(program, program.computations[name], main_memory_only)
-            total += moved.by(instruction) * (count if turns else 1)
-    return total
+def bytes_moved(program: Program) -> int:
+    """Returns the bytes that a step reads and writes on one device."""
+    return sum(
+        turns * _Moved(program, program.computations[name]).by(instruction)
+        for name, instruction, turns in program.runs()
+        if instruction.kind not in _FREE and not _only_allocates(instruction)
+    )
 
 
 def _only_allocates(instruction: Instruction) -> bool:
@@ -46,17 +39,10 @@ def _only_allocates(instruction: Instruction) -> bool:
 
 
 class _Moved:
-    """Counts the bytes of the instructions of one computation.
+    """Counts the bytes of the instructions of one computation of a program."""
 
-    Attributes:
-      program: the compiled program.
-      computation: the computation.
-      main_memory_only: whether to leave out arrays in the memory on the chip.
-    """
-
-    def __init__(self, program: Program, computation: Computation, main_memory_only: bool):
+    def __init__(self, program: Program, computation: Computation):
         self.program, self.computation = program, computation
-        self.main_memory_only = main_memory_only
 
     def by(self, instruction: Instruction) -> int:
         """Returns the bytes that an instruction moves."""
@@ -64,22 +50,13 @@ class _Moved:
         if instruction.kind == "fusion":
             return self._by_fusion(instruction, operands)
         if instruction.kind in _SLICES:
-            return 2 * self._size(instruction.type)
+            return 2 * _size(instruction.type)
         if instruction.kind == _UPDATE:
-            return 2 * self._size(operands[1])
+            return 2 * _size(operands[1])
         if instruction.kind in _FETCHES:
             ends = arrays(instruction.type)[:2]
-            return min(end.bytes for end in ends) * sum(self._counts(end) for end in ends)
-        return self._size(instruction.type) + sum(map(self._size, operands))
-
-    def _size(self, type_: str) -> int:
-        return sum(map(self._of, arrays(type_)))
-
-    def _of(self, array: Array) -> int:
-        return array.bytes if self._counts(array) else 0
-
-    def _counts(self, array: Array) -> bool:
-        return array.in_main_memory or not self.main_memory_only
+            return min(end.bytes for end in ends) * sum(end.in_main_memory for end in ends)
+        return _size(instruction.type) + sum(map(_size, operands))
 
     def _by_fusion(self, instruction: Instruction, operands: list[str]) -> int:
         inside = self.program.computations[self.program.called(instruction)[0]]
@@ -91,16 +68,24 @@ class _Moved:
         for parameter in inside.values():
             if parameter.kind == "parameter":
                 operand = operands[int(parameter.content)]
-                total += int(self._size(operand) * _share_read(parameter, readers, operand))
-        results = _results(inside)
-        for array, result in zip(arrays(instruction.type), results, strict=False):
+                total += int(_size(operand) * _share_read(parameter, readers, operand))
+        written, results = arrays(instruction.type), _results(inside)
+        if len(written) != len(results):  # one operation with several results
+            return total + _size(instruction.type)
+        for array, result in zip(written, results, strict=True):
             updated = result.kind == _UPDATE
             part = _bytes(inside[result.operands[1]].type) if updated else array.bytes
-            total += min(part, array.bytes) if self._counts(array) else 0
+            total += min(part, array.bytes) if array.in_main_memory else 0
         return total
 
 
+def _size(type_: str) -> int:
+    """Returns the bytes in the main memory."""
+    return sum(array.bytes for array in arrays(type_) if array.in_main_memory)
+
+
 def _bytes(type_: str) -> int:
+    """Returns the bytes in any memory."""
     return sum(array.bytes for array in arrays(type_))
 
 
