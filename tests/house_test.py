@@ -12,7 +12,7 @@ FLOORS = (
     {"__main__"},
     {"cli"},
     {"study"},
-    {"analysis"},
+    {"analysis", "plan"},
     {"train", "predict"},
     {"weights", "data"},
     {"recipe", "ablations"},

@@ -20,6 +20,7 @@ COMMANDS = {
     "convert": ("convert weights between PyTorch, this project and StableHLO", "weights"),
     "analyse": ("measure how a model attends: the paper's study of locality", "study"),
     "data": ("check a data set, or prepare ImageNet", "train"),
+    "plan": ("say what training costs on a TPU pod that is not there", "train"),
     "study": ("repeat the paper's study of locality: runs, tables, pictures", "study"),
 }
 

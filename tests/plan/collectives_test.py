@@ -1,29 +1,12 @@
-"""Collectives of compiled programs are found, and the training step compiles for a TPU pod."""
-
-import importlib.util
-import os
-import re
-import subprocess
-import sys
+"""What devices send one another is found in compiled programs."""
 
 import jax
 import jax.numpy as jnp
 from jax.sharding import PartitionSpec
-import pytest
-from runs import ROOT
 
-from benchmarks import tpu_compile
 from convit_jax.parallel import sharding
-
-SMALL = (
-    "--config.model.image_size=32",
-    "--config.model.embed_dim=128",
-    "--config.model.num_heads=4",
-    "--config.model.depth=2",
-    "--config.model.local_up_to_layer=1",
-    "--config.model.num_classes=128",
-    "--config.train.batch_size=64",
-)
+from convit_jax.plan import collectives
+from convit_jax.plan.hlo import Program
 
 # In the style of the TPU's compiler: layouts in types, fused scatters, stages that share a channel.
 PROGRAM = """\
@@ -55,9 +38,14 @@ collective-permute-start(%x), channel_id=4, source_target_pairs={{0,1}}
 """
 
 
+def find(function, *arguments) -> list[collectives.Collective]:
+    return collectives.find(Program.parse(function.lower(*arguments).compile().as_text()))
+
+
 def test_collectives_of_a_tpus_program_are_read():
-    found = tpu_compile.find_collectives(PROGRAM)
-    assert {(c.kind, c.arrays, c.turns) for c in found} == {
+    found = collectives.find(Program.parse(PROGRAM))
+    sizes = {(c.kind, tuple((a.dtype, a.size) for a in c.arrays), c.turns) for c in found}
+    assert sizes == {
         ("collective-permute", (("bf16", 12),), 1),
         ("reduce-scatter", (("f32", 40),), 1),
         ("all-reduce", (("bf16", 6), ("f32", 1)), 10),
@@ -65,6 +53,7 @@ def test_collectives_of_a_tpus_program_are_read():
         ("reduce-scatter", (("bf16", 512),), 1),
     }
     assert {c.source for c in found} == {"", "jit(step)/while/body"}
+    assert {c.bytes for c in found} == {2 * 12, 4 * 40, 10 * (2 * 6 + 4), 10 * 4 * 64, 2 * 512}
 
 
 def test_what_is_sent_besides_gradients_is_named():
@@ -87,34 +76,13 @@ def test_what_is_sent_besides_gradients_is_named():
 
     shapes = (jnp.zeros((6, 7)), jnp.zeros((16, 6)))
     step = jax.jit(step, in_shardings=(whole, batch), out_shardings=whole)
-    found = tpu_compile.find_collectives(step.lower(*shapes).compile().as_text())
-    problems = tpu_compile.unexpected(found, {"all-reduce": {42}})
+    found = find(step, *shapes)
+    problems = collectives.unexpected(found, {"all-reduce": {42}})
     assert {what.split()[0] for what, _ in problems} == {"collective-permute"}
-    assert not tpu_compile.unexpected(found, {"all-reduce": {42}, "collective-permute": {6}})
+    assert not collectives.unexpected(found, {"all-reduce": {42}, "collective-permute": {6}})
 
     spec = PartitionSpec(sharding.make_mesh().axis_names)
     loop = jax.jit(jax.shard_map(send_in_turn, mesh=mesh, in_specs=spec, out_specs=spec))
-    found = tpu_compile.find_collectives(loop.lower(jnp.zeros((16, 6))).compile().as_text())
+    found = find(loop, jnp.zeros((16, 6)))
     assert {c.kind for c in found} == {"collective-permute"}
     assert sum(c.turns for c in found) == 5
-
-
-@pytest.mark.slow
-@pytest.mark.skipif(not importlib.util.find_spec("libtpu"), reason="needs libtpu")
-def test_the_step_compiles_for_a_pod():
-    """In its own process: libtpu must not come into this one."""
-    env = {k: v for k, v in os.environ.items() if k != "XLA_FLAGS"}
-    command = [sys.executable, "-m", "benchmarks.tpu_compile", "--config=configs/convit_b.py"]
-    done = subprocess.run(
-        [*command, "--topology=v5e:2x4", "--fsdp=1,8", *SMALL],
-        cwd=ROOT, env=env, capture_output=True, text=True, timeout=1200,
-    )  # fmt: skip
-    assert done.returncode == 0, done.stdout + done.stderr
-    rows = re.findall(r"^v5e:2x4 +(\d) x (\d) +8 +([\d,.]+)", done.stdout, re.MULTILINE)
-    assert [row[:2] for row in rows] == [("8", "1"), ("1", "8")]
-    whole, part = (float(row[2].replace(",", "")) for row in rows)
-    assert part / whole == pytest.approx(1 / 8, rel=0.1)
-    alone, split = done.stdout.split("1 x 8")
-    assert "all-reduce: " in alone
-    assert "all-gather" not in alone
-    assert "all-gather: " in split

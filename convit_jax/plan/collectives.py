@@ -1,0 +1,116 @@
+"""What the devices send one another in a step of a compiled program, and what they should send."""
+
+import dataclasses
+import math
+import re
+
+import jax
+
+from convit_jax.model.network import ConViT
+from convit_jax.plan.hlo import Array, Instruction, Program, arrays
+from convit_jax.train.step import TrainState
+
+_KINDS = re.compile(
+    r"(all-reduce|all-gather|reduce-scatter|all-to-all|ragged-all-to-all|collective-\w+)(-start)?"
+)
+
+
+@dataclasses.dataclass(frozen=True)
+class Collective:
+    """A collective operation: something that devices send to one another in a step.
+
+    Attributes:
+      kind: name of the operation, such as "all-reduce".
+      arrays: the whole arrays.
+      turns: how often the operation runs in a step.
+      source: where in the program it comes from.
+    """
+
+    kind: str
+    arrays: tuple[Array, ...]
+    turns: int
+    source: str
+
+    @property
+    def bytes(self) -> int:
+        """Bytes of the arrays, in all turns."""
+        return self.turns * sum(array.bytes for array in self.arrays)
+
+
+def find(program: Program) -> list[Collective]:
+    """Finds all collectives of a compiled program, and counts the turns of loops."""
+    found: dict[str, Collective] = {}
+    for computation, instruction, turns in program.runs(fused=True):
+        if match := _KINDS.fullmatch(instruction.kind):
+            collective = _read(computation, instruction, match[1], bool(match[2]), turns)
+            channel = instruction.attribute("channel_id")
+            key = channel or f"{computation} {instruction.name}"
+            # A collective that overlaps with arithmetic appears once for each of its stages.
+            if key not in found or found[key].turns < turns:
+                found[key] = collective
+    return list(found.values())
+
+
+def _read(
+    computation: str, instruction: Instruction, kind: str, is_start: bool, turns: int
+) -> Collective:
+    sent = arrays(instruction.type)
+    if is_start and kind == "collective-permute":
+        sent = sent[1:2]  # the types are (input, output, and two for synchronisation)
+    elif is_start and kind == "all-gather":
+        sent = sent[len(sent) // 2 :]  # the types are (inputs, outputs)
+    if kind == "reduce-scatter":
+        sent = [
+            dataclasses.replace(array, shape=(_group_size(instruction), *array.shape))
+            for array in sent
+        ]
+    if computation.startswith("all-reduce-scatter"):
+        kind = "reduce-scatter"  # how TPU programs write it: each device keeps its part
+    source = re.search(r'op_name="([^"]*)"', instruction.attributes)
+    return Collective(kind, tuple(sent), turns, source[1] if source else "")
+
+
+def _group_size(instruction: Instruction) -> int:
+    """Returns the number of devices that take part in a collective together."""
+    groups = re.search(r"replica_groups=(?:\[\d+,(\d+)\]|\{\{([\d,]+)\})", instruction.attributes)
+    assert groups is not None
+    return int(groups[1]) if groups[1] else len(groups[2].split(","))
+
+
+def expected_sizes(state: TrainState, model: ConViT) -> dict[str, set[int]]:
+    """Returns {kind: numbers of elements of the arrays that a step should send}.
+
+    Gradients, of all layers or of one layer, are reduced. The gradient of a layer's positional
+    attention is reduced too, before the gradients of its few parameters are computed from it. Split
+    parameters are gathered. Their parts are also sent around a ring while they are multiplied or
+    while their gradients are computed.
+    """
+    reduced, gathered, parts = {1}, set(), set()
+    for path, leaf in jax.tree_util.tree_leaves_with_path(state.params):
+        layers = leaf.shape[0] if path[0].key in ("gpsa_blocks", "blocks") else 1
+        sizes = {leaf.size, leaf.size // layers}
+        reduced |= sizes
+        if not leaf.sharding.is_fully_replicated:
+            gathered |= sizes
+            part = math.prod(leaf.sharding.shard_shape(leaf.shape))
+            parts |= {part, part // layers}
+    rows, columns = model.grid
+    reduced |= {model.num_heads * n**2 for n in (rows, columns, rows * columns)} | parts
+    return {
+        "all-reduce": reduced,
+        "reduce-scatter": reduced,
+        "all-gather": gathered,
+        "collective-permute": parts,
+    }
+
+
+def unexpected(
+    collectives: list[Collective], expected: dict[str, set[int]]
+) -> list[tuple[str, str]]:
+    """Returns what a step should not send: a list of (array, where it comes from)."""
+    return [
+        (f"{c.kind} of {array.dtype}[{array.size}]", c.source)
+        for c in collectives
+        for array in c.arrays
+        if array.size not in expected.get(c.kind, set())
+    ]
