@@ -15,6 +15,7 @@ FLOORS = (
     {"analysis", "plan"},
     {"train", "predict"},
     {"weights", "data"},
+    {"saved_config"},
     {"recipe", "ablations"},
     {"model"},
     {"workdir", "parallel"},

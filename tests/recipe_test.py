@@ -10,7 +10,7 @@ import ml_collections
 import pytest
 from runs import ROOT
 
-from convit_jax import VARIANTS, ablations, recipe
+from convit_jax import VARIANTS, ablations, recipe, saved_config
 from convit_jax.cli import options
 from convit_jax.model.variants import OPTIONS, options_of_kind, variant_of
 from convit_jax.train import freezing, setup
@@ -160,10 +160,10 @@ def test_values_out_of_bounds_are_refused(name, value, message):
 def test_a_configuration_survives_json():
     config = load("convit_ti")
     config.model.image_size = "8x12"
-    saved = json.loads(json.dumps(recipe.to_json(config)))
-    assert saved["format_version"] == recipe.FORMAT_VERSION
-    assert recipe.from_json(saved, "config.json") == config
-    assert recipe.differences(recipe.from_json(saved, "config.json"), config) == {}
+    saved = json.loads(json.dumps(saved_config.to_json(config)))
+    assert saved["format_version"] == saved_config.FORMAT_VERSION
+    assert saved_config.from_json(saved, "config.json") == config
+    assert saved_config.differences(saved_config.from_json(saved, "config.json"), config) == {}
 
 
 def test_a_run_of_an_earlier_version_is_told_what_is_computed_otherwise():
@@ -173,31 +173,31 @@ def test_a_run_of_an_earlier_version_is_told_what_is_computed_otherwise():
         ("digits", 1, ["augment.crop=pad"]),
         ("cifar10", 1, ["mixup.group_size", "augment.crop=pad"]),
         ("cifar10", 2, ["augment.crop=pad"]),
-        ("cifar10", recipe.FORMAT_VERSION, []),
+        ("cifar10", saved_config.FORMAT_VERSION, []),
     ):
         config = load(name)
-        saved = recipe.to_json(config) | {"format_version": version}
-        texts = recipe.changes_since(saved, config)
+        saved = saved_config.to_json(config) | {"format_version": version}
+        texts = saved_config.changes_since(saved, config)
         assert [text.partition(":")[0] for text in texts] == keys
 
 
 def test_older_configurations_take_defaults_and_later_ones_are_refused():
-    saved = json.loads(json.dumps(recipe.to_json(load("convit_ti"))))
+    saved = json.loads(json.dumps(saved_config.to_json(load("convit_ti"))))
     del saved["format_version"], saved["optim"]["ema_decay"], saved["mesh"]
     saved["model"]["image_size"] = [8, 12]
-    read = recipe.from_json(saved, "config.json")
+    read = saved_config.from_json(saved, "config.json")
     assert (read.model.image_size, read.optim.ema_decay, read.mesh.fsdp) == ("8x12", 0.0, 1)
     saved["train"]["momentum"] = 0.9
     with pytest.raises(ValueError, match=r"config.json: not the .*: unknown key: train.momentum"):
-        recipe.from_json(saved, "config.json")
+        saved_config.from_json(saved, "config.json")
     with pytest.raises(ValueError, match=r"config.json: written by a later version"):
-        recipe.from_json({"format_version": recipe.FORMAT_VERSION + 1}, "config.json")
+        saved_config.from_json({"format_version": saved_config.FORMAT_VERSION + 1}, "config.json")
 
 
 def test_what_may_change_between_two_starts():
     config, other = recipe.get_config(), recipe.get_config()
     other.update_from_flattened_dict({"train.epochs": 7.0, "data.workers": 3, "optim.b1": 0.5})
-    found = recipe.differences(config, other)
+    found = saved_config.differences(config, other)
     assert found == {
         "data.workers": "data.workers: saved None, now 3",
         "optim.b1": "optim.b1: saved 0.9, now 0.5",

@@ -10,7 +10,7 @@ from typing import Any
 import jax
 import numpy as np
 
-from convit_jax import recipe
+from convit_jax import recipe, saved_config
 from convit_jax.analysis.charts import Line, chart
 from convit_jax.analysis.markup import folded, image, missing, scrolled, side_by_side, table
 from convit_jax.analysis.report import Map, Mistake, Report, Tested
@@ -101,7 +101,7 @@ def _run(report: Report) -> str:
 
 
 def _recipe(report: Report) -> str:
-    default, chosen = recipe.values(recipe.get_config()), recipe.values(report.config)
+    default, chosen = saved_config.values(recipe.get_config()), saved_config.values(report.config)
     rows = [
         (key, _value(value), _value(default.get(key)))
         for key, value in sorted(chosen.items())

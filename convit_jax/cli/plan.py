@@ -22,7 +22,7 @@ import math
 import jax
 import ml_collections
 
-from convit_jax import recipe
+from convit_jax import saved_config
 from convit_jax.cli import options
 from convit_jax.plan import chips, forms, report, settle, topology
 from convit_jax.storage import write_text
@@ -119,7 +119,7 @@ def _plan(args: argparse.Namespace, config: ml_collections.ConfigDict) -> int:
         steps.append(step)
     print(report.text(place, settle.describe(config, model), steps))
     if args.json:
-        write_text(args.json, report.to_json(place, recipe.to_json(config), steps))
+        write_text(args.json, report.to_json(place, saved_config.to_json(config), steps))
         log.info("wrote %s", args.json)
     fits = any(step.fits(chip.memory) is not False for step in steps)
     return 0 if fits and not any(step.unexpected for step in steps) else 1

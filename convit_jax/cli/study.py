@@ -23,7 +23,7 @@ import pathlib
 
 import ml_collections
 
-from convit_jax import recipe
+from convit_jax import saved_config
 from convit_jax.cli import options
 from convit_jax.storage import write_text
 from convit_jax.study import picture, plans, results, runner
@@ -172,7 +172,8 @@ def _write(study: plans.Study, folder: pathlib.Path, config: ml_collections.Conf
     place = folder / study.name
     write_text(place.with_name(f"{study.name}.md"), table)
     write_text(
-        place.with_name(f"{study.name}.json"), results.to_json(study, found, recipe.to_json(config))
+        place.with_name(f"{study.name}.json"),
+        results.to_json(study, found, saved_config.to_json(config)),
     )
     picture.draw(study, found, place.with_name(f"{study.name}.png"))
     log.info("wrote %s.md, .json and .png", place)

@@ -10,7 +10,7 @@ from typing import Any
 
 import ml_collections
 
-from convit_jax import ablations, recipe
+from convit_jax import ablations, recipe, saved_config
 from convit_jax.analysis import masking
 from convit_jax.model import image_size
 from convit_jax.model.variants import create_model, structure_of
@@ -124,7 +124,7 @@ def check_base(config: ml_collections.ConfigDict) -> None:
     if config.init_from:
         raise ValueError(f"init_from: expected random weights for a study, got {config.init_from}")
     for name in ("seed", "data.sampling_ratio", "data.epochs_scale"):
-        value = recipe.values(config)[name]
+        value = saved_config.values(config)[name]
         if value != recipe.KEYS[name].default:
             raise ValueError(f"{name}: set by the study (see --seeds and --shares), got {value}")
 

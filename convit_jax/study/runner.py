@@ -20,7 +20,7 @@ from typing import Self, TextIO
 
 import ml_collections
 
-from convit_jax import recipe
+from convit_jax import recipe, saved_config
 from convit_jax.data import fit
 from convit_jax.parallel.signals import SIGNALS
 from convit_jax.storage import is_bucket
@@ -99,10 +99,10 @@ def check(workdir: Workdir, config: ml_collections.ConfigDict) -> None:
     config = config.copy_and_resolve_references()  # completed as the start of the run did
     config.distill.sha256 = config.distill.sha256 or found.distill.sha256
     fit.fit_normalisation(config, found.model.in_channels or 3)
-    costs, asked = recipe.MAY_CHANGE - _COUNTS, recipe.values(config)
+    costs, asked = recipe.MAY_CHANGE - _COUNTS, saved_config.values(config)
     wrong = [
         text
-        for name, text in recipe.differences(found, config).items()
+        for name, text in saved_config.differences(found, config).items()
         if name not in costs and asked[name] is not None
     ]
     if wrong:

@@ -12,7 +12,7 @@ import logging
 import jax
 import ml_collections
 
-from convit_jax import recipe
+from convit_jax import recipe, saved_config
 from convit_jax.data.identity import (
     Identity,
     class_difference,
@@ -32,7 +32,7 @@ _OF_A_HOST = ("data.cache", "data.dir", "data.workers", "distill.teacher")
 def config_of_run(workdir: Workdir) -> ml_collections.ConfigDict | None:
     """Returns the configuration of the run in a workdir; None if there is no run."""
     saved = record.read_config(workdir)
-    return None if saved is None else recipe.from_json(saved, str(workdir.config))
+    return None if saved is None else saved_config.from_json(saved, str(workdir.config))
 
 
 def keep_data_rules(
@@ -45,7 +45,9 @@ def keep_data_rules(
       config: configuration of the present start; changed.
     """
     if found is not None:
-        for text in recipe.keep_division(found, config) + recipe.keep_reading(found, config):
+        for text in saved_config.keep_division(found, config) + saved_config.keep_reading(
+            found, config
+        ):
             log.info("%s", text)
 
 
@@ -66,8 +68,8 @@ def check_config(
     saved = record.read_config(workdir)
     if saved is None:
         return []
-    found = recipe.from_json(saved, str(workdir.config))
-    differences = recipe.differences(found, config)
+    found = saved_config.from_json(saved, str(workdir.config))
+    differences = saved_config.differences(found, config)
     may_change = set(recipe.MAY_CHANGE)
     if _are_folders(found, config) and _are_the_same(workdir, data):
         may_change.add("data.source")
@@ -77,7 +79,7 @@ def check_config(
             f"{workdir} holds a run with another configuration: choose another --workdir, delete "
             "this one, or start with the run's own values:\n  " + "\n  ".join(wrong)
         )
-    return [*differences.values(), *recipe.changes_since(saved, config)]
+    return [*differences.values(), *saved_config.changes_since(saved, config)]
 
 
 def _are_folders(*configs: ml_collections.ConfigDict) -> bool:
@@ -137,12 +139,12 @@ def check_processes(config: ml_collections.ConfigDict, data: Mapping[str, Identi
     """
     if jax.process_count() == 1:
         return
-    texts = processes.gather_texts(json.dumps(recipe.to_json(config)))
-    configs = [recipe.from_json(json.loads(text), "configuration") for text in texts]
+    texts = processes.gather_texts(json.dumps(saved_config.to_json(config)))
+    configs = [saved_config.from_json(json.loads(text), "configuration") for text in texts]
     problems = [
         f"process {process} has another configuration than process 0: {text}"
         for process, other in enumerate(configs)
-        for name, text in recipe.differences(configs[0], other).items()
+        for name, text in saved_config.differences(configs[0], other).items()
         if name not in _OF_A_HOST and not (name == "data.source" and _are_folders(other))
     ]
     summaries = {split: found.summary() for split, found in data.items()}
@@ -169,7 +171,7 @@ def record_start(
     """
     record.record_start(
         workdir,
-        recipe.to_json(config),
+        saved_config.to_json(config),
         step,
         data["train"].class_names,
         {split: found.summary() for split, found in data.items()},

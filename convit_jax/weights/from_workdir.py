@@ -10,7 +10,7 @@ import ml_collections
 import numpy as np
 import orbax.checkpoint as ocp
 
-from convit_jax import recipe
+from convit_jax import saved_config
 from convit_jax.model import image_size
 from convit_jax.model.variants import options_of_kind, structure_of
 from convit_jax.weights.infer import Claim
@@ -153,4 +153,4 @@ def _config(workdir: Workdir) -> ml_collections.ConfigDict:
     saved = record.read_config(workdir)
     if saved is None:
         raise ValueError(f"{workdir.config}: not the configuration of a run")
-    return recipe.from_json(saved, str(workdir.config))
+    return saved_config.from_json(saved, str(workdir.config))

@@ -2,7 +2,7 @@
 
 import json
 
-from convit_jax import recipe, storage
+from convit_jax import recipe, saved_config, storage
 from convit_jax.cli import options
 from convit_jax.study import picture, plans, results, runner
 from convit_jax.workdir.folder import Workdir
@@ -34,7 +34,7 @@ def test_a_cell_is_the_mean_and_deviation_of_the_last_evaluations(tmp_path):
         "| ConViT | -   | 60.0 ± 10.0   |\n"
         "| DeiT   | -   | 25.0 (1 of 3) |\n"
     )
-    cells = json.loads(results.to_json(study, found, recipe.to_json(config)))["cells"]
+    cells = json.loads(results.to_json(study, found, saved_config.to_json(config)))["cells"]
     assert cells[1]["mean"] == 60.0
     picture.draw(study, found, tmp_path / "table.png")
     assert (tmp_path / "table.png").stat().st_size > 5000
@@ -63,6 +63,6 @@ def test_what_a_run_completes_is_not_another_configuration(tmp_path):
     saved.data.mean = (0.449,)
     saved.distill.sha256 = "ab"
     workdir = Workdir(tmp_path)
-    storage.write_text(workdir.config, json.dumps(recipe.to_json(saved)))
+    storage.write_text(workdir.config, json.dumps(saved_config.to_json(saved)))
     asked.data.mean = recipe.KEYS["data.mean"].default
     runner.check(workdir, asked)

@@ -9,7 +9,7 @@ from PIL import Image
 import pytest
 
 from configs import finetune
-from convit_jax import recipe
+from convit_jax import recipe, saved_config
 from convit_jax.data.arrays import ArraySource
 from convit_jax.data.fit import reading, settle_reading
 from convit_jax.data.images.reading import AS_SHOWN, Reading
@@ -31,7 +31,7 @@ def old_run(tmp_path):
     )
     config.train.batch_size = 8
     config.init_from = ""
-    saved = recipe.to_json(config) | {"format_version": 2}
+    saved = saved_config.to_json(config) | {"format_version": 2}
     del saved["data"]["held_out"], saved["data"]["exif"], saved["data"]["alpha"]
     workdir = Workdir(tmp_path / "run")
     workdir.path.mkdir()

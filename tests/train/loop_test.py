@@ -16,7 +16,7 @@ import numpy as np
 import pytest
 
 from configs import digits
-from convit_jax import recipe
+from convit_jax import saved_config
 from convit_jax.data.batches.chunks import Share, TrainChunks
 from convit_jax.data.batches.workers import iterate
 from convit_jax.data.open import open_source
@@ -386,7 +386,7 @@ def test_a_run_of_an_older_configuration_continues(tmp_path, caplog, monkeypatch
         interrupt_evaluations(patch)
         assert loop.train(setup.prepare(config, workdir)) is None
     saved = json.loads(workdir.config.read_text())
-    assert saved.pop("format_version") == recipe.FORMAT_VERSION
+    assert saved.pop("format_version") == saved_config.FORMAT_VERSION
     del saved["compilation_cache"], saved["train"]["accum_steps"], saved["init_ema"]
     saved["model"]["image_size"] = [8, 8]
     workdir.config.write_text(json.dumps(saved))
@@ -396,7 +396,7 @@ def test_a_run_of_an_older_configuration_continues(tmp_path, caplog, monkeypatch
     assert "continuing from step 2 of" in caplog.text
     assert "last start: mixup.group_size: the run was saved with groups of" in caplog.text
     assert "last start: augment.crop=pad: the random numbers of crops" in caplog.text
-    assert json.loads(workdir.config.read_text())["format_version"] == recipe.FORMAT_VERSION
+    assert json.loads(workdir.config.read_text())["format_version"] == saved_config.FORMAT_VERSION
     read_weights(tmp_path)
     config.optim.b1 = 0.5
     with pytest.raises(ValueError, match=r"(?s)another config.* optim.b1: saved 0.9, now 0.5"):

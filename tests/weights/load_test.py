@@ -14,7 +14,7 @@ from small_models import DEIT, MODEL, SMALL, equal, random_params
 
 from configs import digits
 import convit_jax
-from convit_jax import ConViT, create_model, recipe, to_torch
+from convit_jax import ConViT, create_model, saved_config, to_torch
 from convit_jax.model import variants
 from convit_jax.weights import infer, safetensors
 from convit_jax.weights.load import read_weights
@@ -212,7 +212,7 @@ def test_a_workdir(tmp_path, log):
     made = create_model("convit_tiny", **options)
     run = tmp_path / "run"
     run.mkdir()
-    record.record_start(Workdir(run), recipe.to_json(config), 0, list("0123456789"), {}, {})
+    record.record_start(Workdir(run), saved_config.to_json(config), 0, list("0123456789"), {}, {})
     with pytest.raises(FileNotFoundError, match=r"holds no checkpoint and no weights\.safetensors"):
         convit_jax.load(run)
     saved = Loaded(made, random_params(made, seed=9), "", mean=(0.1,), std=(0.2,))
@@ -263,7 +263,7 @@ def test_a_workdir(tmp_path, log):
     with pytest.raises(OSError, match="1: cannot read this checkpoint"):
         convit_jax.load(run)
     config.optim.ema_decay = 0.0
-    record.record_start(Workdir(run), recipe.to_json(config), 0, list("0123456789"), {}, {})
+    record.record_start(Workdir(run), saved_config.to_json(config), 0, list("0123456789"), {}, {})
     with pytest.raises(ValueError, match=r"has no averaged weights \(optim.ema_decay=0\)"):
         convit_jax.load(run, ema=True)
     assert read_weights(run, ema=None, checkpoint="2").ema is False

@@ -11,7 +11,7 @@ from PIL import Image
 import pytest
 import reference
 
-from convit_jax import recipe
+from convit_jax import recipe, saved_config
 from convit_jax.data import held_out
 from convit_jax.data.images.decode import decode
 from convit_jax.data.open import SPLITS, open_source
@@ -253,25 +253,25 @@ def test_a_list_of_classes_must_be_the_folders(tmp_path):
 def test_a_run_of_an_earlier_version_keeps_its_division():
     config = recipe.get_config()
     config.data.source = "folder:pictures"
-    saved = recipe.to_json(config)
+    saved = saved_config.to_json(config)
     del saved["data"]["held_out"]
     for version in (1, 2):
-        old = recipe.from_json(saved | {"format_version": version}, "config.json")
+        old = saved_config.from_json(saved | {"format_version": version}, "config.json")
         assert old.data.held_out == "spread"
-        assert recipe.to_json(old)["format_version"] == recipe.FORMAT_VERSION
+        assert saved_config.to_json(old)["format_version"] == saved_config.FORMAT_VERSION
         # The command that started the run names no rule. The run goes on with its own.
         again = config.copy_and_resolve_references()
-        (text,) = recipe.keep_division(old, again)
+        (text,) = saved_config.keep_division(old, again)
         assert text.startswith("data.held_out: 'spread', as the run has it, not 'hash'")
-        assert len(recipe.keep_reading(old, again)) == 2  # data.exif and data.alpha
-        assert recipe.differences(old, again) == {}
-        assert recipe.keep_division(old, again) == []
+        assert len(saved_config.keep_reading(old, again)) == 2  # data.exif and data.alpha
+        assert saved_config.differences(old, again) == {}
+        assert saved_config.keep_division(old, again) == []
     other = recipe.get_config()
     old.data.source, other.data.source = ("tfds:imagenet2012",) * 2
-    assert recipe.keep_division(old, other) == []  # its splits are its own: nothing to say
-    recipe.keep_reading(old, other)
-    assert recipe.differences(old, other) == {}
-    new = recipe.from_json(saved | {"format_version": 3}, "config.json")
+    assert saved_config.keep_division(old, other) == []  # its splits are its own: nothing to say
+    saved_config.keep_reading(old, other)
+    assert saved_config.differences(old, other) == {}
+    new = saved_config.from_json(saved | {"format_version": 3}, "config.json")
     assert new.data.held_out == "hash"
 
 
