@@ -34,6 +34,7 @@ import jax
 import jax.numpy as jnp
 
 from convit_jax.model import fused, sdpa
+from convit_jax.model.fused import Fused
 from convit_jax.model.positional import (
     Linear,
     PositionalAttention,
@@ -42,7 +43,7 @@ from convit_jax.model.positional import (
     positional_factors,
     positional_map,
 )
-from convit_jax.model.sdpa import Attention
+from convit_jax.model.sdpa import Attention, AttentionFn
 
 Array = jax.Array
 Grid = tuple[int, int]
@@ -177,16 +178,23 @@ def check_forms(attention: Attention, positional: str, attn_dropout: float) -> N
         )
 
 
-def _choose(module: "SelfAttention | GPSA", x: Array, positional: str) -> tuple[Attention, str]:
-    """Returns `choose_forms` of a module and its input, (B, N, D)."""
+def _choose(
+    module: "SelfAttention | GPSA", x: Array, positional: str
+) -> tuple[Fused | None, str | AttentionFn, str]:
+    """Returns `choose_forms` of a module and its input, (B, N, D).
+
+    Returns:
+      The fused kernel or None; the attention to use without the kernel; and `positional`.
+    """
     batch, size, width = x.shape
     attention, positional = choose_forms(
         module.attention, positional, size, module.attn_dropout, dtype=module.dtype,
         width=width // module.num_heads, heads=module.num_heads, batch=batch,
     )  # fmt: skip
+    if attention != "fused" and not isinstance(attention, Fused):
+        return None, attention, positional
     # No parameter depends on the kernel, which would have to be split over the devices.
-    initialises = module.is_initializing() and fused.is_fused(attention)
-    return ("xla" if initialises else attention), positional
+    return None if module.is_initializing() else fused.of(attention), "xla", positional
 
 
 def identity_init(key: Array, shape: tuple[int, ...], dtype: Any = jnp.float32) -> Array:
@@ -277,18 +285,19 @@ class SelfAttention(nn.Module):
         qkv = Linear(3 * width, use_bias=self.qkv_bias, dtype=self.dtype, name="qkv")(x)
         parts = qkv.reshape(batch, size, 3, self.num_heads, head)
         q, k, v = parts[:, : self.queries, 0], parts[:, :, 1], parts[:, :, 2]
+        kernel, attention, _ = _choose(self, x, "auto")
 
         if offset is not None or (train and self.attn_dropout):
             content = shifted_map(sdpa.content_map(q, k, scale), offset)
             drop = nn.Dropout(self.attn_dropout, deterministic=not train, name="attn_drop")
             out = sdpa.keep(sdpa.apply_map(drop(content), v))
-        elif kernel := fused.of(_choose(self, x, "auto")[0]):
+        elif kernel:
             out = kernel.self_attention(
                 qkv, heads=self.num_heads, scale=scale, queries=self.queries
             )
             out = sdpa.keep(out.reshape(q.shape))
         else:
-            attention = "xla" if self.queries else _choose(self, x, "auto")[0]
+            attention = "xla" if self.queries else attention
             out = sdpa.attention_fn(attention)(q, k, v, scale=scale)
         out = _project(out, self.dropout, train, self.dtype)
         return (out, {"content": sdpa.content_map(q, k, scale)}) if return_attention else out
@@ -393,8 +402,7 @@ class GPSA(nn.Module):
         )()
         p_y, p_x = positional_factors(weights, grid)
 
-        attention, positional = _choose(self, x, self.positional)
-        kernel = fused.of(attention)
+        kernel, attention, positional = _choose(self, x, self.positional)
         if kernel and offset is None:
             out = kernel.gpsa(qk, flat_v, weights, gate, grid=grid, scale=scale)
             out = sdpa.keep(out.reshape(v.shape))

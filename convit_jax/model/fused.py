@@ -24,7 +24,10 @@ Array = jax.Array
 # (function, number of arguments that are split over the batch) -> the function, split over devices.
 Split = Callable[[Callable[..., Array], int], Callable[..., Array]]
 
-_VMEM = 14  # MiB that a kernel may take; a v4 has 16
+# MiB of VMEM by `device_kind` (`pltpu.get_tpu_info_for_chip` of JAX). Every TPU has the least.
+_LEAST_VMEM = 16
+_VMEM = {"TPU v5": 64, "TPU v5 lite": 128, "TPU v6 lite": 128}
+_SHARE = 15 / 16  # of the VMEM is for the kernel; the estimate is rough
 _LANES, _SUBLANES = 128, 8  # a register is 8 x 128 numbers of 32 bits
 _MAPS = 6  # maps of a head, (M, N) float32, that the backward pass holds at a time
 _DTYPES = (jnp.dtype(jnp.bfloat16), jnp.dtype(jnp.float32))
@@ -41,10 +44,12 @@ class Fused:
     Attributes:
       split: splits a function over the batch, see `convit_jax.parallel.sharding.split_batch`; None
         leaves it whole, for one device.
+      memory: MiB of VMEM that the chip has, see `memory_of`.
       interpret: whether the kernel is interpreted, which needs no TPU and is slow: for tests.
     """
 
     split: Split | None = None
+    memory: float = _LEAST_VMEM
     interpret: Any = False
 
     def __str__(self) -> str:
@@ -117,12 +122,12 @@ class Fused:
 
         tokens, dtype = arrays[0].shape[1], arrays[0].dtype
         width = sum(x.shape[2] for x in arrays) // 3 // heads
-        group = group_of(heads, width, tokens, bool(maps), dtype, queries)
+        group = group_of(heads, width, tokens, bool(maps), dtype, queries, self.memory)
         if group is None:
             raise ValueError(
-                f"attention='fused': expected at most {_VMEM} MiB of maps and {_names(_DTYPES)}, "
-                f"got {tokens} tokens, {heads} heads of {width} channels and {dtype}: expected "
-                "auto, xla or chunked"
+                f"attention='fused': expected maps that fit into {self.memory} MiB of VMEM and "
+                f"{_names(_DTYPES)}, got {tokens} tokens, {heads} heads of {width} channels and "
+                f"{dtype}: expected auto, xla or chunked"
             )
         kernel = fused_kernel.Kernel(
             heads, width, tokens, queries or tokens, scale, bool(maps), group, self.interpret
@@ -155,8 +160,13 @@ def check_backend(backend: str) -> None:
         )
 
 
+def memory_of(device: jax.Device) -> float:
+    """Returns the MiB of VMEM of a device, or those of the smallest TPU if it is not known."""
+    return _VMEM.get(device.device_kind, _LEAST_VMEM)
+
+
 def fits(heads: int, width: int, tokens: int, dtype: Any) -> bool:
-    """Returns whether the kernel takes all layers of a ConViT or DeiT with N patches.
+    """Returns whether the kernel takes all layers of a ConViT or DeiT with N patches on any TPU.
 
     GPSA has N patches and a positional map; plain self-attention has N + 1 tokens.
     """
@@ -165,7 +175,13 @@ def fits(heads: int, width: int, tokens: int, dtype: Any) -> bool:
 
 
 def group_of(
-    heads: int, width: int, tokens: int, positional: bool, dtype: Any, queries: int | None = None
+    heads: int,
+    width: int,
+    tokens: int,
+    positional: bool,
+    dtype: Any,
+    queries: int | None = None,
+    memory: float = _LEAST_VMEM,
 ) -> int | None:
     """Returns G, the largest number of heads that the kernel takes at a time; None if none fits.
 
@@ -176,6 +192,7 @@ def group_of(
       positional: whether there is a positional map.
       dtype: dtype of queries, keys and values.
       queries: M; None means N.
+      memory: MiB of VMEM.
     """
     if jnp.dtype(dtype) not in _DTYPES:
         return None
@@ -183,7 +200,7 @@ def group_of(
         aligned = group == heads or group * width % _LANES == 0
         if heads % group == 0 and aligned:
             needs = vmem(heads, group, width, tokens, queries or tokens, positional, dtype)
-            if needs <= _VMEM * 2**20:
+            if needs <= _SHARE * memory * 2**20:
                 return group
     return None
 
@@ -200,6 +217,8 @@ def vmem(
     itemsize = jnp.dtype(dtype).itemsize
     blocks = 4 * sum(_padded(tokens, n * width, itemsize) for n in columns)
     blocks += 2 * _padded(queries, group * width, itemsize)
+    # q, k, v and the output's gradient once more, each head by itself.
+    blocks += 4 * group * _padded(tokens, width, itemsize)
     # The positional map of each head and its gradient.
     maps = (2 * group if positional else 0) + _MAPS
     return blocks + maps * _padded(queries, tokens, 4)

@@ -73,6 +73,13 @@ class Kernel:
         """Whether all heads are computed in one turn. Then a block has all channels."""
         return self.group == self.heads
 
+    @property
+    def counts(self) -> tuple[int, ...]:
+        """How many of q, k and v each array of the kernel has."""
+        if not self.whole:
+            return 1, 1, 1
+        return (2, 1) if self.positional else (3,)
+
     def operands(self, arrays: tuple[Array, ...]) -> list[Array]:
         """Returns the arrays that are passed to the kernel: one for each of `inputs`."""
         return list(arrays) if self.whole else [arrays[number] for number, _ in self.places]
@@ -89,10 +96,7 @@ class Kernel:
 
     def gradients(self) -> list[pl.BlockSpec]:
         """Returns the blocks of the gradients of q, k and v."""
-        counts = [1, 1, 1]
-        if self.whole:
-            counts = [2, 1] if self.positional else [3]
-        return [self.block(self.tokens, count) for count in counts]
+        return [self.block(self.tokens, count) for count in self.counts]
 
     def block(self, rows: int, count: int = 1) -> pl.BlockSpec:
         """Returns the block of an array (B, rows, count D)."""
@@ -112,6 +116,33 @@ class Kernel:
         number, before = self.places[part] if self.whole else (part, 0)
         first = (before * self.heads + head) * self.width
         return number, slice(first, first + self.width)
+
+    def of_head(self, head: int) -> slice:
+        """Returns the channels of a head in a group."""
+        return slice(head * self.width, (head + 1) * self.width)
+
+    def gather(self, blocks: Sequence[Any], scratch: Sequence[Any]) -> None:
+        """Copies q, k and v from their blocks to arrays (G, N, K), where a loop can index heads."""
+        for part, of_part in enumerate(scratch):
+            for head in range(self.group):
+                number, lanes = self.lanes(part, head)
+                of_part[head] = blocks[number][0, : of_part.shape[1], lanes]
+
+    def scatter(self, scratch: Sequence[Any], blocks: Sequence[Any]) -> None:
+        """Copies arrays (G, N, K) to the blocks of q, k and v. Missing queries become zeros."""
+        for part, of_part in enumerate(scratch):
+            for head in range(self.group):
+                number, lanes = self.lanes(part, head)
+                rows = of_part.shape[1]
+                if rows < self.tokens:
+                    zeros = jnp.zeros((self.tokens, self.width), of_part.dtype)
+                    blocks[number][0, :, lanes] = zeros
+                blocks[number][0, :rows, lanes] = of_part[head]
+
+    def scratch(self, dtype: Any) -> list[Any]:
+        """Returns arrays for q, k, v and the output's gradient of each head."""
+        rows = (self.queries, self.tokens, self.tokens, self.queries)
+        return [pltpu.VMEM((self.group, n, self.width), dtype) for n in rows]
 
     def joined(self, gradients: list[Array]) -> tuple[Array, ...]:
         """Returns the gradients of the arrays, from those of q, k and v."""
@@ -172,6 +203,7 @@ def _forward(
         in_specs=[*kernel.inputs(), *kernel.maps()],
         out_specs=kernel.block(kernel.queries),
         out_shape=out,
+        scratch_shapes=kernel.scratch(arrays[0].dtype)[:3],
         **kernel.options("fused_attention", batch, 2, [*arrays, *maps, out]),
     )
     return call(*kernel.operands(arrays), *maps), (arrays, maps)
@@ -182,8 +214,7 @@ def _backward(
 ) -> tuple[tuple[Array, ...], tuple[Array, ...]]:
     arrays, maps = residuals
     batch, dtype = d_out.shape[0], d_out.dtype
-    specs = kernel.gradients()
-    counts = [spec.block_shape[2] // (kernel.group * kernel.width) for spec in specs]
+    specs, counts = kernel.gradients(), kernel.counts
     channels = kernel.heads * kernel.width
     shapes = [(batch, kernel.tokens, count * channels) for count in counts]
     outs = [jax.ShapeDtypeStruct(shape, dtype) for shape in shapes]
@@ -196,6 +227,7 @@ def _backward(
         in_specs=[*kernel.inputs(), *kernel.maps(), kernel.block(kernel.queries)],
         out_specs=specs,
         out_shape=outs,
+        scratch_shapes=kernel.scratch(arrays[0].dtype),
         **kernel.options("fused_attention_backward", batch, 5, [*arrays, *maps, d_out, *outs]),
     )
     found = call(*kernel.operands(arrays), *maps, d_out)
@@ -222,66 +254,62 @@ def _softmax(q: Array, k: Array, scale: float) -> Array:
     return weights * (1.0 / weights.sum(axis=-1, keepdims=True))
 
 
-def _read(kernel: Kernel, blocks: Sequence[Any], head: int) -> tuple[Array, Array, Array]:
-    """Reads q (M, K), k (N, K) and v (N, K) of a head from their blocks."""
-    (q, of_q), (k, of_k), (v, of_v) = (kernel.lanes(part, head) for part in range(3))
-    return blocks[q][0, : kernel.queries, of_q], blocks[k][0, :, of_k], blocks[v][0, :, of_v]
-
-
 def _forward_kernel(kernel: Kernel, *refs: Any) -> None:
     """Computes the output of one image and one group of heads."""
-    *blocks, out = refs
-    positional = share = None
-    if kernel.positional:
-        *blocks, positional, share = blocks
-    first = pl.program_id(0) * kernel.group
+    count = len(kernel.inputs())
+    blocks, (*maps, out), scratch = refs[:count], refs[count:-3], refs[-3:]
+    q_of, k_of, v_of = scratch
+    kernel.gather(blocks, scratch)
+
+    def of_head(head: Array, _: None) -> None:
+        attention, v = _softmax(q_of[head], k_of[head], kernel.scale), v_of[head]
+        if maps:
+            positional, share = maps
+            share = share[pl.program_id(0) * kernel.group + head]
+            attention = share * attention + positional[head]
+        q_of[head] = _dot(attention.astype(v.dtype), v, (1, 0)).astype(v.dtype)
+
+    jax.lax.fori_loop(0, kernel.group, of_head, None)
     for head in range(kernel.group):
-        q, k, v = _read(kernel, blocks, head)
-        attention = _softmax(q, k, kernel.scale)
-        if kernel.positional:
-            attention = share[first + head] * attention + positional[head]
-        lanes = slice(head * kernel.width, (head + 1) * kernel.width)
-        out[0, :, lanes] = _dot(attention.astype(v.dtype), v, (1, 0)).astype(out.dtype)
+        out[0, :, kernel.of_head(head)] = q_of[head]
 
 
 def _backward_kernel(kernel: Kernel, *refs: Any) -> None:
-    """Computes the gradients of one image and one group of heads; sums those of T and c."""
-    count = len(kernel.inputs())
-    blocks, refs = refs[:count], refs[count:]
-    positional = share = d_positional = d_share = None
-    if kernel.positional:
-        positional, share, d_out, *d_blocks, d_positional, d_share = refs
+    """Computes the gradients of one image and one group of heads; sums those of T and c.
 
-        @pl.when(pl.program_id(1) == 0)
-        def _() -> None:
-            d_positional[...] = jnp.zeros_like(d_positional)
-            d_share[...] = jnp.zeros_like(d_share)
-
-    else:
-        d_out, *d_blocks = refs
-    first = pl.program_id(0) * kernel.group
+    The gradients of q, k and v of a head take the place of q, k and v.
+    """
+    count, has_maps = len(kernel.inputs()), kernel.positional
+    blocks, refs, scratch = refs[:count], refs[count:-4], refs[-4:]
+    maps, (d_out, *d_blocks) = refs[: 2 * has_maps], refs[2 * has_maps :]
+    d_blocks, d_maps = d_blocks[:count], d_blocks[count:]
+    q_of, k_of, v_of, d_of = scratch
+    kernel.gather(blocks, scratch[:3])
     for head in range(kernel.group):
-        (q_block, of_q), (k_block, of_k), (v_block, of_v) = (
-            kernel.lanes(part, head) for part in range(3)
-        )
-        q, k, v = _read(kernel, blocks, head)
-        d_head = d_out[0, :, head * kernel.width : (head + 1) * kernel.width]
+        d_of[head] = d_out[0, :, kernel.of_head(head)]
+
+    @pl.when(pl.program_id(1) == 0)
+    def _() -> None:
+        for d_map in d_maps:
+            d_map[...] = jnp.zeros_like(d_map)
+
+    def of_head(head: Array, _: None) -> None:
+        q, k, v, d_head = q_of[head], k_of[head], v_of[head], d_of[head]
         attention = content = _softmax(q, k, kernel.scale)
         d_attention = _dot(d_head, v, (1, 1))
-        factor = kernel.scale
         mean = (d_attention * content).sum(axis=-1, keepdims=True)
-        if kernel.positional:
-            of_content = share[first + head]
-            attention = of_content * content + positional[head]
-            factor *= of_content
+        factor = kernel.scale
+        if has_maps:
+            (positional, share), (d_positional, d_share) = maps, d_maps
+            share = share[pl.program_id(0) * kernel.group + head]
+            attention = share * content + positional[head]
+            factor *= share
             d_positional[head] += d_attention
             d_share[head] += mean.sum(axis=0, keepdims=True)
         d_scores = (factor * content * (d_attention - mean)).astype(q.dtype)
-        if kernel.queries < kernel.tokens:
-            d_blocks[q_block][0, :, of_q] = jnp.zeros_like(k)
-        dtype = d_out.dtype
-        d_blocks[q_block][0, : kernel.queries, of_q] = _dot(d_scores, k, (1, 0)).astype(dtype)
-        d_blocks[k_block][0, :, of_k] = _dot(d_scores, q, (0, 0)).astype(dtype)
-        d_blocks[v_block][0, :, of_v] = _dot(attention.astype(v.dtype), d_head, (0, 0)).astype(
-            dtype
-        )
+        q_of[head] = _dot(d_scores, k, (1, 0)).astype(q.dtype)
+        k_of[head] = _dot(d_scores, q, (0, 0)).astype(k.dtype)
+        v_of[head] = _dot(attention.astype(v.dtype), d_head, (0, 0)).astype(v.dtype)
+
+    jax.lax.fori_loop(0, kernel.group, of_head, None)
+    kernel.scatter(scratch[:3], d_blocks)

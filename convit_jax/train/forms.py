@@ -45,9 +45,13 @@ def settle(model: ConViT, backend: str | None = None) -> ConViT:
 
 
 def over_mesh(model: Model, mesh: Mesh) -> Model:
-    """Returns the model with its fused kernel, if it has one, split over the devices of a mesh."""
+    """Returns the model with its fused kernel, if it has one, split over the devices of a mesh.
+
+    The kernel takes as many heads at a time as the memory of these devices holds.
+    """
     kernel = getattr(model, "attention", None)
     if not isinstance(kernel, Fused):
         return model
-    kernel = dataclasses.replace(kernel, split=sharding.split_batch(mesh))
+    memory = fused.memory_of(mesh.devices.flat[0])
+    kernel = dataclasses.replace(kernel, split=sharding.split_batch(mesh), memory=memory)
     return model.clone(attention=kernel)
