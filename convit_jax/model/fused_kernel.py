@@ -32,8 +32,8 @@ import jax.numpy as jnp
 
 Array = jax.Array
 
-# The compiler's own limit for what a kernel takes of VMEM is 16 MiB on some chips, also where there
-# is more. `fused.fits` keeps the kernel within what every chip has.
+# Without a limit of its own a kernel gets less VMEM than some chips have. The compiler refuses what
+# a chip does not have, whatever this says; `fused.group_of` keeps the kernel within it.
 _VMEM_LIMIT = 100 * 2**20
 
 
@@ -153,7 +153,9 @@ class Kernel:
             return jnp.concatenate([d_q, d_k], axis=-1), d_v
         return (jnp.concatenate([d_q, d_k, d_v], axis=-1),)
 
-    def options(self, name: str, batch: int, products: int, moved: list[Any]) -> dict[str, Any]:
+    def options(
+        self, name: str, batch: int, products: int, moved: list[Any], in_turn: bool
+    ) -> dict[str, Any]:
         """Returns options of the call, with what it costs, for the compiler.
 
         Args:
@@ -161,6 +163,8 @@ class Kernel:
           batch: B.
           products: number of products of the size of a map.
           moved: arrays that are read or written.
+          in_turn: whether images must be computed one after another, because of a sum over them.
+            Else a chip with two cores (v4, v5p) may divide them.
         """
         size = batch * self.heads * self.queries * self.tokens
         return {
@@ -168,7 +172,8 @@ class Kernel:
             "grid": (self.heads // self.group, batch),
             "interpret": self.interpret,
             "compiler_params": pltpu.CompilerParams(
-                dimension_semantics=("parallel", "arbitrary"), vmem_limit_bytes=_VMEM_LIMIT
+                dimension_semantics=("parallel", "arbitrary" if in_turn else "parallel"),
+                vmem_limit_bytes=_VMEM_LIMIT,
             ),
             "cost_estimate": pl.CostEstimate(
                 flops=2 * products * size * self.width,
@@ -204,7 +209,7 @@ def _forward(
         out_specs=kernel.block(kernel.queries),
         out_shape=out,
         scratch_shapes=kernel.scratch(arrays[0].dtype)[:3],
-        **kernel.options("fused_attention", batch, 2, [*arrays, *maps, out]),
+        **kernel.options("fused_attention", batch, 2, [*arrays, *maps, out], in_turn=False),
     )
     return call(*kernel.operands(arrays), *maps), (arrays, maps)
 
@@ -228,7 +233,13 @@ def _backward(
         out_specs=specs,
         out_shape=outs,
         scratch_shapes=kernel.scratch(arrays[0].dtype),
-        **kernel.options("fused_attention_backward", batch, 5, [*arrays, *maps, d_out, *outs]),
+        **kernel.options(
+            "fused_attention_backward",
+            batch,
+            5,
+            [*arrays, *maps, d_out, *outs],
+            in_turn=kernel.positional,
+        ),
     )
     found = call(*kernel.operands(arrays), *maps, d_out)
     of_arrays = kernel.joined(found[: len(shapes)])
