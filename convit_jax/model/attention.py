@@ -160,8 +160,9 @@ def check_forms(attention: Attention, positional: str, attn_dropout: float) -> N
         )
     is_fused = fused.is_fused(attention)
     if attn_dropout and attention not in ("auto", "xla"):
-        why = f"attn_dropout={attn_dropout}"
-        raise ValueError(f"attention: expected auto or xla with {why}, got {attention!r}")
+        raise ValueError(
+            f"attention: expected auto or xla with attn_dropout={attn_dropout}, got {attention!r}"
+        )
     if positional == "blend" and attention not in ("auto", "xla") and not is_fused:
         raise ValueError(
             f"attention: expected auto, xla or fused with positional='blend', got {attention!r}"
