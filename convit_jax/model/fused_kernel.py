@@ -109,7 +109,9 @@ class Kernel:
         return [self.map(), pl.BlockSpec(memory_space=pltpu.SMEM)]
 
     def map(self) -> pl.BlockSpec:
-        return pl.BlockSpec((self.group, self.tokens, self.tokens), lambda g, b: (g, 0, 0))
+        """Returns the block of T or its gradient. Only one is in VMEM, that of the group."""
+        shape = (self.group, self.tokens, self.tokens)
+        return pl.BlockSpec(shape, lambda g, b: (g, 0, 0), pipeline_mode=pl.Buffered(1))
 
     def lanes(self, part: int, head: int) -> tuple[int, slice]:
         """Returns where a head's q, k or v is: (number of the block, its channels)."""
@@ -270,13 +272,14 @@ def _forward_kernel(kernel: Kernel, *refs: Any) -> None:
     count = len(kernel.inputs())
     blocks, (*maps, out), scratch = refs[:count], refs[count:-3], refs[-3:]
     q_of, k_of, v_of = scratch
+    first = pl.program_id(0) * kernel.group
     kernel.gather(blocks, scratch)
 
     def of_head(head: Array, _: None) -> None:
         attention, v = _softmax(q_of[head], k_of[head], kernel.scale), v_of[head]
         if maps:
             positional, share = maps
-            share = share[pl.program_id(0) * kernel.group + head]
+            share = share[first + head]
             attention = share * attention + positional[head]
         q_of[head] = _dot(attention.astype(v.dtype), v, (1, 0)).astype(v.dtype)
 
@@ -295,6 +298,7 @@ def _backward_kernel(kernel: Kernel, *refs: Any) -> None:
     maps, (d_out, *d_blocks) = refs[: 2 * has_maps], refs[2 * has_maps :]
     d_blocks, d_maps = d_blocks[:count], d_blocks[count:]
     q_of, k_of, v_of, d_of = scratch
+    first = pl.program_id(0) * kernel.group
     kernel.gather(blocks, scratch[:3])
     for head in range(kernel.group):
         d_of[head] = d_out[0, :, kernel.of_head(head)]
@@ -312,7 +316,7 @@ def _backward_kernel(kernel: Kernel, *refs: Any) -> None:
         factor = kernel.scale
         if has_maps:
             (positional, share), (d_positional, d_share) = maps, d_maps
-            share = share[pl.program_id(0) * kernel.group + head]
+            share = share[first + head]
             attention = share * content + positional[head]
             factor *= share
             d_positional[head] += d_attention
