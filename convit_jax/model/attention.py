@@ -389,7 +389,8 @@ class GPSA(nn.Module):
 
         linear = functools.partial(Linear, use_bias=self.qkv_bias, dtype=self.dtype)
         qk = linear(2 * width, name="qk")(x)
-        q, k = jnp.moveaxis(qk.reshape(batch, size, 2, self.num_heads, head), 2, 0)
+        parts = qk.reshape(batch, size, 2, self.num_heads, head)
+        q, k = parts[:, :, 0], parts[:, :, 1]
         v_init = identity_init if self.use_local_init else linear_init
         flat_v = linear(width, kernel_init=v_init, name="v")(x)
         v = flat_v.reshape(batch, size, self.num_heads, head)

@@ -48,8 +48,14 @@ def over_mesh(model: Model, mesh: Mesh) -> Model:
     """Returns the model with its fused kernel, if it has one, split over the devices of a mesh.
 
     The kernel takes as many heads at a time as the memory of these devices holds.
+
+    Raises:
+      ValueError: if the model asks for the fused kernel by name and the devices are no TPUs.
     """
     kernel = getattr(model, "attention", None)
+    if kernel == "fused":
+        fused.check_backend(mesh.devices.flat[0].platform)
+        kernel = Fused()
     if not isinstance(kernel, Fused):
         return model
     memory = fused.memory_of(mesh.devices.flat[0])

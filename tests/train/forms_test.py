@@ -34,8 +34,11 @@ def test_a_tpu_gets_the_kernel_and_one_flag_goes_back(config):
     assert (model.attention, model.positional) == ("xla", "blend")
     assert forms.over_mesh(model, mesh) is model
     config.model.attention = "fused"
-    with pytest.raises(ValueError, match="attention='fused' needs a TPU, got cpu"):
+    needs_tpu = "attention='fused' needs a TPU, got cpu"
+    with pytest.raises(ValueError, match=needs_tpu):
         setup.make_model(config)
+    with pytest.raises(ValueError, match=needs_tpu):
+        forms.over_mesh(model.clone(attention="fused"), mesh)
 
 
 @pytest.mark.slow
