@@ -78,10 +78,10 @@ def assert_case(kernel, heads, width, grid, queries=None, dtype=jnp.float32, tol
 
 
 def test_heads_are_computed_in_groups_if_not_all_fit():
-    kernel = Fused(interpret=True, memory=1.0)
-    sizes = (16, 48, 15, True, jnp.float32, None, kernel.memory)
-    assert fused.group_of(*sizes) == 8
-    assert_case(kernel, 16, 48, (3, 5), queries=1)
+    kernel = Fused(interpret=True, memory=0.35)
+    for case in ((15, True), (16, False)):
+        assert fused.group_of(4, 64, *case, jnp.float32, memory=kernel.memory) == 2
+    assert_case(kernel, 4, 64, (3, 5))
 
 
 @pytest.mark.slow
@@ -143,9 +143,9 @@ def test_it_is_chosen_on_a_tpu_where_it_fits():
 def test_it_says_what_it_needs():
     x = jnp.zeros((1, 6, 8))
     module = GPSA(2, attention="fused")
-    variables = module.init(jax.random.key(0), x, (2, 3))
+    variables = jax.eval_shape(lambda key: module.init(key, x, (2, 3)), jax.random.key(0))
     with pytest.raises(ValueError, match="attention='fused' needs a TPU, got cpu: expected auto"):
-        module.apply(variables, x, (2, 3))
+        jax.eval_shape(lambda variables: module.apply(variables, x, (2, 3)), variables)
     with pytest.raises(ValueError, match=r"16 MiB of VMEM .* got 2000 tokens, 1 heads of 48"):
         INTERPRETED.self_attention(jnp.zeros((1, 2000, 144)), heads=1, scale=1.0)
     with pytest.raises(ValueError, match=r"bfloat16 or float32, got .* float16"):
