@@ -88,7 +88,7 @@ def test_heads_are_computed_in_groups_if_not_all_fit():
 def test_any_number_of_tokens_heads_and_widths():
     """Each case has N patches and N + 1 tokens, so both sides of the registers' 8 and 128."""
     cases = [(1, 48, (1, 1)), (4, 64, (1, 5)), (9, 48, (7, 9)), (16, 48, (2, 4)), (1, 64, (14, 14))]
-    cases += [(1, 48, (1, tokens)) for tokens in (2, 7, 127, 255)]
+    cases += [(1, 48, (1, tokens)) for tokens in (7, 127, 255)]
     for heads, width, grid in cases:
         # The gradient of a gate is a sum whose terms cancel.
         assert_case(INTERPRETED, heads, width, grid, tolerance=1e-5)
