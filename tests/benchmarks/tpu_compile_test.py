@@ -102,11 +102,11 @@ def test_what_is_sent_besides_gradients_is_named():
 @pytest.mark.slow
 @pytest.mark.skipif(not importlib.util.find_spec("libtpu"), reason="needs libtpu")
 def test_the_step_compiles_for_a_pod():
-    """With the fused kernel. In its own process: libtpu must not come into this one."""
+    """In its own process: libtpu must not come into this one."""
     env = {k: v for k, v in os.environ.items() if k != "XLA_FLAGS"}
     command = [sys.executable, "-m", "benchmarks.tpu_compile", "--config=configs/convit_b.py"]
     done = subprocess.run(
-        [*command, "--topology=v5e:2x4", "--fsdp=1,8", "--config.model.attention=fused", *SMALL],
+        [*command, "--topology=v5e:2x4", "--fsdp=1,8", *SMALL],
         cwd=ROOT, env=env, capture_output=True, text=True, timeout=1200,
     )  # fmt: skip
     assert done.returncode == 0, done.stdout + done.stderr
@@ -118,19 +118,3 @@ def test_the_step_compiles_for_a_pod():
     assert "all-reduce: " in alone
     assert "all-gather" not in alone
     assert "all-gather: " in split
-
-
-@pytest.mark.slow
-@pytest.mark.skipif(not importlib.util.find_spec("libtpu"), reason="needs libtpu")
-@pytest.mark.parametrize("heads", ["--config.model.embed_dim=192", "--config.model.embed_dim=256"])
-def test_the_fused_kernel_compiles_at_its_real_size(heads):
-    """Four heads of 48 and of 64, one block of each kind; the chip of the least memory."""
-    env = {k: v for k, v in os.environ.items() if k != "XLA_FLAGS"}
-    command = [sys.executable, "-m", "benchmarks.tpu_compile", "--config=configs/convit_ti.py"]
-    depth = ("--config.model.depth=3", "--config.model.local_up_to_layer=1")
-    done = subprocess.run(
-        [*command, "--topology=v4:2x2x1", "--fsdp=1", "--config.model.attention=fused", *depth,
-         "--config.train.batch_size=64", heads],
-        cwd=ROOT, env=env, capture_output=True, text=True, timeout=1200,
-    )  # fmt: skip
-    assert done.returncode == 0, done.stdout + done.stderr
