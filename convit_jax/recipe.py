@@ -144,7 +144,7 @@ KEYS: dict[str, Key] = {
     "model.use_pos_embed": _option("learned position embedding", bool, "use_pos_embed"),
     "model.cls_pos_embed": _option("class token position embedding (DeiT)", bool, "cls_pos_embed"),
     "model.global_pool": _option("what is classified: token or avg", str, "global_pool"),
-    "model.attention": _option("implementation: auto, xla, chunked or cudnn", str, "attention"),
+    "model.attention": _option("auto, xla, chunked, cudnn or fused (TPU)", str, "attention"),
     "model.positional": _option("positional part: auto, blend or contract", str, "positional"),
     "model.unroll": _option("number of layers in one iteration of the scan", int, "unroll"),
     "data.source": Key(

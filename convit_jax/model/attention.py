@@ -33,15 +33,17 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
-from convit_jax.model import sdpa
+from convit_jax.model import fused, sdpa
+from convit_jax.model.fused import Fused
 from convit_jax.model.positional import (
     Linear,
     PositionalAttention,
     contract_positional,
     linear_init,
+    positional_factors,
     positional_map,
 )
-from convit_jax.model.sdpa import AttentionFn
+from convit_jax.model.sdpa import Attention, AttentionFn
 
 Array = jax.Array
 Grid = tuple[int, int]
@@ -88,22 +90,29 @@ def shifted_map(attention: Array, offset: Array | None) -> Array:
 
 
 def choose_forms(
-    attention: str | AttentionFn,
+    attention: Attention,
     positional: str,
     tokens: int,
     attn_dropout: float = 0.0,
     *,
     dtype: Any = jnp.float32,
     width: int = 64,
+    heads: int = 1,
     backend: str | None = None,
-) -> tuple[str | AttentionFn, str]:
+    batch: int = 1,
+    split: bool = False,
+) -> tuple[Attention, str]:
     """Replaces "auto" in `GPSA.attention` and `GPSA.positional` by the implementation to use.
 
-    The two options depend on each other: blending needs the content map written out, so
-    positional="blend" implies attention="xla". Where both forms are possible, the positional part
+    The two options depend on each other: blending needs the content map, so positional="blend"
+    implies attention="xla", or "fused" on a TPU. Where both forms are possible, the positional part
     is contracted on a CPU from `CONTRACT_FROM` patches on, and blended otherwise. The contraction
     multiplies by matrices of the size of the grid's axes; those of a 14 x 14 grid leave most of a
     128 x 128 matrix unit idle. benchmarks/README.md has the measurements.
+
+    "fused" is the choice on a TPU where its maps fit into the chip's memory, see `fused.fits`. The
+    compiler does not split the kernel over devices. So it is the choice only for one device, or
+    with `split`.
 
     Args:
       attention: `GPSA.attention`.
@@ -112,11 +121,22 @@ def choose_forms(
       attn_dropout: `GPSA.attn_dropout`.
       dtype: `GPSA.dtype`.
       width: K.
+      heads: H.
       backend: "cpu", "gpu" or "tpu"; None means JAX's default backend.
+      batch: B, which may be symbolic (jax.export).
+      split: whether the caller splits the kernel over its devices, see `Fused.split`.
 
     Returns:
       (attention, positional), neither of them "auto".
     """
+    if fused.is_fused(attention):
+        return attention, "blend"
+    if attention == "auto" and positional != "contract" and not attn_dropout:
+        on_tpu = (backend or jax.default_backend()) == "tpu" and (split or jax.device_count() == 1)
+        # The kernel needs sizes that are numbers.
+        known = isinstance(tokens, int) and isinstance(batch, int)
+        if on_tpu and known and fused.fits(heads, width, tokens, dtype):
+            return "fused", "blend"
     if positional == "blend":
         return "xla", positional
     attention = sdpa.choose(
@@ -131,22 +151,51 @@ def choose_forms(
     return attention, positional
 
 
-def check_forms(attention: str | AttentionFn, positional: str, attn_dropout: float) -> None:
+def check_forms(attention: Attention, positional: str, attn_dropout: float) -> None:
     """Raises ValueError unless these options of `GPSA` are known and fit together."""
     sdpa.check(attention)
     if positional not in ("auto", *POSITIONAL_FORMS):
         raise ValueError(
             f"positional: expected auto or one of {POSITIONAL_FORMS}, got {positional!r}"
         )
-    blend = positional == "blend" or attn_dropout > 0
-    if blend and attention not in ("auto", "xla"):
-        why = "positional='blend'" if positional == "blend" else f"attn_dropout={attn_dropout}"
-        raise ValueError(f"attention: expected auto or xla with {why}, got {attention!r}")
+    is_fused = fused.is_fused(attention)
+    if attn_dropout and attention not in ("auto", "xla"):
+        raise ValueError(
+            f"attention: expected auto or xla with attn_dropout={attn_dropout}, got {attention!r}"
+        )
+    if positional == "blend" and attention not in ("auto", "xla") and not is_fused:
+        raise ValueError(
+            f"attention: expected auto, xla or fused with positional='blend', got {attention!r}"
+        )
+    if positional == "contract" and is_fused:
+        raise ValueError(
+            "positional: expected auto or blend with attention='fused', which blends the maps "
+            "inside the kernel, got 'contract'"
+        )
     if attn_dropout and positional == "contract":
         raise ValueError(
             "attn_dropout acts on the blended map: expected positional auto or blend, got "
             f"'contract' with attn_dropout={attn_dropout}"
         )
+
+
+def _choose(
+    module: "SelfAttention | GPSA", x: Array, positional: str
+) -> tuple[Fused | None, str | AttentionFn, str]:
+    """Returns `choose_forms` of a module and its input, (B, N, D).
+
+    Returns:
+      The fused kernel or None; the attention to use without the kernel; and `positional`.
+    """
+    batch, size, width = x.shape
+    attention, positional = choose_forms(
+        module.attention, positional, size, module.attn_dropout, dtype=module.dtype,
+        width=width // module.num_heads, heads=module.num_heads, batch=batch,
+    )  # fmt: skip
+    if attention != "fused" and not isinstance(attention, Fused):
+        return None, attention, positional
+    # No parameter depends on the kernel, which would have to be split over the devices.
+    return None if module.is_initializing() else fused.of(attention), "xla", positional
 
 
 def identity_init(key: Array, shape: tuple[int, ...], dtype: Any = jnp.float32) -> Array:
@@ -172,10 +221,10 @@ class SelfAttention(nn.Module):
       qk_scale: factor of the scores q k^T; None means K ** -0.5.
       attn_dropout: dropout rate of the attention map; needs attention="xla" or "auto".
       dropout: dropout rate of the output.
-      attention: how softmax(q k^T) v is computed: "auto", a name of `sdpa.IMPLEMENTATIONS`, or a
-        function with the signature of `jax.nn.dot_product_attention`.
+      attention: how softmax(q k^T) v is computed: "auto", a name of `sdpa.IMPLEMENTATIONS`, a
+        function with the signature of `jax.nn.dot_product_attention`, or a `fused.Fused`.
       queries: number of tokens that attend, counted from the first; None means all. Keys and
-        values always come from all tokens. With `queries` the implementation is always "xla",
+        values always come from all tokens. With `queries` the implementation is "fused" or "xla",
         because the map of a few queries is small.
       dtype: dtype of the matrix products. Softmaxes are always float32.
 
@@ -188,7 +237,7 @@ class SelfAttention(nn.Module):
     qk_scale: float | None = None
     attn_dropout: float = 0.0
     dropout: float = 0.0
-    attention: str | AttentionFn = "auto"
+    attention: Attention = "auto"
     queries: int | None = None
     dtype: Any = jnp.float32
 
@@ -235,21 +284,21 @@ class SelfAttention(nn.Module):
         head = width // self.num_heads
         scale = self.qk_scale or head**-0.5
         qkv = Linear(3 * width, use_bias=self.qkv_bias, dtype=self.dtype, name="qkv")(x)
-        qkv = qkv.reshape(batch, size, 3, self.num_heads, head)
-        q, k, v = qkv[:, : self.queries, 0], qkv[:, :, 1], qkv[:, :, 2]
+        parts = qkv.reshape(batch, size, 3, self.num_heads, head)
+        q, k, v = parts[:, : self.queries, 0], parts[:, :, 1], parts[:, :, 2]
+        kernel, attention, _ = _choose(self, x, "auto")
 
         if offset is not None or (train and self.attn_dropout):
             content = shifted_map(sdpa.content_map(q, k, scale), offset)
             drop = nn.Dropout(self.attn_dropout, deterministic=not train, name="attn_drop")
             out = sdpa.keep(sdpa.apply_map(drop(content), v))
-        else:
-            attention = (
-                "xla"
-                if self.queries
-                else sdpa.choose(
-                    self.attention, size, self.attn_dropout, dtype=self.dtype, width=head
-                )
+        elif kernel:
+            out = kernel.self_attention(
+                qkv, heads=self.num_heads, scale=scale, queries=self.queries
             )
+            out = sdpa.keep(out.reshape(q.shape))
+        else:
+            attention = "xla" if self.queries else attention
             out = sdpa.attention_fn(attention)(q, k, v, scale=scale)
         out = _project(out, self.dropout, train, self.dtype)
         return (out, {"content": sdpa.content_map(q, k, scale)}) if return_attention else out
@@ -275,9 +324,10 @@ class GPSA(nn.Module):
         into the content map and applies the blended map to v. "contract" applies P_y across the
         rows and P_x across the columns of v and adds the result to the content part. Both compute
         the same function at different cost. "auto" takes the choice of `choose_forms`.
-      attention: how the content part is computed: "auto", a name of `sdpa.IMPLEMENTATIONS`, or a
-        function with the signature of `jax.nn.dot_product_attention`. Every value but "auto" and
-        "xla" needs positional="contract" or "auto".
+      attention: how the content part is computed: "auto", a name of `sdpa.IMPLEMENTATIONS`, a
+        function with the signature of `jax.nn.dot_product_attention`, or a `fused.Fused`. "fused"
+        computes the positional part too, and blends; it needs positional="blend" or "auto". Every
+        other value but "auto" and "xla" needs positional="contract" or "auto".
       dtype: dtype of the matrix products. Positions, softmaxes and gates are always float32.
 
     Raises:
@@ -293,7 +343,7 @@ class GPSA(nn.Module):
     use_local_init: bool = True
     gate_init: float = 1.0
     positional: str = "auto"
-    attention: str | AttentionFn = "auto"
+    attention: Attention = "auto"
     dtype: Any = jnp.float32
 
     def __post_init__(self) -> None:
@@ -338,24 +388,27 @@ class GPSA(nn.Module):
         scale = self.qk_scale or head**-0.5
 
         linear = functools.partial(Linear, use_bias=self.qkv_bias, dtype=self.dtype)
-        qk = linear(2 * width, name="qk")(x).reshape(batch, size, 2, self.num_heads, head)
-        q, k = qk[:, :, 0], qk[:, :, 1]
+        qk = linear(2 * width, name="qk")(x)
+        parts = qk.reshape(batch, size, 2, self.num_heads, head)
+        q, k = parts[:, :, 0], parts[:, :, 1]
         v_init = identity_init if self.use_local_init else linear_init
-        v = linear(width, kernel_init=v_init, name="v")(x)
-        v = v.reshape(batch, size, self.num_heads, head)
+        flat_v = linear(width, kernel_init=v_init, name="v")(x)
+        v = flat_v.reshape(batch, size, self.num_heads, head)
 
         gate = self.param(
             "gate", nn.initializers.constant(self.gate_init), (self.num_heads,), jnp.float32
         )
         share = jax.nn.sigmoid(gate.astype(jnp.float32))
-        p_y, p_x = PositionalAttention(
+        weights = PositionalAttention(
             self.num_heads, self.locality_strength, self.use_local_init, name="pos_proj"
-        )(grid)
+        )()
+        p_y, p_x = positional_factors(weights, grid)
 
-        attention, positional = choose_forms(
-            self.attention, self.positional, size, self.attn_dropout, dtype=self.dtype, width=head
-        )
-        if positional == "blend" or offset is not None:
+        kernel, attention, positional = _choose(self, x, self.positional)
+        if kernel and offset is None:
+            out = kernel.gpsa(qk, flat_v, weights, gate, grid=grid, scale=scale)
+            out = sdpa.keep(out.reshape(v.shape))
+        elif positional == "blend" or offset is not None:
             content = sdpa.content_map(q, k, scale)
             blended = shifted_map(blended_map(content, positional_map(p_y, p_x), share), offset)
             drop = nn.Dropout(self.attn_dropout, deterministic=not train, name="attn_drop")

@@ -39,7 +39,7 @@ def forward_flops(model: ConViT) -> float:
     gpsa_block = block(patches, patches)
     _, positional = choose_forms(
         model.attention, model.positional, patches, model.attn_dropout,
-        dtype=model.dtype, width=width // model.num_heads,
+        dtype=model.dtype, width=width // model.num_heads, heads=model.num_heads,
     )  # fmt: skip
     if positional == "contract":
         gpsa_block += patches * (rows + columns) * width

@@ -25,7 +25,7 @@ from convit_jax.model.block import Block, MapsFunction, Returned
 from convit_jax.model.image_size import pair
 from convit_jax.model.intermediates import check_blocks, check_offsets, feature_map
 from convit_jax.model.positional import Linear, linear_init
-from convit_jax.model.sdpa import ATTENTION_OUTPUT, AttentionFn
+from convit_jax.model.sdpa import ATTENTION_OUTPUT, Attention
 
 Array = jax.Array
 
@@ -86,8 +86,8 @@ class ConViT(nn.Module):
       global_pool: what is classified: "token", the class token; "avg", the mean of the patches;
         "none", every token on its own, the class token first.
       positional: "auto", "blend" or "contract", see `GPSA`.
-      attention: "auto", "xla", "chunked", "cudnn" or a function, see `GPSA` and
-        `convit_jax.model.sdpa`.
+      attention: "auto", "xla", "chunked", "cudnn", "fused", a function or a `Fused`, see `GPSA`,
+        `convit_jax.model.sdpa` and `convit_jax.model.fused`.
       unroll: number of layers in one iteration of a scan; True means all layers. Changes speed
         and memory, not results.
       remat: what the backward pass computes again instead of reading it from memory: "none",
@@ -121,7 +121,7 @@ class ConViT(nn.Module):
     cls_pos_embed: bool = structure(False)
     global_pool: str = function("token")
     positional: str = computation("auto")
-    attention: str | AttentionFn = computation("auto")
+    attention: Attention = computation("auto")
     unroll: int | bool = computation(False)
     remat: str = computation("dots")
     dtype: Any = computation(jnp.float32)

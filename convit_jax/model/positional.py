@@ -114,6 +114,8 @@ def local_kernel_init(strength: float, use_local_init: bool = True) -> nn.initia
 class PositionalAttention(nn.Module):
     """The learned part of the positional attention: w and b of w . r_ij + b.
 
+    `positional_factors` turns w into the maps of a grid.
+
     The bias is the same for every key, so the softmax cancels it: it changes nothing and
     its gradient is zero. It is kept because checkpoints of the original code contain it.
 
@@ -128,9 +130,9 @@ class PositionalAttention(nn.Module):
     use_local_init: bool = True
 
     @nn.compact
-    def __call__(self, grid: Grid) -> tuple[Array, Array]:
-        """Returns the factors P_y (H, R, R) and P_x (H, C, C) for a grid (R, C)."""
+    def __call__(self) -> Array:
+        """Returns the weights w of dx, dy and dx^2 + dy^2, (3, H) float32."""
         init = local_kernel_init(self.locality_strength, self.use_local_init)
-        kernel = self.param("kernel", init, (3, self.num_heads))
+        kernel: Array = self.param("kernel", init, (3, self.num_heads))
         self.param("bias", nn.initializers.zeros, (self.num_heads,), jnp.float32)
-        return positional_factors(kernel, grid)
+        return kernel

@@ -4,7 +4,9 @@
 
 "xla" writes out the scores of all queries and leaves fusion to the compiler. "chunked" does the
 same for a few queries at a time. Its memory grows with the number of tokens instead of its square,
-in the backward pass too. "cudnn" is NVIDIA's fused kernel. `choose` replaces "auto".
+in the backward pass too. "cudnn" is NVIDIA's fused kernel. "fused" is this project's kernel for
+TPU: it takes the result of the projections as a whole and GPSA's positional map too, so it has a
+file of its own, fused.py. `choose` replaces "auto".
 
 JAX's Pallas kernels for TPU (splash and flash attention) take keys in blocks of a multiple of 128:
 the 196 or 197 tokens of an image of 224 pixels would be padded to 256 and masked. None of them is
@@ -23,13 +25,16 @@ import jax
 from jax.ad_checkpoint import checkpoint_name
 import jax.numpy as jnp
 
+from convit_jax.model.fused import Fused
+
 Array = jax.Array
 
 # (query, key, value, *, scale) -> output, all (B, N, H, K): the signature of
 # jax.nn.dot_product_attention, so that any of its implementations fits.
 AttentionFn = Callable[..., Array]
+Attention = str | AttentionFn | Fused
 
-IMPLEMENTATIONS = ("xla", "chunked", "cudnn")
+IMPLEMENTATIONS = ("xla", "chunked", "cudnn", "fused")
 
 # Tag of attention outputs, by which a rematerialisation policy keeps them (see network.py).
 ATTENTION_OUTPUT = "attention_output"
@@ -45,22 +50,24 @@ _CUDNN_WIDTH = 128
 
 
 def choose(
-    attention: str | AttentionFn,
+    attention: Attention,
     tokens: int,
     attn_dropout: float,
     *,
     dtype: Any = jnp.float32,
     width: int = 64,
     backend: str | None = None,
-) -> str | AttentionFn:
+) -> Attention:
     """Replaces "auto" by an implementation and returns any other value unchanged.
+
+    It is never "fused": `attention.choose_forms` knows when that kernel is the choice.
 
     Dropout acts on the attention map, and only "xla" writes one out. "cudnn" is the choice where
     the kernel runs: bfloat16 or float16 on an NVIDIA GPU since Ampere. A training step of ConViT-S
     took 0.80 of XLA's time on an H200 (benchmarks/README.md).
 
     Args:
-      attention: "auto", a name of `IMPLEMENTATIONS` or a function.
+      attention: "auto", a name of `IMPLEMENTATIONS`, a function or a `Fused`.
       tokens: N.
       attn_dropout: dropout rate of the attention map.
       dtype: dtype of queries, keys and values.
@@ -102,9 +109,10 @@ def attention_fn(attention: str | AttentionFn) -> AttentionFn:
     return named
 
 
-def check(attention: str | AttentionFn) -> None:
-    """Raises ValueError unless `attention` is "auto", a name of `IMPLEMENTATIONS` or callable."""
-    if not callable(attention) and attention not in ("auto", *IMPLEMENTATIONS):
+def check(attention: Attention) -> None:
+    """Raises ValueError unless `attention` is "auto", an implementation or callable."""
+    known = callable(attention) or isinstance(attention, Fused)
+    if not known and attention not in ("auto", *IMPLEMENTATIONS):
         raise ValueError(
             f"attention: expected auto, one of {IMPLEMENTATIONS} or a function, got {attention!r}"
         )

@@ -5,6 +5,8 @@ by shape alone, so the model need not know of the mesh. If "fsdp" has one device
 the whole state.
 """
 
+from collections.abc import Callable
+import functools
 from typing import Any
 
 import jax
@@ -46,6 +48,29 @@ def replicated(mesh: Mesh) -> NamedSharding:
 def over_batch(mesh: Mesh) -> NamedSharding:
     """Returns the sharding that splits the leading axis of an array over all devices."""
     return NamedSharding(mesh, PartitionSpec(_AXES))
+
+
+def split_batch(mesh: Mesh) -> Callable[[Callable[..., Any], int], Callable[..., Any]]:
+    """Returns a function that splits others over the batch: each device computes its own images.
+
+    It is for what the compiler cannot split, such as a kernel. The result takes a function and the
+    number of its first arguments that have a batch as leading axis, as its result must have. All
+    devices get the other arguments whole. Their gradients are summed over the devices.
+    """
+    over = over_batch(mesh).spec
+
+    def split(function: Callable[..., Any], batched: int) -> Callable[..., Any]:
+        @functools.wraps(function)
+        def on_devices(*args: Any) -> Any:
+            specs = (over,) * batched + (PartitionSpec(),) * (len(args) - batched)
+            mapped = jax.shard_map(
+                function, mesh=mesh, in_specs=specs, out_specs=over, check_vma=False
+            )
+            return mapped(*args)
+
+        return on_devices
+
+    return split
 
 
 def by_shape(tree: Any, mesh: Mesh) -> Any:

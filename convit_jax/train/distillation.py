@@ -24,6 +24,7 @@ from convit_jax.data.class_mapping import ClassMapping
 from convit_jax.model import flops, image_size
 from convit_jax.model.network import ConViT
 from convit_jax.parallel import sharding
+from convit_jax.train import forms
 from convit_jax.train.teacher import Teacher
 
 log = logging.getLogger(__name__)
@@ -190,6 +191,7 @@ def _forward(teacher: Teacher, student: ConViT, mesh: Mesh) -> Callable[[Any, Ar
         model = teacher.model.clone(
             dtype=student.dtype, attention="auto", positional="auto", remat="none"
         )
+        model = forms.over_mesh(forms.settle(model), mesh)
         return lambda params, images: cast(Array, model.apply({"params": params}, images))
     program = teacher.program
     assert program is not None

@@ -15,6 +15,7 @@ import optax
 from convit_jax.data.corrupt import CorruptImageError
 from convit_jax.model.normalise import normalise
 from convit_jax.parallel import sharding
+from convit_jax.train import forms
 
 log = logging.getLogger(__name__)
 
@@ -51,6 +52,7 @@ def make_eval_step(
         is logit i.
     """
     columns = None if classes is None else np.asarray(classes)
+    model = forms.over_mesh(model, mesh)
 
     def eval_step(params: Any, batch: dict[str, jax.Array]) -> dict[str, jax.Array]:
         images = normalise(batch["image"], mean, std)

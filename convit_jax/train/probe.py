@@ -21,6 +21,7 @@ from convit_jax.model.locality import gates, image_nonlocality
 from convit_jax.model.network import ConViT
 from convit_jax.model.normalise import normalise
 from convit_jax.parallel import sharding
+from convit_jax.train import forms
 from convit_jax.train.setup import Run
 
 log = logging.getLogger(__name__)
@@ -113,6 +114,7 @@ def make_step(
     The batch has "image", uint8, and "mask", which is 1 for the images that count, as in
     `EvalChunks`. The sums are those of `image_nonlocality`, {name: (layers, H)}, and "images".
     """
+    model = forms.over_mesh(model, mesh)
 
     def step(params: Any, batch: dict[str, jax.Array]) -> dict[str, jax.Array]:
         images = normalise(batch["image"], mean, std)

@@ -2,7 +2,6 @@
 
 import dataclasses
 import logging
-import math
 import os
 from typing import Any
 
@@ -20,11 +19,10 @@ from convit_jax.data.images import transforms
 from convit_jax.data.open import SPLITS, open_source
 from convit_jax.data.source import Source
 from convit_jax.model import image_size
-from convit_jax.model.attention import choose_forms
 from convit_jax.model.network import ConViT
 from convit_jax.model.variants import create_model
 from convit_jax.parallel import processes, sharding
-from convit_jax.train import distillation, init_from, same_run
+from convit_jax.train import distillation, forms, init_from, same_run
 from convit_jax.train import teacher as teachers
 from convit_jax.train.step import Program
 from convit_jax.workdir.checkpoints import newest_step
@@ -102,11 +100,7 @@ def make_model(
         dtype=jnp.dtype(dtype),
         remat=config.train.remat,
     )
-    attention, positional = choose_forms(
-        model.attention, model.positional, math.prod(model.grid), model.attn_dropout,
-        dtype=model.dtype, width=model.embed_dim // model.num_heads, backend=backend,
-    )  # fmt: skip
-    return model.clone(attention=attention, positional=positional)
+    return forms.settle(model, backend)
 
 
 def prepare(config: ml_collections.ConfigDict, workdir: Workdir, profile: bool = False) -> Run:

@@ -15,7 +15,7 @@ import optax
 from convit_jax.model.locality import gates
 from convit_jax.model.network import ConViT
 from convit_jax.parallel import sharding
-from convit_jax.train import freezing, optim
+from convit_jax.train import forms, freezing, optim
 from convit_jax.train.augmentation import BatchAugmentation
 from convit_jax.train.distillation import Distillation
 from convit_jax.train.freezing import Frozen
@@ -91,6 +91,7 @@ class Program:
         elif epochs:
             raise ValueError(f"optim.freeze_epochs={epochs:g}: expected optim.freeze with it")
         optimizer = optim.make_optimizer(config.optim, schedule, frozen)
+        model = forms.over_mesh(model, mesh)
         return cls(config, model, optimizer, schedule, mesh, frozen, distillation)
 
     @functools.cached_property

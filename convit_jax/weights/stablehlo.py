@@ -12,6 +12,7 @@ import dataclasses
 import functools
 import hashlib
 import json
+import math
 import os
 from typing import Any, cast
 
@@ -20,7 +21,7 @@ import jax.export
 import jax.numpy as jnp
 
 from convit_jax import storage
-from convit_jax.model import flops
+from convit_jax.model import flops, sdpa
 from convit_jax.model.normalise import IMAGENET_MEAN, IMAGENET_STD, normalise
 from convit_jax.weights.digest import digest
 from convit_jax.weights.loaded import Loaded
@@ -86,7 +87,10 @@ def save_exported(
       OSError: if the file cannot be written.
     """
     _check_batch(batch)
-    model = loaded.model.clone(dtype=jnp.float32, attention="auto", remat="none")
+    model = loaded.model
+    # The program is for several platforms, so no kernel of a single one is in it.
+    attention = sdpa.choose("auto", math.prod(model.grid), model.attn_dropout, backend="cpu")
+    model = model.clone(dtype=jnp.float32, attention=attention, remat="none")
 
     def inference(images: jax.Array) -> jax.Array:
         if uint8:

@@ -253,7 +253,7 @@ def test_bad_options_are_refused():
         ),
         (
             lambda: GPSA(4, positional="blend", attention="chunked"),
-            "attention: expected auto or xla with positional='blend', got 'chunked'",
+            "attention: expected auto, xla or fused with positional='blend', got 'chunked'",
         ),
         (
             lambda: GPSA(4, attention=max, attn_dropout=0.1),

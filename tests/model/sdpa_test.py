@@ -13,14 +13,17 @@ import reference
 from convit_jax import GPSA, SelfAttention
 from convit_jax.model import sdpa
 from convit_jax.model.attention import choose_forms
+from convit_jax.model.fused import Fused
 
 # Chunks of 8 and 5 queries make several chunks, the last one padded.
 CHUNKS = {f"chunks of {n}": functools.partial(sdpa.chunked_attention, chunk=n) for n in (8, 5)}
+FUSED = Fused(interpret=True)
 FORMS = {
     "blend": {"positional": "blend"},
     "contract, xla": {"positional": "contract", "attention": "xla"},
     "contract, chunked": {"positional": "contract", "attention": "chunked"},
     **{f"contract, {name}": {"attention": function} for name, function in CHUNKS.items()},
+    "fused": {"attention": FUSED},
 }
 
 
@@ -86,8 +89,10 @@ def assert_is(definition, module, params, x, grid, tolerance, **options):
         assert abs(found - slope) < 5 * tolerance * np.linalg.norm(grad), name
 
 
-@pytest.mark.parametrize("form", FORMS)
-@pytest.mark.parametrize("head", [48, 64])
+@pytest.mark.parametrize(
+    # tests/model/fused_test.py has the kernel with heads of 48
+    ("form", "head"), [(f, h) for f in FORMS for h in (48, 64) if (f, h) != ("fused", 48)]
+)  # fmt: skip
 @pytest.mark.parametrize("grid", [(4, 4), (3, 7)])
 def test_gpsa_equals_the_definition(form, head, grid):
     heads, size = 2, grid[0] * grid[1]
@@ -114,10 +119,11 @@ def test_gpsa_in_bfloat16(form):
 
 
 @pytest.mark.parametrize("tokens", [20, 21])  # a class token in front or none
-@pytest.mark.parametrize("attention", ["xla", "chunked", *CHUNKS])
+@pytest.mark.parametrize("attention", ["xla", "chunked", *CHUNKS, "fused"])
 def test_plain_attention_equals_the_definition(attention, tokens):
     heads = 2
-    module = SelfAttention(heads, qkv_bias=True, attention=CHUNKS.get(attention, attention))
+    attention = FUSED if attention == "fused" else CHUNKS.get(attention, attention)
+    module = SelfAttention(heads, qkv_bias=True, attention=attention)
     x = jax.random.normal(jax.random.key(1), (2, tokens, 96))
     params = random_params(module, x)
     assert_is(
@@ -126,12 +132,14 @@ def test_plain_attention_equals_the_definition(attention, tokens):
     )  # fmt: skip
 
 
-@pytest.mark.parametrize("queries", [1, 5])
-def test_attention_from_the_first_tokens_alone(queries):
-    def never(*args, **kwargs):
-        raise AssertionError("few queries are not for other implementations")
+def never(*args, **kwargs):
+    raise AssertionError("few queries are not for other implementations")
 
-    module = SelfAttention(2, attention=never, queries=queries)
+
+@pytest.mark.parametrize("attention", [never, FUSED])
+@pytest.mark.parametrize("queries", [1, 5])
+def test_attention_from_the_first_tokens_alone(queries, attention):
+    module = SelfAttention(2, attention=attention, queries=queries)
     x = jax.random.normal(jax.random.key(1), (2, 21, 96))
     params = random_params(module, x)
     assert_is(
