@@ -1,7 +1,8 @@
 """Arithmetic of a traced program: FLOPs of its matrix products, with the turns of its loops.
 
 The trace has every product of the forward and backward pass and those that rematerialisation
-repeats. It knows how often its loops run. Kernels (Pallas) count as what their author states.
+repeats. Products that nothing uses are left out. The trace knows how often its loops run. Kernels
+(Pallas) count as what their author states.
 """
 
 import collections
@@ -43,7 +44,7 @@ def of_jaxpr(jaxpr: Any) -> Arithmetic:
       jaxpr: the program, such as `jax.jit(f).trace(...).jaxpr`.
     """
     found = Arithmetic()
-    for equation in getattr(jaxpr, "jaxpr", jaxpr).eqns:
+    for equation in _used(getattr(jaxpr, "jaxpr", jaxpr)):
         name, params = equation.primitive.name, equation.params
         if name == "dot_general":
             found.flops += _product_flops(equation)
@@ -59,6 +60,20 @@ def of_jaxpr(jaxpr: Any) -> Arithmetic:
             for inner in _programs(params):
                 found.add(of_jaxpr(inner), times)
     return found
+
+
+def _used(jaxpr: Any) -> list[Any]:
+    """Returns the operations of a program whose results are used: the compiler drops the others.
+
+    Rematerialisation traces the forward kernel of attention again, whose result is kept.
+    """
+    wanted = {id(value) for value in jaxpr.outvars}
+    kept = []
+    for equation in reversed(jaxpr.eqns):
+        if equation.effects or any(id(value) in wanted for value in equation.outvars):
+            kept.append(equation)
+            wanted |= {id(value) for value in equation.invars}
+    return kept[::-1]
 
 
 def _programs(params: dict[str, Any]) -> Iterator[Any]:

@@ -119,7 +119,8 @@ def _work(step: Step) -> list[str]:
             f"  XLA's own count   {step.xla_bytes / 1e9:,.4g} GB: loops once, on-chip memory too"
         )
     if count.kernels:
-        lines.append(f"  {count.kernels} kernels count as what they state")
+        kernels = count.kernels // step.devices
+        lines.append(f"  kernels           {kernels}, whose products are what they state")
     lines += [
         f"  not counted: the arithmetic of {name} ({times} a step, over all devices)"
         for name, times in sorted(count.uncounted.items())
@@ -248,7 +249,7 @@ def _step_json(place: Place, step: Step) -> dict[str, Any]:
         else {**dataclasses.asdict(memory), "state": step.state_bytes, "total": memory.total},
         "flops": step.flops,
         "model_flops": step.model_flops / step.devices,
-        "kernels": step.arithmetic.kernels,
+        "kernels": step.arithmetic.kernels // step.devices,
         "uncounted": dict(step.arithmetic.uncounted),
         "bytes_moved": step.bytes_moved if memory else None,
         "xla_bytes_accessed": step.xla_bytes,

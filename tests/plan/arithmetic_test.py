@@ -10,6 +10,7 @@ import pytest
 
 from convit_jax import create_model
 from convit_jax.model.flops import forward_flops
+from convit_jax.model.fused import Fused
 from convit_jax.parallel import sharding
 from convit_jax.plan import arithmetic
 
@@ -30,7 +31,10 @@ def test_loops_branches_and_devices_count_as_often_as_they_run():
     # Each layer again, for the gradients of tanh, and two products for the gradients of x and w.
     again = jax.checkpoint(lambda x, w: jnp.tanh(jnp.sin(x @ w) @ w))
     assert count(lambda x, w: again(x, w).sum(), x, w).flops == 2 * 512
-    assert count(jax.grad(lambda x, w: again(x, w).sum(), (0, 1)), x, w).flops == (2 + 2 + 4) * 512
+    loss_and_gradients = jax.value_and_grad(lambda x, w: again(x, w).sum(), (0, 1))
+    assert count(loss_and_gradients, x, w).flops == (2 + 2 + 4) * 512
+    # Without the loss, nothing uses the first forward pass.
+    assert count(lambda x, w: loss_and_gradients(x, w)[1], x, w).flops == (2 + 4) * 512
 
     def branch(x, w):
         return jax.lax.cond(x[0, 0] > 0, lambda: x @ w @ w, lambda: x @ w)
@@ -52,6 +56,16 @@ def test_kernels_count_as_what_they_state():
     call = functools.partial(pl.pallas_call, kernel, out_shape=x, interpret=True)
     found = count(lambda x: call(cost_estimate=stated)(x) + call()(x), x)
     assert (found.flops, found.kernels, found.uncounted) == (77, 1, {"pallas_call": 1})
+
+    # One kernel in the forward pass and one in the backward pass, though the forward pass is
+    # traced again. Scores and averages, and five products of the backward pass.
+    model = create_model(
+        "convit_tiny", **SMALL, attention=Fused(interpret=True), remat="dots", global_pool="avg"
+    )
+    images = jnp.zeros((1, 32, 32, 3))
+    variables = jax.eval_shape(model.init, jax.random.key(0), images)
+    found = count(jax.grad(lambda v: model.apply(v, images).sum()), variables)
+    assert found.kernels == 2 * model.depth
 
 
 def test_the_forward_pass_has_the_flops_of_the_models_own_count():
