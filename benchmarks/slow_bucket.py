@@ -9,6 +9,7 @@ after the delay, and any number of them wait at a time.
 
 import argparse
 import asyncio
+import datetime
 import pathlib
 from typing import Any
 
@@ -47,8 +48,14 @@ def serve(root: pathlib.Path, port: int, delay: float) -> None:
 
 def _entry(root: pathlib.Path, path: pathlib.Path) -> dict[str, Any]:
     """Returns what the service says of an object."""
-    stat, name = path.stat(), str(path.relative_to(root))
-    return {"name": name, "size": str(stat.st_size), "generation": str(stat.st_mtime_ns)}
+    stat = path.stat()
+    written = datetime.datetime.fromtimestamp(stat.st_mtime, datetime.UTC)
+    return {
+        "name": str(path.relative_to(root)),
+        "size": str(stat.st_size),
+        "generation": str(stat.st_mtime_ns),
+        "timeCreated": written.strftime("%Y-%m-%dT%H:%M:%S.%fZ"),
+    }
 
 
 def main() -> None:
