@@ -20,8 +20,8 @@ from convit_jax.workdir.folder import Workdir
 # Two runs of a few seconds each: ConViT and DeiT on half of the images.
 SMALL = (
     "sample-efficiency", "--config=digits", "--seeds=1", "--shares=0.5",
-    "--config.train.epochs=4", "--config.train.eval_every=4", "--config.model.depth=2",
-    "--config.checkpoint.every=1",
+    "--config.train.epochs=3", "--config.train.eval_every=3", "--config.model.depth=2",
+    "--config.checkpoint.every=2",
     "--config.model.local_up_to_layer=1", "--config.data.workers=0",
 )  # fmt: skip
 COMMAND = [sys.executable, "-m", "convit_jax", "study", *SMALL]
@@ -31,7 +31,7 @@ def test_what_a_study_would_run_is_printed(capsys, tmp_path):
     study.main([*SMALL, f"--out={tmp_path}", "--print"])
     lines = capsys.readouterr().out.splitlines()
     assert len(lines) == 2
-    assert lines[0].startswith("convit train --config=digits --config.train.epochs=4 ")
+    assert lines[0].startswith("convit train --config=digits --config.train.epochs=3 ")
     assert lines[-1].endswith(f"--workdir={tmp_path}/digits/deit-images_0.5-seed_0")
     assert not [*tmp_path.iterdir()]
 
@@ -120,5 +120,5 @@ def test_a_study_that_is_killed_goes_on_and_makes_the_same_table(capsys, tmp_pat
     assert tables[0] in capsys.readouterr().out
 
     # Runs of another configuration are not taken for those of this one.
-    with pytest.raises(SystemExit, match=r"another configuration(.|\n)*train.epochs: saved 4"):
+    with pytest.raises(SystemExit, match=r"another configuration(.|\n)*train.epochs: saved 3"):
         study.main([*SMALL, f"--out={whole}", "--config.train.epochs=5", "--collect"])
