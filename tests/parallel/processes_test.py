@@ -274,7 +274,8 @@ def test_torchrun_starts_one_run(tmp_path):
         "from convit_jax.parallel import processes\n"
         "processes.initialize()\n"
         "import jax\n"
-        "print('process', jax.process_index(), 'of', jax.process_count(), flush=True)\n"
+        "line = f'process {jax.process_index()} of {jax.process_count()}\\n'\n"
+        "print(line, end='', flush=True)\n"  # in one piece: both write into one pipe
     )
     run = subprocess.run(
         [
