@@ -3,6 +3,7 @@
 import json
 import os
 import pathlib
+import shutil
 import subprocess
 import sys
 import venv
@@ -80,17 +81,13 @@ def test_a_missing_package_is_named_with_its_extra(code, tmp_path):
 def wheel(tmp_path_factory):
     """Builds the wheel of the project; returns its path."""
     folder = tmp_path_factory.mktemp("wheel")
-    command = [
-        sys.executable,
-        "-m",
-        "pip",
-        "wheel",
-        "--no-deps",
-        "-q",
-        "-w",
-        str(folder),
-        str(ROOT),
-    ]
+    source = folder / "source"  # two builds of one folder would write the same files
+    source.mkdir()
+    for name in ("setup.cfg", "pyproject.toml", "README.md", "LICENSE"):
+        shutil.copy(ROOT / name, source)
+    for name in ("convit_jax", "configs"):
+        shutil.copytree(ROOT / name, source / name)
+    command = [sys.executable, "-m", "pip", "wheel", "--no-deps", "-q", "-w", folder, source]
     subprocess.run(command, check=True, cwd=folder)
     (path,) = folder.glob("*.whl")
     return path
