@@ -24,7 +24,7 @@ import ml_collections
 
 from convit_jax import saved_config
 from convit_jax.cli import options
-from convit_jax.plan import chips, forms, report, settle, topology
+from convit_jax.plan import attempts, chips, report, settle, topology
 from convit_jax.storage import write_text
 from convit_jax.train import setup
 
@@ -61,7 +61,7 @@ def _add_flags(parser: argparse.ArgumentParser) -> None:
         "--try",
         dest="attempts",
         nargs="?",
-        const=forms.KEYS,
+        const=attempts.KEYS,
         default=(),
         type=_attempts,
         metavar="KEYS",
@@ -114,7 +114,7 @@ def _plan(args: argparse.Namespace, config: ml_collections.ConfigDict) -> int:
         steps=schedule[1] if images else None,
     )
     steps = []
-    for step in forms.compile_each(config, model, devices, args.attempts, schedule, chip.memory):
+    for step in attempts.compile_each(config, model, devices, args.attempts, schedule, chip.memory):
         log.info("%s", report.line(place, step))
         steps.append(step)
     print(report.text(place, settle.describe(config, model), steps))
@@ -141,11 +141,11 @@ def _versions(backend: str) -> str:
 
 
 def _attempts(text: str) -> tuple[str, ...]:
-    """Parses the value of --try: keys of `forms.KEYS`, separated by commas."""
+    """Parses the value of --try: keys of `attempts.KEYS`, separated by commas."""
     keys = tuple(text.split(","))
-    if unknown := set(keys) - set(forms.KEYS):
+    if unknown := set(keys) - set(attempts.KEYS):
         raise argparse.ArgumentTypeError(
-            f"expected some of {','.join(forms.KEYS)}, got {','.join(sorted(unknown))}"
+            f"expected some of {','.join(attempts.KEYS)}, got {','.join(sorted(unknown))}"
         )
     return keys
 

@@ -1,8 +1,8 @@
 """Arithmetic of a traced program: FLOPs of its matrix products, with the turns of its loops.
 
 The trace has every product of the forward and backward pass and those that rematerialisation
-repeats. Products that nothing uses are left out. The trace knows how often its loops run. Kernels
-(Pallas) count as what their author states.
+repeats. Products that nothing uses are left out. Loops of a known length count as often as they
+run, others once. Kernels (Pallas) count as what their author states.
 """
 
 import collections

@@ -4,9 +4,9 @@ import dataclasses
 import json
 from typing import Any
 
+from convit_jax.plan.attempts import AS_CONFIGURED
 from convit_jax.plan.chips import Chip
 from convit_jax.plan.compiled import Step
-from convit_jax.plan.forms import AS_CONFIGURED
 from convit_jax.plan.roofline import Bound, Feeding, bound
 from convit_jax.train.eval_report import columns
 

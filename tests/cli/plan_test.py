@@ -11,7 +11,7 @@ import pytest
 from runs import ROOT
 
 from convit_jax.cli import options, plan
-from convit_jax.plan import compiled, forms, topology
+from convit_jax.plan import attempts, compiled, topology
 from convit_jax.plan.arithmetic import Arithmetic
 from convit_jax.train import setup
 
@@ -74,7 +74,7 @@ def test_forms_are_tried_until_parts_of_a_batch_fit(monkeypatch):
     monkeypatch.setattr(compiled, "measure", measure)
     config = options.configuration("convit_ti", ["--config.train.batch_size=64"])
     model = setup.make_model(config, backend="cpu")
-    made = forms.compile_each(config, model, jax.devices(), forms.KEYS, (1, 1), memory=300)
+    made = attempts.compile_each(config, model, jax.devices(), attempts.KEYS, (1, 1), memory=300)
     assert [(step.name, step.fits(300)) for step in made] == [
         ("as configured", False), ("train.remat=block", False), ("mesh.fsdp=8", False),
         ("train.accum_steps=2", False), ("train.accum_steps=4", True),

@@ -57,8 +57,8 @@ def test_kernels_count_as_what_they_state():
     found = count(lambda x: call(cost_estimate=stated)(x) + call()(x), x)
     assert (found.flops, found.kernels, found.uncounted) == (77, 1, {"pallas_call": 1})
 
-    # One kernel in the forward pass and one in the backward pass, though the forward pass is
-    # traced again. Scores and averages, and five products of the backward pass.
+    # A layer has one kernel in the forward pass and one in the backward pass, though the forward
+    # pass is traced again.
     model = create_model(
         "convit_tiny", **SMALL, attention=Fused(interpret=True), remat="dots", global_pool="avg"
     )

@@ -148,7 +148,7 @@ HOSTS = """
 by_hand()
 import pathlib
 from convit_jax.cli import options
-from convit_jax.train import setup
+from convit_jax.train import same_run, setup
 from convit_jax.workdir.folder import Workdir
 own = pathlib.Path(sys.argv[3]) / f"host{jax.process_index()}"
 for case in ("same", "train", "names", "missing", "lr"):
@@ -163,6 +163,9 @@ for case in ("same", "train", "names", "missing", "lr"):
         print(case, "|", str(error).replace("\\n", " "))
     else:
         print(case, "| ready")
+cache = f"--config.data.cache=cache{jax.process_index()}"
+same_run.check_processes(options.configuration("convit_ti", [cache]), {})
+print("cache | ready")
 """
 
 
@@ -180,6 +183,7 @@ def test_processes_with_other_data_or_another_configuration_are_refused(tmp_path
     texts = finish(start_pair(HOSTS, tmp_path))
     first, second = (dict(re.findall(r"^(\w+) \| (.*)$", text, re.M)) for text in texts)
     assert first["same"] == second["same"] == "ready", texts
+    assert first["cache"] == second["cache"] == "ready", texts  # each host has its own
     assert "train: process 1 has 15 images, process 0 12" in first["train"]
     assert "test: process 1 has 15 images, process 0 12" in first["train"]
     assert "'ant' missing, 'zebra' new, compared with process 0" in first["names"]
