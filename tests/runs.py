@@ -1,8 +1,10 @@
 """Starts, kills and compares runs of main.py, for the tests."""
 
+from collections.abc import Callable
 import json
 import os
 import pathlib
+import shutil
 import signal
 import socket
 import subprocess
@@ -11,8 +13,10 @@ import time
 from typing import Any
 
 import compiling
+import filelock
 import numpy as np
 from PIL import Image
+import pytest
 
 ROOT = pathlib.Path(__file__).parent.parent
 
@@ -49,16 +53,44 @@ def write_images(folder: pathlib.Path, per_class: int = 40) -> None:
                 Image.fromarray(pixels).save(folder / split / f"class{label}" / f"{i}.png")
 
 
-def start(workdir: pathlib.Path, *flags: str, devices: int = 8) -> subprocess.Popen:
-    """Starts main.py on `devices` CPU devices; its output goes to a file beside the workdir."""
+def once(
+    factory: pytest.TempPathFactory, name: str, fill: Callable[[pathlib.Path], Any]
+) -> pathlib.Path:
+    """Returns the folder that `fill` has filled, once for all workers of pytest-xdist.
+
+    The tests share it, so none may change what lies in it.
+    """
+    base = factory.getbasetemp()
+    if "PYTEST_XDIST_WORKER" in os.environ:
+        base = base.parent
+    folder, filled = base / name, base / f"{name}.filled"
+    with filelock.FileLock(base / f"{name}.lock"):
+        if not filled.exists():
+            shutil.rmtree(folder, ignore_errors=True)
+            folder.mkdir()
+            fill(folder)
+            filled.touch()
+    return folder
+
+
+def start(
+    workdir: pathlib.Path, *flags: str, devices: int = 8, own_programs: bool = False
+) -> subprocess.Popen:
+    """Starts main.py on `devices` CPU devices; its output goes to a file beside the workdir.
+
+    Its compiled programs are stored apart from those of the tests' own processes: one that is
+    killed may leave half a program, and the warning of that would fail a test. With `own_programs`
+    they are stored where a user's run has them, in the workdir.
+    """
     env = dict(os.environ) | {
         "JAX_PLATFORMS": "cpu",
         "XLA_FLAGS": compiling.flags(devices),
         "JAX_DEFAULT_MATMUL_PRECISION": "highest",
+        "JAX_COMPILATION_CACHE_DIR": os.environ["CONVIT_TEST_PROGRAMS"] + "/runs",
     }
-    # A process that is killed may leave half a program in the folder that all tests share.
-    for name in ("JAX_COMPILATION_CACHE_DIR", "JAX_COMPILATION_CACHE_MAX_SIZE"):
-        env.pop(name, None)
+    if own_programs:
+        for name in ("JAX_COMPILATION_CACHE_DIR", "JAX_COMPILATION_CACHE_MAX_SIZE"):
+            env.pop(name, None)
     log = workdir.with_name(workdir.name + ".log").open("a")
     with log:
         return subprocess.Popen(

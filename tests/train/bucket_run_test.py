@@ -29,16 +29,18 @@ DIGITS = (
     "--config.train.eval_every=1",
     "--config.train.log_every=2",
     "--config.optim.ema_decay=0.9",
-    "--config.checkpoint.every=3",
+    "--config.checkpoint.every=6",
 )
 
 
 @pytest.fixture(scope="module")
 def whole(tmp_path_factory):
     """The working directory of the run on disk."""
-    workdir = tmp_path_factory.mktemp("whole") / "run"
-    runs.finish(runs.start(workdir, *DIGITS), workdir)
-    return workdir
+
+    def train(folder):
+        runs.finish(runs.start(folder / "run", *DIGITS), folder / "run")
+
+    return runs.once(tmp_path_factory, "bucket_whole", train) / "run"
 
 
 @pytest.fixture
@@ -87,22 +89,21 @@ def assert_as_on_disk(url, whole, here, compare=runs.assert_same):
     trained = [line["step"] for line in runs.metrics(folder) if line["kind"] == "train"]
     assert shown_steps(folder / "tensorboard") == trained == list(range(2, 23, 2))
     assert not Workdir(url).lock.exists()
-    assert list((folder / "compilation_cache").iterdir())
     scheme = url.partition("//")[0]
     assert not any((place / scheme).exists() for place in (runs.ROOT, here.parent))
 
 
 def test_a_killed_run_in_a_bucket_ends_as_the_one_on_disk(bucket, whole, here):
     flags = (*DIGITS, f"--workdir={bucket}")
-    first = runs.start(here, *flags)
-    runs.wait_for(lambda _: reached(bucket, 4), first, here, poll=0.05)
+    first = runs.start(here, *flags, own_programs=True)
+    runs.wait_for(lambda _: reached(bucket, 8), first, here, poll=0.05)
     runs.kill(first)
     before = newest_step(Workdir(bucket).checkpoints)
-    second = runs.start(here, *flags)
+    second = runs.start(here, *flags, own_programs=True)
     runs.wait_for(lambda _: is_saving(bucket, before), second, here, poll=0.01)
     runs.kill(second)
     left = set((here.parent / "temporary").iterdir())  # a killed process cannot clean up
-    runs.finish(runs.start(here, *flags), here)
+    runs.finish(runs.start(here, *flags, own_programs=True), here)
     output = runs.output(here)
     assert "continuing from step" in output
     assert "to see whether it still runs" not in output  # the lock of a killed process of this host
@@ -111,17 +112,12 @@ def test_a_killed_run_in_a_bucket_ends_as_the_one_on_disk(bucket, whole, here):
     starts = [json.loads(line) for line in Workdir(bucket).starts.read_text().splitlines()]
     assert [start["step"] for start in starts][:2] == [0, before]
     assert_as_on_disk(bucket, whole, here)
+    assert list(Workdir(bucket).compilation_cache.iterdir())
 
 
 def test_two_processes_write_to_one_bucket(s3, whole, here):
-    flags = (*DIGITS, f"--workdir={s3}")
-    pair = runs.start_pair(here, *flags)
-    runs.wait_for(lambda _: reached(s3, 8), pair[0], here, poll=0.05)
-    for process in pair:
-        runs.kill(process)
-    for process in runs.start_pair(here, *flags):
+    for process in runs.start_pair(here, *DIGITS, f"--workdir={s3}"):
         runs.finish(process, here)
-    assert "continuing from step" in runs.output(here)
     assert storage.as_path(f"{s3}/weights.safetensors").exists()
     assert_as_on_disk(s3, whole, here, runs.assert_close)
 
@@ -137,7 +133,7 @@ def test_a_run_in_a_faulty_bucket_ends_as_the_one_on_disk(faulty, whole, here, m
 
     faulty.use(some)
     first = runs.start(here, *flags)
-    runs.wait_for(lambda _: len(faulty.requests) > 50 and reached(url, 4), first, here, poll=0.1)
+    runs.wait_for(lambda _: len(faulty.requests) > 50 and reached(url, 8), first, here, poll=0.1)
     assert sum(fault is not None for *_, fault in faulty.requests) > 5
     faulty.use(faulty_proxy.always(503))
     runs.finish(first, here, code=1)

@@ -13,34 +13,34 @@ pytestmark = pytest.mark.slow
 
 @pytest.fixture(scope="module")
 def flags(tmp_path_factory):
-    folder = tmp_path_factory.mktemp("images")
-    runs.write_images(folder)
-    cache = tmp_path_factory.mktemp("cache")
-    return (
-        *runs.SMALL,
-        f"--config.data.source=folder:{folder}",
-        f"--config.compilation_cache={cache}",
-    )
+    folder = runs.once(tmp_path_factory, "resume_images", runs.write_images)
+    return (*runs.SMALL, f"--config.data.source=folder:{folder}")
 
 
 @pytest.fixture(scope="module")
 def whole(flags, tmp_path_factory):
     """The working directory of a run that was not interrupted."""
-    workdir = tmp_path_factory.mktemp("whole") / "run"
-    runs.finish(runs.start(workdir, *flags), workdir)
-    assert runs.steps_saved(workdir)[-1] == 24
-    return workdir
+
+    def train(folder):
+        workdir = folder / "run"
+        runs.finish(runs.start(workdir, *flags), workdir)
+        assert runs.steps_saved(workdir)[-1] == 24
+
+    return runs.once(tmp_path_factory, "resume_whole", train) / "run"
 
 
 @pytest.fixture(scope="module")
 def stopped(flags, tmp_path_factory):
     """The working directory of a run that got SIGTERM in its middle."""
-    workdir = tmp_path_factory.mktemp("stopped") / "run"
-    process = runs.start(workdir, *flags, "--stopped_status=75")
-    runs.wait_for(lambda path: runs.reached(path, 8), process, workdir)
-    process.send_signal(signal.SIGTERM)
-    runs.finish(process, workdir, code=75)
-    return workdir
+
+    def train(folder):
+        workdir = folder / "run"
+        process = runs.start(workdir, *flags, "--stopped_status=75")
+        runs.wait_for(lambda path: runs.reached(path, 8), process, workdir)
+        process.send_signal(signal.SIGTERM)
+        runs.finish(process, workdir, code=75)
+
+    return runs.once(tmp_path_factory, "resume_stopped", train) / "run"
 
 
 def test_killed_runs_end_as_the_one_that_was_not(flags, whole, tmp_path):
