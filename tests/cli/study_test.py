@@ -21,7 +21,7 @@ from convit_jax.workdir.folder import Workdir
 SMALL = (
     "sample-efficiency", "--config=digits", "--seeds=1", "--shares=0.5",
     "--config.train.epochs=3", "--config.train.eval_every=3", "--config.model.depth=2",
-    "--config.model.patch_size=4", "--config.checkpoint.every=3",
+    "--config.checkpoint.every=2",
     "--config.model.local_up_to_layer=1", "--config.data.workers=0",
 )  # fmt: skip
 COMMAND = [sys.executable, "-m", "convit_jax", "study", *SMALL]
@@ -84,7 +84,7 @@ def test_a_study_that_is_killed_goes_on_and_makes_the_same_table(capsys, tmp_pat
     # alone, and is stopped by a signal.
     second = Workdir(killed / "digits" / "deit-images_0.5-seed_0")
     with begun(": 2 of 2") as process:
-        while (newest_step(second.checkpoints) or 0) < 3:
+        while (newest_step(second.checkpoints) or 0) < 2:
             time.sleep(0.01)
         children = subprocess.run(
             ["pgrep", "-P", str(process.pid)], capture_output=True, text=True

@@ -21,7 +21,7 @@ devices = topologies.get_topology_desc("v4:2x2x1", "tpu", chip_config_name="mega
 config = recipe.get_config()
 config.train.batch_size = 16
 config.model.update(name="convit_tiny", depth=3, local_up_to_layer=1, num_classes=10)
-config.model.embed_dim = int(sys.argv[1])
+config.model.embed_dim, config.model.image_size = map(int, sys.argv[1:])
 model = setup.make_model(config, backend="tpu")
 mesh = sharding.make_mesh(devices=list(devices))
 program = Program.make(config, model, mesh, 10, 100)
@@ -38,14 +38,14 @@ print("gathered:", text.count("all-gather"))
 
 @pytest.mark.slow
 @pytest.mark.skipif(not importlib.util.find_spec("libtpu"), reason="needs libtpu")
-@pytest.mark.parametrize("width", [192, 256])  # four heads of 48 and of 64
-def test_the_step_compiles_for_four_chips_of_the_least_memory(width):
+@pytest.mark.parametrize(("width", "pixels"), [(192, 224), (256, 112)])  # heads of 48 and of 64
+def test_the_step_compiles_for_four_chips_of_the_least_memory(width, pixels):
     """Three blocks, each with a kernel forward and one backward. libtpu has its own process."""
     alone = {"TPU_SKIP_MDS_QUERY": "1", "ALLOW_MULTIPLE_LIBTPU_LOAD": "1"}
     alone |= {"TPU_ACCELERATOR_TYPE": "v4-8", "TPU_WORKER_HOSTNAMES": "localhost"}
     env = {k: v for k, v in os.environ.items() if k != "XLA_FLAGS"} | alone
     done = subprocess.run(
-        [sys.executable, "-c", CODE, str(width)],
+        [sys.executable, "-c", CODE, str(width), str(pixels)],
         cwd=ROOT, env=env | {"JAX_PLATFORMS": "cpu"}, capture_output=True, text=True, timeout=1200,
     )  # fmt: skip
     assert done.returncode == 0, done.stderr
