@@ -9,8 +9,8 @@ import pathlib
 import re
 import shutil
 import subprocess
-import sys
 
+import commands
 import compiling
 import make_imagenet
 import numpy as np
@@ -113,7 +113,7 @@ def test_what_a_page_shows_is_compared():
 
 @pytest.fixture(scope="session")
 def prepared(tmp_path_factory):
-    """A folder with everything that the pages name."""
+    """A folder with everything that the pages name, and how to start programs there."""
     folder = tmp_path_factory.mktemp("docs")
     for name in ("main.py", "configs", "benchmarks", "docs", "convit_jax"):
         (folder / name).symlink_to(ROOT / name)
@@ -121,13 +121,16 @@ def prepared(tmp_path_factory):
     examples = make_imagenet.make_examples(per_class=2, validation=8)
     make_imagenet.write_tfds(folder / "imagenet", examples, "array_record")
     _write_weights(folder)
-    done = subprocess.run(
-        [sys.executable, "main.py", "--config=digits", "--workdir=runs/digits",
-         "--config.train.epochs=2", "--config.train.eval_every=1"],
-        cwd=folder, env=_environment(folder), capture_output=True, text=True,
-    )  # fmt: skip
-    assert done.returncode == 0, done.stderr
-    return folder
+    environment = _environment(folder)
+    with commands.running(environment) as forks:
+        done = subprocess.run(
+            [*forks.python, "main.py", "--config=digits", "--workdir=runs/digits",
+             "--config.train.epochs=1", "--config.train.eval_every=0.5",
+             "--config.train.batch_size=64"],
+            cwd=folder, env=environment, capture_output=True, text=True,
+        )  # fmt: skip
+        assert done.returncode == 0, done.stderr
+        yield folder, forks
 
 
 def _environment(folder: pathlib.Path) -> dict[str, str]:
@@ -197,13 +200,14 @@ RUNNABLE = [name for name, page in PAGES.items() if any(b.is_run for b in pages.
 def test_the_blocks_of_a_page_run(name, prepared, tmp_path):
     if re.search(r"\.pth|import (torch|timm)", PAGES[name].read_text()):
         reference.import_timm()
+    there, forks = prepared
     folder = tmp_path / "page"
-    shutil.copytree(prepared, folder, symlinks=True)
-    command = [sys.executable, str(ROOT / "tests" / "pages.py"), name]
+    shutil.copytree(there, folder, symlinks=True)
+    command = [*forks.python, str(ROOT / "tests" / "pages.py"), name, forks.folder]
     done = subprocess.run(
         command,
         cwd=folder,
-        env=_environment(prepared),
+        env=_environment(there),
         capture_output=True,
         text=True,
         timeout=1200,
