@@ -61,7 +61,7 @@ def running(environment: dict[str, str]) -> Iterator[Forks]:
         python = (sys.executable, "-IS", os.path.abspath(__file__), address)
         convit = pathlib.Path(folder, "convit")
         script = os.path.join(os.path.dirname(sys.executable), "convit")
-        convit.write_text(f"#!/bin/sh\nexec {shlex.join([*python, script])} \"$@\"\n")
+        convit.write_text(f'#!/bin/sh\nexec {shlex.join([*python, script])} "$@"\n')
         convit.chmod(0o755)
         process = subprocess.Popen(
             [sys.executable, __file__, str(listener.fileno())],
