@@ -22,8 +22,14 @@ def imported(code: str) -> set[str]:
 
 
 def test_importing_takes_jax_flax_and_numpy_only():
-    added = imported("import convit_jax") - imported("import flax.linen, jax, numpy")
-    assert added == {"convit_jax"}
+    theirs = imported("import flax.linen, jax, numpy")
+    assert imported("from convit_jax import ConViT, create_model") - theirs == {"convit_jax"}
+
+
+def test_worker_processes_that_read_images_do_without_jax():
+    modules = "data.batches.worker_processes", "data.folders.class_folders", "data.arrays"
+    code = "import " + ", ".join(f"convit_jax.{module}" for module in modules)
+    assert not imported(code) & {"jax", "flax", "orbax", "grain", "torch"}
 
 
 def test_loading_safetensors_takes_no_package_of_training(tmp_path):
