@@ -27,12 +27,13 @@ NOTEBOOKS = sorted((ROOT / "examples").glob("*.ipynb"))
 # A slash that starts a word: of "/home/me", and not of "runs/mine", "img/s" or "https://".
 ABSOLUTE_PATH = re.compile(r"(?<![\w.:/-])/\w+/")
 SECONDS_PER_CELL = 1800  # the longest takes a minute on two busy cores
-# Training that a test shortens: what a cell says, and what is run instead.
+# Work that a test shortens: what a cell says, and what is run instead.
 SHORTER = {
     r"_batches\([1-9]00\)": "_batches(20)",
-    r"train\.update\(epochs=18\.0": "train.update(epochs=3.0",
+    r"train\.update\(epochs=18\.0": "train.update(epochs=1.0",
     r"train\.epochs=50": "train.epochs=5",
-    r"train\.epochs=40": "train.epochs=2",
+    r"train\.epochs=40": "train.epochs=1",
+    r'"masking", f"--weights': '"masking", "--first=3", f"--weights',
 }
 # A line of convit_story.ipynb: the range of a layer's gates, and its non-locality before and after.
 STORY_LAYER = r"layer \d: gates from 0.73 to ([\d.]+) ... ([\d.]+), \D+([\d.]+) to ([\d.]+) patches"
