@@ -125,8 +125,8 @@ def prepared(tmp_path_factory):
     with commands.running(environment) as forks:
         done = subprocess.run(
             [*forks.python, "main.py", "--config=digits", "--workdir=runs/digits",
-             "--config.train.epochs=1", "--config.train.eval_every=0.5",
-             "--config.train.batch_size=64"],
+             "--config.train.epochs=0.5", "--config.train.eval_every=0.25",
+             "--config.train.batch_size=32"],  # as `pages.py` has it
             cwd=folder, env=environment, capture_output=True, text=True,
         )  # fmt: skip
         assert done.returncode == 0, done.stderr

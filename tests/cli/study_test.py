@@ -23,6 +23,7 @@ from convit_jax.workdir.folder import Workdir
 SMALL = (
     "sample-efficiency", "--config=digits", "--seeds=1", "--shares=0.5",
     "--config.train.epochs=3", "--config.train.eval_every=3", "--config.model.depth=2",
+    "--config.train.probe_images=0",
     "--config.checkpoint.every=2", "--config.model.patch_size=4", "--config.model.embed_dim=8",
     "--config.model.local_up_to_layer=1", "--config.data.workers=0",
 )  # fmt: skip

@@ -22,6 +22,7 @@ SMALL = (
     "--config.model.depth=2",
     "--config.model.local_up_to_layer=1",
     "--config.train.epochs=2",
+    "--config.train.probe_images=0",
 )
 
 
