@@ -9,6 +9,7 @@ import subprocess
 import sys
 import venv
 
+import compiling
 from packaging import requirements
 import pytest
 from runs import ROOT
@@ -146,7 +147,8 @@ def test_every_command_works_from_a_wheel_in_an_empty_folder(wheel, tmp_path):
     empty.mkdir()
     # Other packages come from this environment. The project does not: it is only a checkout here.
     site = str(pathlib.Path(pytest.__file__).parents[1])
-    env = os.environ | {"PYTHONPATH": site, "JAX_PLATFORMS": "cpu"}
+    flags = compiling.flags()  # one device, as a user has
+    env = os.environ | {"PYTHONPATH": site, "JAX_PLATFORMS": "cpu", "XLA_FLAGS": flags}
 
     def convit(*words: str) -> str:
         done = subprocess.run(
@@ -177,7 +179,9 @@ for command in ("train", "eval", "predict", "convert", "data", "data check", "da
     for command in ("train", "eval", "predict", "convert", "data", "data check", "data prepare"):
         assert f"usage: convit {command} " in done.stdout
     assert "1,437 images of 10 classes" in convit("data", "check", "--config=digits")
-    convit("train", "--config=digits", "--workdir=run", "--config.train.epochs=1")
+    small = "patch_size=4", "embed_dim=8", "depth=2", "local_up_to_layer=1"
+    model = [f"--config.model.{flag}" for flag in small]
+    convit("train", "--config=digits", "--workdir=run", "--config.train.epochs=1", *model)
     assert "top-1" in convit("eval", "--workdir=run")
     assert "wrote run/report.html" in convit("analyse", "report", "--workdir=run")
     convit("convert", "run", "w.safetensors")
