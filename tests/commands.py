@@ -11,7 +11,7 @@ ends that process with its own exit status. The packages read some variables whe
 Where one of these differs, the program runs in a new process instead.
 """
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 import contextlib
 import dataclasses
 import json
@@ -47,28 +47,30 @@ class Forks:
 
 
 @contextlib.contextmanager
-def running(environment: dict[str, str]) -> Iterator[Forks]:
+def running(environment: dict[str, str], packages: Sequence[str] = _PACKAGES) -> Iterator[Forks]:
     """Starts the process that forks, with the environment that programs will have.
 
     Args:
       environment: all variables.
+      packages: what the process imports.
     """
-    with tempfile.TemporaryDirectory() as folder, socket.socket(socket.AF_UNIX) as listener:
+    with tempfile.TemporaryDirectory() as folder:
         address = f"{folder}/socket"
-        listener.bind(address)
-        listener.listen(16)
-        # Neither the site's packages nor the user's: it starts in hundredths of a second.
+        # Without the site's packages it starts in hundredths of a second.
         python = (sys.executable, "-IS", os.path.abspath(__file__), address)
         convit = pathlib.Path(folder, "convit")
         script = os.path.join(os.path.dirname(sys.executable), "convit")
         convit.write_text(f'#!/bin/sh\nexec {shlex.join([*python, script])} "$@"\n')
         convit.chmod(0o755)
-        process = subprocess.Popen(
-            [sys.executable, __file__, str(listener.fileno())],
-            env=environment,
-            pass_fds=[listener.fileno()],
-            start_new_session=True,
-        )
+        with socket.socket(socket.AF_UNIX) as listener:
+            listener.bind(address)
+            listener.listen(16)
+            process = subprocess.Popen(
+                [sys.executable, __file__, str(listener.fileno()), *packages],
+                env=environment,
+                pass_fds=[listener.fileno()],
+                start_new_session=True,
+            )
         try:
             yield Forks(python, folder)
         finally:
@@ -76,12 +78,12 @@ def running(environment: dict[str, str]) -> Iterator[Forks]:
             process.wait()
 
 
-def _serve(listener: socket.socket) -> None:
-    """Answers requests for ever; returns in a fork that is to run a program, by `_run`."""
+def _serve(listener: socket.socket, packages: Sequence[str]) -> None:
+    """Answers requests for ever. In a fork that runs a program, returns when it has run."""
     import gc
     import importlib
 
-    for package in _PACKAGES:
+    for package in packages:
         importlib.import_module(package)
     gc.freeze()  # spares the collector the packages
     signal.signal(signal.SIGCHLD, signal.SIG_IGN)  # nobody waits for the forks below
@@ -109,7 +111,10 @@ def _serve(listener: socket.socket) -> None:
 def _receive(connection: socket.socket) -> tuple[dict, list[int]]:
     content, streams, *_ = socket.recv_fds(connection, 1 << 16, 3)
     while not content.endswith(b"\n"):
-        content += connection.recv(1 << 16)
+        more = connection.recv(1 << 16)
+        if not more:  # whoever asked is gone
+            os._exit(0)
+        content += more
     return json.loads(content), streams
 
 
@@ -144,13 +149,14 @@ def _ask(address: str, words: list[str]) -> None:
         connection.sendall(content[sent:])
         status = int(connection.recv(16))
     if status < 0:
-        signal.signal(-status, signal.SIG_DFL)
+        with contextlib.suppress(OSError):  # of SIGKILL
+            signal.signal(-status, signal.SIG_DFL)
         os.kill(os.getpid(), -status)
     sys.exit(status)
 
 
 if __name__ == "__main__":
-    if len(sys.argv) == 2:
-        _serve(socket.socket(fileno=int(sys.argv[1])))
+    if sys.argv[1].isdigit():
+        _serve(socket.socket(fileno=int(sys.argv[1])), sys.argv[2:])
     else:
         _ask(sys.argv[1], sys.argv[2:])

@@ -8,6 +8,7 @@ import os
 import pathlib
 import re
 import shutil
+import signal
 import subprocess
 
 import commands
@@ -109,6 +110,37 @@ def test_what_a_page_shows_is_compared():
     for output in ("top-1 7%\n", "wrote a\ntop-1 7%\n", "top-5 7%\nwrote a\n"):
         with pytest.raises(ValueError, match="without, at its place,"):
             pages.check_output(bash, output)
+
+
+def test_a_fork_of_a_program_is_as_a_process_of_its_own(tmp_path):
+    program = tmp_path / "program.py"
+    program.write_text(
+        "import os, signal, sys\n"
+        "print(sys.argv[1:], sys.stdin.read(), os.getcwd(), sys.path[0], os.environ['HELLO'])\n"
+        "print('json' in sys.modules, file=sys.stderr)\n"
+        "if len(sys.argv) == 1:\n"
+        "    os.kill(os.getpid(), signal.SIGKILL)\n"
+        "sys.exit(int(sys.argv[1]))\n"
+    )
+    folder = tmp_path / "folder"
+    folder.mkdir()
+    with commands.running(dict(os.environ), packages=["json"]) as forks:
+
+        def run(*words: str, **variables: str) -> tuple[int, str, str]:
+            done = subprocess.run(
+                [*forks.python, str(program), *words], cwd=folder, input="in",
+                env=os.environ | {"HELLO": "you"} | variables, capture_output=True, text=True,
+            )  # fmt: skip
+            return done.returncode, done.stdout, done.stderr
+
+        places = f"in {folder} {tmp_path} you\n"
+        assert run("3", "a b") == (3, f"['3', 'a b'] {places}", "True\n")
+        assert run()[0] == -signal.SIGKILL
+        # A package would have read this variable when it was imported.
+        assert run("0", JAX_PLATFORMS="tpu") == (0, f"['0'] {places}", "False\n")
+        path = f"{forks.folder}{os.pathsep}{os.environ['PATH']}"
+        done = subprocess.run(["convit", "nope"], env=os.environ | {"PATH": path})
+        assert done.returncode == 1
 
 
 @pytest.fixture(scope="session")

@@ -106,7 +106,6 @@ def test_a_study_that_is_killed_goes_on_and_makes_the_same_table(capsys, tmp_pat
     assert process.returncode == 0
 
     # A third start finishes. Its table is that of the study that nobody disturbed.
-    capsys.readouterr()
     study.main([*SMALL, f"--out={killed}"])
     log = (killed / "digits" / "deit-images_0.5-seed_0.log").read_text()
     assert "continuing from step" in log
@@ -118,6 +117,7 @@ def test_a_study_that_is_killed_goes_on_and_makes_the_same_table(capsys, tmp_pat
     assert all(len(cell["top1_percent"]) == 1 for cell in cells)
 
     # What --print prints is what ran, and --collect makes the table without training.
+    capsys.readouterr()
     study.main([*SMALL, f"--out={whole}", "--print"])
     printed = capsys.readouterr().out.splitlines()
     ran = [
