@@ -30,10 +30,12 @@ RUN = ("python", "bash")
 
 # Flags that make training quick, by what a command line contains; the first that fits.
 _QUICK = {
-    "finetune": "train.batch_size=8 train.epochs=1 data.workers=1 model.image_size=64",
+    "finetune": "train.batch_size=8 train.epochs=1 data.workers=1 model.image_size=64 "
+    "train.probe_images=0",
+    "coordinator": "train.epochs=0.5 train.batch_size=32 train.probe_images=0",
     "digits": "train.epochs=0.5 train.eval_every=0.5 train.batch_size=32",
     "--config=": "train.batch_size=8 train.epochs=1 data.workers=1 model.embed_dim=36 "
-    "model.depth=3 model.local_up_to_layer=2 model.image_size=64",
+    "model.depth=3 model.local_up_to_layer=2 model.image_size=64 train.probe_images=0",
 }
 
 
