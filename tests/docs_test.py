@@ -117,14 +117,14 @@ def test_a_fork_of_a_program_is_as_a_process_of_its_own(tmp_path):
     program.write_text(
         "import os, signal, sys\n"
         "print(sys.argv[1:], sys.stdin.read(), os.getcwd(), sys.path[0], os.environ['HELLO'])\n"
-        "print('json' in sys.modules, file=sys.stderr)\n"
+        "print('colorsys' in sys.modules, file=sys.stderr)\n"
         "if len(sys.argv) == 1:\n"
         "    os.kill(os.getpid(), signal.SIGKILL)\n"
         "sys.exit(int(sys.argv[1]))\n"
     )
     folder = tmp_path / "folder"
     folder.mkdir()
-    with commands.running(dict(os.environ), packages=["json"]) as forks:
+    with commands.running(dict(os.environ), packages=["colorsys"]) as forks:
 
         def run(*words: str, **variables: str) -> tuple[int, str, str]:
             done = subprocess.run(
