@@ -6,18 +6,18 @@
 
     model, variables = load("convit_base")                # or a .pth, .safetensors, a workdir
 
-Importing this package imports jax, flax and numpy, and nothing else.
+Importing this package imports nothing else. The first of its names imports jax, flax and numpy, and
+nothing more unless it reads weights. Worker processes that read images do without jax.
 """
 
 import importlib
 from typing import TYPE_CHECKING, Any
 
-from convit_jax.model.attention import GPSA, SelfAttention
-from convit_jax.model.attention_maps import attention_gradients, class_attention
-from convit_jax.model.network import ConViT
-from convit_jax.model.variants import VARIANTS, create_model
-
 if TYPE_CHECKING:
+    from convit_jax.model.attention import GPSA, SelfAttention
+    from convit_jax.model.attention_maps import attention_gradients, class_attention
+    from convit_jax.model.network import ConViT
+    from convit_jax.model.variants import VARIANTS, create_model
     from convit_jax.weights.load import load
     from convit_jax.weights.state_dict import from_torch, to_torch
 
@@ -36,8 +36,15 @@ __all__ = [
     "to_torch",
 ]
 
-# Imported at first use: they need more than jax, flax and numpy.
-_LAZY = {
+# The module of each name, imported when the name is first used.
+_MODULES = {
+    "GPSA": "model.attention",
+    "SelfAttention": "model.attention",
+    "attention_gradients": "model.attention_maps",
+    "class_attention": "model.attention_maps",
+    "ConViT": "model.network",
+    "VARIANTS": "model.variants",
+    "create_model": "model.variants",
     "from_torch": "weights.state_dict",
     "to_torch": "weights.state_dict",
     "load": "weights.load",
@@ -45,6 +52,10 @@ _LAZY = {
 
 
 def __getattr__(name: str) -> Any:
-    if name not in _LAZY:
+    if name not in _MODULES:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-    return getattr(importlib.import_module(f"{__name__}.{_LAZY[name]}"), name)
+    return getattr(importlib.import_module(f"{__name__}.{_MODULES[name]}"), name)
+
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *_MODULES})

@@ -8,9 +8,10 @@ import os
 import pathlib
 import re
 import shutil
+import signal
 import subprocess
-import sys
 
+import commands
 import compiling
 import make_imagenet
 import numpy as np
@@ -111,9 +112,40 @@ def test_what_a_page_shows_is_compared():
             pages.check_output(bash, output)
 
 
+def test_a_fork_of_a_program_is_as_a_process_of_its_own(tmp_path):
+    program = tmp_path / "program.py"
+    program.write_text(
+        "import os, signal, sys\n"
+        "print(sys.argv[1:], sys.stdin.read(), os.getcwd(), sys.path[0], os.environ['HELLO'])\n"
+        "print('colorsys' in sys.modules, file=sys.stderr)\n"
+        "if len(sys.argv) == 1:\n"
+        "    os.kill(os.getpid(), signal.SIGKILL)\n"
+        "sys.exit(int(sys.argv[1]))\n"
+    )
+    folder = tmp_path / "folder"
+    folder.mkdir()
+    with commands.running(dict(os.environ), packages=["colorsys"]) as forks:
+
+        def run(*words: str, **variables: str) -> tuple[int, str, str]:
+            done = subprocess.run(
+                [*forks.python, str(program), *words], cwd=folder, input="in",
+                env=os.environ | {"HELLO": "you"} | variables, capture_output=True, text=True,
+            )  # fmt: skip
+            return done.returncode, done.stdout, done.stderr
+
+        places = f"in {folder} {tmp_path} you\n"
+        assert run("3", "a b") == (3, f"['3', 'a b'] {places}", "True\n")
+        assert run()[0] == -signal.SIGKILL
+        # A package would have read this variable when it was imported.
+        assert run("0", JAX_PLATFORMS="tpu") == (0, f"['0'] {places}", "False\n")
+        path = f"{forks.folder}{os.pathsep}{os.environ['PATH']}"
+        done = subprocess.run(["convit", "nope"], env=os.environ | {"PATH": path})
+        assert done.returncode == 1
+
+
 @pytest.fixture(scope="session")
 def prepared(tmp_path_factory):
-    """A folder with everything that the pages name."""
+    """A folder with everything that the pages name, and how to start programs there."""
     folder = tmp_path_factory.mktemp("docs")
     for name in ("main.py", "configs", "benchmarks", "docs", "convit_jax"):
         (folder / name).symlink_to(ROOT / name)
@@ -121,13 +153,16 @@ def prepared(tmp_path_factory):
     examples = make_imagenet.make_examples(per_class=2, validation=8)
     make_imagenet.write_tfds(folder / "imagenet", examples, "array_record")
     _write_weights(folder)
-    done = subprocess.run(
-        [sys.executable, "main.py", "--config=digits", "--workdir=runs/digits",
-         "--config.train.epochs=2", "--config.train.eval_every=1"],
-        cwd=folder, env=_environment(folder), capture_output=True, text=True,
-    )  # fmt: skip
-    assert done.returncode == 0, done.stderr
-    return folder
+    environment = _environment(folder)
+    with commands.running(environment) as forks:
+        done = subprocess.run(
+            [*forks.python, "main.py", "--config=digits", "--workdir=runs/digits",
+             "--config.train.epochs=0.5", "--config.train.eval_every=0.25",
+             "--config.train.batch_size=32"],  # as `pages.py` has it
+            cwd=folder, env=environment, capture_output=True, text=True,
+        )  # fmt: skip
+        assert done.returncode == 0, done.stderr
+        yield folder, forks
 
 
 def _environment(folder: pathlib.Path) -> dict[str, str]:
@@ -197,13 +232,14 @@ RUNNABLE = [name for name, page in PAGES.items() if any(b.is_run for b in pages.
 def test_the_blocks_of_a_page_run(name, prepared, tmp_path):
     if re.search(r"\.pth|import (torch|timm)", PAGES[name].read_text()):
         reference.import_timm()
+    there, forks = prepared
     folder = tmp_path / "page"
-    shutil.copytree(prepared, folder, symlinks=True)
-    command = [sys.executable, str(ROOT / "tests" / "pages.py"), name]
+    shutil.copytree(there, folder, symlinks=True)
+    command = [*forks.python, str(ROOT / "tests" / "pages.py"), name, forks.folder]
     done = subprocess.run(
         command,
         cwd=folder,
-        env=_environment(prepared),
+        env=_environment(there),
         capture_output=True,
         text=True,
         timeout=1200,

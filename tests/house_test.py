@@ -1,6 +1,7 @@
 """The house: imports run one way and without circles, and each thing has one owner."""
 
 import ast
+import functools
 import pathlib
 
 import pytest
@@ -30,6 +31,7 @@ PATHS = {
 }  # fmt: skip
 
 
+@functools.cache
 def modules(root: pathlib.Path = PACKAGE) -> dict[str, ast.Module]:
     """Returns {dotted name below the package: syntax tree} of every file."""
     return {

@@ -1,5 +1,6 @@
 """Importing the package loads few other packages, and its wheel works without the checkout."""
 
+from importlib import metadata
 import json
 import os
 import pathlib
@@ -8,6 +9,8 @@ import subprocess
 import sys
 import venv
 
+import compiling
+from packaging import requirements
 import pytest
 from runs import ROOT
 
@@ -22,8 +25,14 @@ def imported(code: str) -> set[str]:
 
 
 def test_importing_takes_jax_flax_and_numpy_only():
-    added = imported("import convit_jax") - imported("import flax.linen, jax, numpy")
-    assert added == {"convit_jax"}
+    theirs = imported("import flax.linen, jax, numpy")
+    assert imported("from convit_jax import ConViT, create_model") - theirs == {"convit_jax"}
+
+
+def test_worker_processes_that_read_images_do_without_jax():
+    modules = "data.batches.worker_processes", "data.folders.class_folders", "data.arrays"
+    code = "import " + ", ".join(f"convit_jax.{module}" for module in modules)
+    assert not imported(code) & {"jax", "flax", "orbax", "grain", "torch"}
 
 
 def test_loading_safetensors_takes_no_package_of_training(tmp_path):
@@ -93,22 +102,53 @@ def wheel(tmp_path_factory):
     return path
 
 
-def environment(folder: pathlib.Path, *packages: object) -> pathlib.Path:
-    """Makes a virtual environment with packages; returns the folder of its programs."""
-    venv.create(folder, with_pip=True)
-    command = [folder / "bin" / "python", "-m", "pip", "install", "-q", *packages]
-    subprocess.run(list(map(str, command)), check=True)
-    return folder / "bin"
+def environment(folder: pathlib.Path, wheel: pathlib.Path) -> pathlib.Path:
+    """Makes a virtual environment with a wheel alone; returns the folder of its programs."""
+    venv.create(folder, symlinks=True)
+    programs = folder / "bin"
+    pip = [sys.executable, "-m", "pip", "--python", programs / "python"]
+    subprocess.run([*pip, "install", "-q", "--no-deps", wheel], check=True)
+    return programs
+
+
+def link_requirements(folder: pathlib.Path, name: str) -> None:
+    """Links what a package requires, and so on, from this environment into a virtual one.
+
+    Args:
+      folder: folder of the virtual environment, which has the package.
+      name: name of the package.
+
+    Raises:
+      AssertionError: if a version is none of those that are required.
+    """
+    (site,) = folder.glob("lib/python*/site-packages")
+    (package,) = metadata.distributions(name=name, path=[str(site)])
+    waiting, linked = [package], set()
+    while waiting:
+        for text in waiting.pop().requires or ():
+            needed = requirements.Requirement(text)
+            if needed.marker and not needed.marker.evaluate({"extra": ""}):
+                continue
+            found = metadata.distribution(needed.name)
+            assert needed.specifier.contains(found.version, prereleases=True), text
+            if found.name in linked:
+                continue
+            linked.add(found.name)
+            waiting.append(found)
+            for top in {file.parts[0] for file in found.files or ()} - {"..", "__pycache__"}:
+                if not (site / top).exists():  # packages may share a folder
+                    (site / top).symlink_to(found.locate_file(top))
 
 
 @pytest.mark.slow
 def test_every_command_works_from_a_wheel_in_an_empty_folder(wheel, tmp_path):
-    programs = environment(tmp_path / "venv", "--no-deps", wheel)
+    programs = environment(tmp_path / "venv", wheel)
     empty = tmp_path / "empty"
     empty.mkdir()
     # Other packages come from this environment. The project does not: it is only a checkout here.
     site = str(pathlib.Path(pytest.__file__).parents[1])
-    env = os.environ | {"PYTHONPATH": site, "JAX_PLATFORMS": "cpu"}
+    flags = compiling.flags()  # one device, as a user has
+    env = os.environ | {"PYTHONPATH": site, "JAX_PLATFORMS": "cpu", "XLA_FLAGS": flags}
 
     def convit(*words: str) -> str:
         done = subprocess.run(
@@ -139,7 +179,9 @@ for command in ("train", "eval", "predict", "convert", "data", "data check", "da
     for command in ("train", "eval", "predict", "convert", "data", "data check", "data prepare"):
         assert f"usage: convit {command} " in done.stdout
     assert "1,437 images of 10 classes" in convit("data", "check", "--config=digits")
-    convit("train", "--config=digits", "--workdir=run", "--config.train.epochs=1")
+    small = "patch_size=4", "embed_dim=8", "depth=2", "local_up_to_layer=1"
+    model = [f"--config.model.{flag}" for flag in small]
+    convit("train", "--config=digits", "--workdir=run", "--config.train.epochs=1", *model)
     assert "top-1" in convit("eval", "--workdir=run")
     assert "wrote run/report.html" in convit("analyse", "report", "--workdir=run")
     convit("convert", "run", "w.safetensors")
@@ -156,6 +198,7 @@ for command in ("train", "eval", "predict", "convert", "data", "data check", "da
 @pytest.mark.slow
 def test_the_core_alone_has_the_model_and_safetensors(wheel, tmp_path):
     programs = environment(tmp_path / "venv", wheel)
+    link_requirements(tmp_path / "venv", "convit-jax")
     code = """
 import jax
 import convit_jax

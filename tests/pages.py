@@ -1,6 +1,7 @@
 """The pages of the documentation, cut into blocks of code, which this file also runs.
 
     python tests/pages.py README.md      (in a folder that has what the page names)
+    python tests/pages.py README.md PROGRAMS      (whose `convit` is the one of the folder PROGRAMS)
 
 A page follows four rules:
 
@@ -29,10 +30,12 @@ RUN = ("python", "bash")
 
 # Flags that make training quick, by what a command line contains; the first that fits.
 _QUICK = {
-    "finetune": "train.batch_size=8 train.epochs=1 data.workers=1 model.image_size=64",
-    "digits": "train.epochs=2 train.eval_every=2",
+    "finetune": "train.batch_size=8 train.epochs=1 data.workers=1 model.image_size=64 "
+    "train.probe_images=0",
+    "coordinator": "train.epochs=0.5 train.batch_size=32 train.probe_images=0",
+    "digits": "train.epochs=0.5 train.eval_every=0.5 train.batch_size=32",
     "--config=": "train.batch_size=8 train.epochs=1 data.workers=1 model.embed_dim=36 "
-    "model.depth=3 model.local_up_to_layer=2 model.image_size=64",
+    "model.depth=3 model.local_up_to_layer=2 model.image_size=64 train.probe_images=0",
 }
 
 
@@ -135,8 +138,8 @@ python() {{
 """
 
 
-def _run_bash(block: Block) -> str:
-    path = os.pathsep.join([os.path.dirname(sys.executable), os.environ["PATH"]])
+def _run_bash(block: Block, programs: list[str]) -> str:
+    path = os.pathsep.join([*programs, os.path.dirname(sys.executable), os.environ["PATH"]])
     done = subprocess.run(
         ["bash", "-euo", "pipefail", "-c", _quick() + block.text],
         env=os.environ | {"PATH": path},
@@ -158,13 +161,21 @@ def _run_python(block: Block, names: dict[str, object]) -> str:
     return output.getvalue()
 
 
-def run(page: pathlib.Path) -> None:
-    """Runs the blocks of a page in the current folder; raises if one fails or prints otherwise."""
+def run(page: pathlib.Path, programs: list[str]) -> None:
+    """Runs the blocks of a page in the current folder; raises if one fails or prints otherwise.
+
+    Args:
+      page: the file.
+      programs: folders of programs, found before others.
+    """
     names: dict[str, object] = {"__name__": "__main__"}
     for block in blocks(page):
         if not block.is_run:
             continue
-        output = _run_bash(block) if block.language == "bash" else _run_python(block, names)
+        if block.language == "bash":
+            output = _run_bash(block, programs)
+        else:
+            output = _run_python(block, names)
         check_output(block, output)
 
 
@@ -176,4 +187,4 @@ if __name__ == "__main__":
 
         peer.import_timm()  # works around a torchvision that does not fit torch's CPU build
     warnings.simplefilter("error")
-    run(page)
+    run(page, sys.argv[2:])

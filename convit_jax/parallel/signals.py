@@ -19,9 +19,9 @@ import threading
 import time
 from typing import Any
 
-import jax
-from jax.experimental import multihost_utils
 import numpy as np
+
+# Functions below import jax late, since worker processes do without it.
 
 log = logging.getLogger(__name__)
 
@@ -47,6 +47,8 @@ class Interruption:
     _calls = itertools.count()
 
     def __init__(self) -> None:
+        import jax
+
         self._several = jax.process_count() > 1
         self._requested = False
         self._first: float | None = None  # time of the first signal, seconds
@@ -71,6 +73,8 @@ class Interruption:
         for the devices.
         """
         if self._several and not self._requested:
+            from jax.experimental import multihost_utils
+
             self._requested = multihost_utils.reached_preemption_sync_point(next(self._calls))
             if self._requested:
                 log.info("stopping after this step: %s", self._reason())
@@ -78,6 +82,8 @@ class Interruption:
 
     def _reason(self) -> str:
         """Returns which process got which signal. All processes must call it together."""
+        from jax.experimental import multihost_utils
+
         numbers = multihost_utils.process_allgather(np.asarray(self._number, np.int32))
         for process, number in enumerate(numbers):
             if number:

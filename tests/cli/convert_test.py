@@ -52,18 +52,18 @@ def failure(*args) -> str:
     return str(end.value)
 
 
-def test_the_command_in_a_process_of_its_own(export, out):
-    def run(*args):
-        return subprocess.run(
-            [sys.executable, "-W", "error", "-m", "convit_jax", "convert", *map(str, args)],
-            cwd=ROOT, env=ENV, capture_output=True, text=True, timeout=1200,
-        )  # fmt: skip
-
-    done = run("--help")
-    assert done.returncode == 0
+def test_the_command_in_a_process_of_its_own(export, out, capsys):
+    with pytest.raises(SystemExit, match=r"^0$"):
+        convert("--help")
+    said = capsys.readouterr().out
     for text in ("SRC DST", "--to {flax,torch}", "--image_size PIXELS", "convit_base.stablehlo"):
-        assert text in done.stdout
-    done = run(export, out / "other.safetensors", "--image_size", "8x24", "--num_classes", 3)
+        assert text in said
+    command = [sys.executable, "-W", "error", "-m", "convit_jax", "convert"]
+    flags = ("--image_size=8x24", "--num_classes=3")
+    done = subprocess.run(
+        [*command, str(export), str(out / "other.safetensors"), *flags],
+        cwd=ROOT, env=ENV, capture_output=True, text=True, timeout=1200,
+    )  # fmt: skip
     assert done.returncode == 0, done.stderr
     for text in (
         "embed_dim=16, depth=3, num_heads=4",
@@ -73,9 +73,8 @@ def test_the_command_in_a_process_of_its_own(export, out):
     ):
         assert text in done.stderr
     assert read_weights(out / "other.safetensors").model.image_size == (8, 24)
-    done = run(out / "nope.pth", out / "new.pth")
-    assert done.returncode == 1
-    assert done.stderr == f"error: weights: no such file or folder: {out / 'nope.pth'}\n"
+    error = f"error: weights: no such file or folder: {out / 'nope.pth'}"
+    assert failure(out / "nope.pth", out / "new.pth") == error
 
 
 def test_there_and_back_through_every_format(export, out):

@@ -9,16 +9,20 @@ import subprocess
 import sys
 
 import compiling
+import jax
 import make_imagenet
 import numpy as np
 from PIL import Image
 import pytest
 from runs import ROOT
+from small_models import random_params
 
 from configs import convit_ti, finetune
 from convit_jax.cli import data as command
 from convit_jax.data.corrupt import CorruptImageError
 from convit_jax.train import loop, setup
+from convit_jax.weights import safetensors
+from convit_jax.weights.loaded import Loaded
 from convit_jax.workdir.folder import Workdir
 
 
@@ -35,7 +39,7 @@ def imagenet(tmp_path_factory):
 
 def small(config):
     config.model.update(image_size=64, depth=3, local_up_to_layer=2, embed_dim=64)
-    config.train.update(batch_size=32, log_every=1)
+    config.train.update(batch_size=32, log_every=1, probe_images=0)
     return config
 
 
@@ -49,7 +53,7 @@ def test_main_trains_on_tfrecords_with_the_whole_recipe(imagenet, tmp_path):
     done = run(
         "main.py", "--config=configs/convit_ti.py", f"--workdir={tmp_path / 'run'}",
         f"--config.data.dir={imagenet / 'tfrecord'}", "--config.data.workers=2",
-        "--config.model.image_size=64", "--config.model.depth=3",
+        "--config.model.image_size=64", "--config.model.depth=3", "--config.model.embed_dim=36",
         "--config.model.local_up_to_layer=2", "--config.train.batch_size=16",
         "--config.train.epochs=2", "--config.optim.ema_decay=0.9",
     )  # fmt: skip
@@ -90,11 +94,13 @@ def test_fine_tuning_on_a_folder_from_weights_of_another_size(imagenet, tmp_path
     config.model.num_classes = None
     config.data.update(source=f"folder:{imagenet / 'folder'}", workers=0)
     config.train.epochs = 4.0
+    config.mixup.update(mixup=0.0, cutmix=0.0, erase_prob=0.0)
     pretrained = small(convit_ti.get_config())
     pretrained.model.image_size = 96
     model = setup.make_model(pretrained)
+    params = jax.tree.map(lambda x: 0.02 * x, random_params(model))
     load = tmp_path / "pretrained.safetensors"
-    save_initial(model, load)
+    safetensors.save_weights(load, Loaded(model, params))
     config.init_from = str(load)
     run = setup.prepare(config, Workdir(tmp_path / "run"))
     assert run.program.model.num_classes == 8
@@ -105,18 +111,6 @@ def test_fine_tuning_on_a_folder_from_weights_of_another_size(imagenet, tmp_path
     config.init_new_head = False
     with pytest.raises(ValueError, match=r"head/kernel: expected \(64, 8\), got \(64, 1000\)"):
         setup.prepare(config, Workdir(tmp_path / "other"))
-
-
-def save_initial(model, path):
-    import jax
-    import jax.numpy as jnp
-
-    from convit_jax.weights import safetensors
-    from convit_jax.weights.loaded import Loaded
-
-    images = jnp.zeros((1, *model.image_shape))
-    params = jax.jit(model.init)(jax.random.key(0), images)["params"]
-    safetensors.save_weights(path, Loaded(model, params))
 
 
 def test_part_of_the_data_for_the_same_number_of_images(imagenet, tmp_path):

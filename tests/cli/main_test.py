@@ -1,5 +1,6 @@
 """The entry points: after an error the process ends, whatever threads and workers are left."""
 
+import gc
 import os
 import signal
 import subprocess
@@ -70,7 +71,10 @@ def test_a_call_inside_a_process_raises():
 
 def test_a_command_that_succeeds_exits_normally(capsys, monkeypatch):
     monkeypatch.setattr(os, "_exit", lambda status: pytest.fail("ended at once"))
-    main.start(lambda: None)
+    thresholds = [gc.get_threshold()]
+    main.start(lambda: thresholds.append(gc.get_threshold()))
+    gc.set_threshold(*thresholds[0])
+    assert thresholds[1] == (50_000, *thresholds[0][1:])
     with pytest.raises(SystemExit) as caught:
         main.start(lambda: sys.exit(0))
     assert caught.value.code == 0

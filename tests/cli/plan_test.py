@@ -19,7 +19,8 @@ from convit_jax.train import setup
 POD = (
     "--config=configs/convit_b.py", "--config.model.image_size=32", "--config.model.embed_dim=128",
     "--config.model.num_heads=4", "--config.model.depth=2", "--config.model.local_up_to_layer=1",
-    "--config.model.num_classes=128", "--config.train.batch_size=64",
+    "--config.model.num_classes=128", "--config.train.batch_size=64", "--config.mixup.mixup=0",
+    "--config.mixup.cutmix=0", "--config.mixup.erase_prob=0",
 )  # fmt: skip
 TINY = (
     "--config=convit_ti", "--config.model.image_size=32", "--config.model.embed_dim=32",

@@ -199,7 +199,8 @@ def test_a_run_on_data_in_a_bucket_equals_one_on_data_on_disk(disk, gcs, tmp_pat
     folders = []
     for name, data_dir in (("bucket", gcs), ("disk", disk / "tfrecord")):
         folders.append(tmp_path / name)
-        flags = (*runs.SMALL, f"--config.data.dir={data_dir}")
+        programs = f"--config.compilation_cache={tmp_path / 'programs'}"  # both need the same ones
+        flags = (*runs.SMALL, f"--config.data.dir={data_dir}", programs)
         for more in ((), ("--mode=eval", "--predictions")):
             runs.finish(runs.start(folders[-1], *flags, *more, devices=1), folders[-1])
         assert "Traceback" not in runs.output(folders[-1])

@@ -8,7 +8,6 @@ hundred rounds. The whole order is then computed at once, by arrays, and kept fo
 
 import functools
 
-import grain
 import numpy as np
 
 _BLOCK = 2**16  # number of values of the cipher's smallest block
@@ -25,6 +24,8 @@ def shuffled(place: int, size: int, seed: int) -> int:
     """
     if size <= _BLOCK:
         return int(order(size, seed)[place])
+    import grain  # late: it imports jax and orbax, more than all else in a worker process
+
     return grain.experimental.index_shuffle(place, max_index=size - 1, seed=seed, rounds=_ROUNDS)
 
 
