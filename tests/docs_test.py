@@ -10,6 +10,7 @@ import re
 import shutil
 import signal
 import subprocess
+import sys
 
 import commands
 import compiling
@@ -20,6 +21,7 @@ from pages import ROOT, Block
 from PIL import Image
 import pytest
 import reference
+import runs
 
 from convit_jax import VARIANTS, recipe
 
@@ -146,23 +148,25 @@ def test_a_fork_of_a_program_is_as_a_process_of_its_own(tmp_path):
 @pytest.fixture(scope="session")
 def prepared(tmp_path_factory):
     """A folder with everything that the pages name, and how to start programs there."""
-    folder = tmp_path_factory.mktemp("docs")
+    folder = runs.once(tmp_path_factory, "docs", _prepare)
+    with commands.running(_environment(folder)) as forks:
+        yield folder, forks
+
+
+def _prepare(folder: pathlib.Path) -> None:
     for name in ("main.py", "configs", "benchmarks", "docs", "convit_jax"):
         (folder / name).symlink_to(ROOT / name)
     _write_pictures(folder)
     examples = make_imagenet.make_examples(per_class=2, validation=8)
     make_imagenet.write_tfds(folder / "imagenet", examples, "array_record")
     _write_weights(folder)
-    environment = _environment(folder)
-    with commands.running(environment) as forks:
-        done = subprocess.run(
-            [*forks.python, "main.py", "--config=digits", "--workdir=runs/digits",
-             "--config.train.epochs=0.5", "--config.train.eval_every=0.25",
-             "--config.train.batch_size=32"],  # as `pages.py` has it
-            cwd=folder, env=environment, capture_output=True, text=True,
-        )  # fmt: skip
-        assert done.returncode == 0, done.stderr
-        yield folder, forks
+    done = subprocess.run(
+        [sys.executable, "main.py", "--config=digits", "--workdir=runs/digits",
+         "--config.train.epochs=0.5", "--config.train.eval_every=0.25",
+         "--config.train.batch_size=32"],  # as `pages.py` has it
+        cwd=folder, env=_environment(folder), capture_output=True, text=True,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr
 
 
 def _environment(folder: pathlib.Path) -> dict[str, str]:
