@@ -7,6 +7,9 @@ layers as a program of its own: forward, for the gradient of the input, and for 
 weights. What is left of the step are norms, softmaxes, GELU, copies between layouts, the stacked
 residuals of the scan, scores that are computed again, and the optimiser. The contraction of the
 positional part, the patch embedding and the head are not among the products.
+
+With --peer torch each repetition also times the same products in PyTorch, on the same numbers. The
+last column is then the speed of ours over PyTorch's.
 """
 
 import argparse
@@ -18,7 +21,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from benchmarks import contenders, machine, timing
+from benchmarks import command, contenders, machine, timing
 from benchmarks.contenders import OURS, STEP, Spec
 from convit_jax import VARIANTS, ConViT
 
@@ -80,21 +83,50 @@ def _ready(product: Product, dtype: str) -> tuple[Callable[[], object], float]:
     return run, 2.0 * times * np.prod([float(size) for size in axes.values()])
 
 
+def _ready_in_torch(product: Product, dtype: str) -> Callable[[], object]:
+    """Returns a function that runs the product in PyTorch; runs it once."""
+    import torch
+
+    _, einsum, *shapes, times = product
+    rng = np.random.default_rng(0)
+    arrays = [rng.standard_normal(shape, np.float32) for shape in shapes]
+    operands = [torch.from_numpy(array).to(getattr(torch, dtype)) for array in arrays]
+
+    def run() -> object:
+        for _ in range(times):
+            result = torch.einsum(einsum, *operands)
+        return result
+
+    run()
+    return run
+
+
 def report(flags: argparse.Namespace, variant: str) -> None:
     """Prints the rows of a variant: each product, their sum, and the step."""
-    spec = Spec(OURS, STEP, variant, {}, flags.batch, flags.dtype)
+    options = dict(flags.options)
+    spec = Spec(OURS, STEP, variant, options, flags.batch, flags.dtype)
     step = contenders.warmed(spec)
     made = {p[0]: _ready(p, flags.dtype) for p in products(spec.model, flags.batch)}
     runs = {"step": step.run} | {name: run for name, (run, _) in made.items()}
+    if flags.peer == "torch":
+        for product in products(spec.model, flags.batch):
+            runs["torch", product[0]] = _ready_in_torch(product, flags.dtype)
     seconds = timing.measure(runs, flags.repetitions)
     whole = seconds.pop("step")
+    theirs = {name: seconds.pop(("torch", name)) for name in made if ("torch", name) in seconds}
     alone = np.sum([*seconds.values()], axis=0)
     work = sum(flops for _, flops in made.values())
     print(f"\n{variant}, {flags.batch} images")
     for name, (_, flops) in made.items():
         median = float(np.median(seconds[name]))
-        print(f"  {name:<54}{median * 1e3:>9.1f} ms{flops / median / 1e9:>8.0f} GFLOP/s")
-    for name, times in (("all products, alone", alone), ("the step", whole)):
+        row = f"  {name:<54}{median * 1e3:>9.1f} ms{flops / median / 1e9:>8.0f} GFLOP/s"
+        if name in theirs:
+            row += f"    {timing.speed_ratio(seconds[name], theirs[name])}"
+        print(row)
+    sums = [("all products, alone", alone), ("the step", whole)]
+    if theirs:
+        sums.insert(1, ("all products, alone, in PyTorch", np.sum([*theirs.values()], axis=0)))
+    for name, times in sums:
         median = float(np.median(times))
         print(f"  {name:<54}{median * 1e3:>9.1f} ms{work / median / 1e9:>8.0f} GFLOP/s")
     print(f"  step / products: {timing.speed_ratio(alone, whole)}", flush=True)
@@ -112,6 +144,10 @@ def main(arguments: list[str] | None = None) -> None:
     add("--batch", type=int, default=8, help="images of a step (default: 8)")
     add("--dtype", choices=["float32", "bfloat16"], default="float32",
         help="type of the products (default: float32)")  # fmt: skip
+    add("--peer", choices=["none", "torch"], default="none",
+        help="library whose products to time too (default: none)")  # fmt: skip
+    add("--options", nargs="*", type=command.option, default=[], metavar="KEY=VALUE",
+        help="options of create_model (default: the model's defaults)")  # fmt: skip
     add("--repetitions", type=int, default=7, help="measurements of each time (default: 7)")
     flags = parser.parse_args(arguments)
     machine.set_up()

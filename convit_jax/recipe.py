@@ -147,6 +147,10 @@ KEYS: dict[str, Key] = {
     "model.attention": _option("auto, xla, chunked, cudnn or fused (TPU)", str, "attention"),
     "model.positional": _option("positional part: auto, blend or contract", str, "positional"),
     "model.unroll": _option("number of layers in one iteration of the scan", int, "unroll"),
+    "model.flat_tokens": _option(
+        "whether linear layers see images and tokens as one axis; None means on a CPU",
+        bool, "flat_tokens",
+    ),
     "data.source": Key(
         "tfds:imagenet2012",
         "data set: tfds:NAME, folder:PATH, digits, mnist5k or synthetic (random pictures)",

@@ -26,6 +26,7 @@ Shapes: B batch, N patches (or tokens), H heads, K width of a head, D = H K widt
 R rows and C columns of the patch grid, N = R C.
 """
 
+from collections.abc import Callable
 import functools
 from typing import Any
 
@@ -35,11 +36,10 @@ import jax.numpy as jnp
 
 from convit_jax.model import fused, sdpa
 from convit_jax.model.fused import Fused
+from convit_jax.model.linear import linear_init, linear_over_tokens
 from convit_jax.model.positional import (
-    Linear,
     PositionalAttention,
     contract_positional,
-    linear_init,
     positional_factors,
     positional_map,
 )
@@ -226,6 +226,7 @@ class SelfAttention(nn.Module):
       queries: number of tokens that attend, counted from the first; None means all. Keys and
         values always come from all tokens. With `queries` the implementation is "fused" or "xla",
         because the map of a few queries is small.
+      flat_tokens: whether linear layers see images and tokens as one axis, see `ConViT`.
       dtype: dtype of the matrix products. Softmaxes are always float32.
 
     Raises:
@@ -239,6 +240,7 @@ class SelfAttention(nn.Module):
     dropout: float = 0.0
     attention: Attention = "auto"
     queries: int | None = None
+    flat_tokens: bool | None = None
     dtype: Any = jnp.float32
 
     def __post_init__(self) -> None:
@@ -283,7 +285,8 @@ class SelfAttention(nn.Module):
         _check_heads(self.num_heads, width)
         head = width // self.num_heads
         scale = self.qk_scale or head**-0.5
-        qkv = Linear(3 * width, use_bias=self.qkv_bias, dtype=self.dtype, name="qkv")(x)
+        linear = functools.partial(linear_over_tokens(self.flat_tokens), dtype=self.dtype)
+        qkv = linear(3 * width, use_bias=self.qkv_bias, name="qkv")(x)
         parts = qkv.reshape(batch, size, 3, self.num_heads, head)
         q, k, v = parts[:, : self.queries, 0], parts[:, :, 1], parts[:, :, 2]
         kernel, attention, _ = _choose(self, x, "auto")
@@ -300,7 +303,7 @@ class SelfAttention(nn.Module):
         else:
             attention = "xla" if self.queries else attention
             out = sdpa.attention_fn(attention)(q, k, v, scale=scale)
-        out = _project(out, self.dropout, train, self.dtype)
+        out = _project(out, linear, self.dropout, train)
         return (out, {"content": sdpa.content_map(q, k, scale)}) if return_attention else out
 
 
@@ -328,6 +331,7 @@ class GPSA(nn.Module):
         function with the signature of `jax.nn.dot_product_attention`, or a `fused.Fused`. "fused"
         computes the positional part too, and blends; it needs positional="blend" or "auto". Every
         other value but "auto" and "xla" needs positional="contract" or "auto".
+      flat_tokens: whether linear layers see images and tokens as one axis, see `ConViT`.
       dtype: dtype of the matrix products. Positions, softmaxes and gates are always float32.
 
     Raises:
@@ -344,6 +348,7 @@ class GPSA(nn.Module):
     gate_init: float = 1.0
     positional: str = "auto"
     attention: Attention = "auto"
+    flat_tokens: bool | None = None
     dtype: Any = jnp.float32
 
     def __post_init__(self) -> None:
@@ -387,12 +392,12 @@ class GPSA(nn.Module):
         head = width // self.num_heads
         scale = self.qk_scale or head**-0.5
 
-        linear = functools.partial(Linear, use_bias=self.qkv_bias, dtype=self.dtype)
-        qk = linear(2 * width, name="qk")(x)
+        linear = functools.partial(linear_over_tokens(self.flat_tokens), dtype=self.dtype)
+        qk = linear(2 * width, use_bias=self.qkv_bias, name="qk")(x)
         parts = qk.reshape(batch, size, 2, self.num_heads, head)
         q, k = parts[:, :, 0], parts[:, :, 1]
         v_init = identity_init if self.use_local_init else linear_init
-        flat_v = linear(width, kernel_init=v_init, name="v")(x)
+        flat_v = linear(width, use_bias=self.qkv_bias, kernel_init=v_init, name="v")(x)
         v = flat_v.reshape(batch, size, self.num_heads, head)
 
         gate = self.param(
@@ -423,7 +428,7 @@ class GPSA(nn.Module):
                 part.astype(jnp.float32) for part in (content_out, positional_out)
             )
             out = (1.0 - of_head) * content_out + of_head * positional_out
-        out = _project(out, self.dropout, train, self.dtype)
+        out = _project(out, linear, self.dropout, train)
         if not return_attention:
             return out
         content, position = sdpa.content_map(q, k, scale), positional_map(p_y, p_x)
@@ -435,9 +440,8 @@ class GPSA(nn.Module):
         }
 
 
-def _project(out: Array, dropout: float, train: bool, dtype: Any) -> Array:
+def _project(out: Array, linear: Callable[..., nn.Dense], dropout: float, train: bool) -> Array:
     """Applies the output projection: (B, N, H, K) -> (B, N, D). Only for compact methods."""
     batch, size, heads, head = out.shape
-    out = out.reshape(batch, size, heads * head).astype(dtype)
-    out = Linear(heads * head, dtype=dtype, name="proj")(out)
+    out = linear(heads * head, name="proj")(out.reshape(batch, size, heads * head))
     return nn.Dropout(dropout, deterministic=not train, name="proj_drop")(out)

@@ -13,7 +13,7 @@ import jax
 import jax.numpy as jnp
 
 from convit_jax.model.attention import Grid
-from convit_jax.model.positional import Linear
+from convit_jax.model.linear import linear_over_tokens
 
 Array = jax.Array
 
@@ -40,20 +40,23 @@ class Mlp(nn.Module):
     Attributes:
       hidden: width between the two layers.
       dropout: dropout rate after the GELU and after the second layer.
+      flat_tokens: see `ConViT`.
       dtype: dtype of the matrix products.
     """
 
     hidden: int
     dropout: float = 0.0
+    flat_tokens: bool | None = None
     dtype: Any = jnp.float32
 
     @nn.compact
     def __call__(self, x: Array, train: bool = False) -> Array:
         width = x.shape[-1]
-        x = Linear(self.hidden, dtype=self.dtype, name="fc1")(x)
+        linear = functools.partial(linear_over_tokens(self.flat_tokens), dtype=self.dtype)
+        x = linear(self.hidden, name="fc1")(x)
         x = gelu(x)
         x = nn.Dropout(self.dropout, deterministic=not train)(x)
-        x = Linear(width, dtype=self.dtype, name="fc2")(x)
+        x = linear(width, name="fc2")(x)
         return nn.Dropout(self.dropout, deterministic=not train)(x)
 
 
@@ -77,6 +80,7 @@ class Block(nn.Module):
       mlp_ratio: hidden width of the MLP divided by D.
       dropout: dropout rate in the MLP.
       use_drop_path: whether stochastic depth is used in training. False ignores the rate.
+      flat_tokens: see `ConViT`; of the MLP.
       dtype: dtype of the matrix products and the residual stream.
     """
 
@@ -84,6 +88,7 @@ class Block(nn.Module):
     mlp_ratio: float = 4.0
     dropout: float = 0.0
     use_drop_path: bool = False
+    flat_tokens: bool | None = None
     dtype: Any = jnp.float32
 
     @nn.compact
@@ -126,7 +131,8 @@ class Block(nn.Module):
         branch, maps = branch if with_maps else (branch, {})
         x = residual(x[:, : branch.shape[1]], branch)
         hidden = int(x.shape[-1] * self.mlp_ratio)
-        branch = Mlp(hidden, self.dropout, self.dtype, name="mlp")(normed(x, "norm2"), train)
+        mlp = Mlp(hidden, self.dropout, self.flat_tokens, self.dtype, name="mlp")
+        branch = mlp(normed(x, "norm2"), train)
         x = residual(x, branch)
         found: dict[str, Any] = {"tokens": x} if returned.tokens else {}
         if with_maps:

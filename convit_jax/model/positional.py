@@ -4,7 +4,6 @@ Shapes: B batch, N patches, H heads, K width of a head, R rows and C columns of 
 N = R C.
 """
 
-import functools
 import math
 from typing import Any
 
@@ -12,14 +11,11 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
+from convit_jax.model.linear import linear_init
+
 Array = jax.Array
 
 Grid = tuple[int, int]
-
-# The reference code truncates N(0, 0.02^2) at +-2. That is 100 standard deviations, so a plain
-# normal is the same. (Initialisers that truncate at 2 sigma have another distribution.)
-linear_init = nn.initializers.normal(0.02)
-Linear = functools.partial(nn.Dense, kernel_init=linear_init)
 
 
 def positional_factors(kernel: Array, grid: Grid) -> tuple[Array, Array]:

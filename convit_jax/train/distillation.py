@@ -189,7 +189,11 @@ def _forward(teacher: Teacher, student: ConViT, mesh: Mesh) -> Callable[[Any, Ar
     """Returns (parameters, images) -> logits, in the student's precision for a ConViT or DeiT."""
     if teacher.model is not None:
         model = teacher.model.clone(
-            dtype=student.dtype, attention="auto", positional="auto", remat="none"
+            dtype=student.dtype,
+            attention="auto",
+            positional="auto",
+            remat="none",
+            flat_tokens=None,
         )
         model = forms.over_mesh(forms.settle(model), mesh)
         return lambda params, images: cast(Array, model.apply({"params": params}, images))

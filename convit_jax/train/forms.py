@@ -1,4 +1,4 @@
-"""How a model computes attention on the devices of a run.
+"""How a model computes attention and linear layers on the devices of a run.
 
 The model alone cannot know this: its module is the same for any backend and any mesh.
 """
@@ -14,6 +14,7 @@ from jax.sharding import Mesh
 from convit_jax.model import fused
 from convit_jax.model.attention import choose_forms
 from convit_jax.model.fused import Fused
+from convit_jax.model.linear import choose_flat
 from convit_jax.model.network import ConViT
 from convit_jax.parallel import sharding
 
@@ -21,7 +22,7 @@ Model = TypeVar("Model", bound=nn.Module)
 
 
 def settle(model: ConViT, backend: str | None = None) -> ConViT:
-    """Returns the model with "auto" replaced by the form of attention for the backend.
+    """Returns the model with the forms that are open ("auto", None) chosen for the backend.
 
     The fused kernel must then be split by `over_mesh` if there are several devices.
 
@@ -41,7 +42,8 @@ def settle(model: ConViT, backend: str | None = None) -> ConViT:
     if attention == "fused":
         fused.check_backend(backend)
         attention = Fused()
-    return model.clone(attention=attention, positional=positional)
+    flat = choose_flat(model.flat_tokens, backend)
+    return model.clone(attention=attention, positional=positional, flat_tokens=flat)
 
 
 def over_mesh(model: Model, mesh: Mesh) -> Model:

@@ -16,6 +16,7 @@ from convit_jax.model.variants import variant_of
 from convit_jax.parallel import processes, sharding
 from convit_jax.parallel.signals import Interruption
 from convit_jax.train import evaluation, same_run
+from convit_jax.train.finite import all_finite
 from convit_jax.train.metrics import Metrics
 from convit_jax.train.probe import Probe
 from convit_jax.train.profiling import Profile
@@ -173,17 +174,12 @@ def _progress(windows: Windows, state: TrainState) -> dict[str, Any]:
       FloatingPointError: if the state is not finite, so that it is not saved over good checkpoints.
     """
     carried = {"window": windows.carried()}
-    if not _all_finite(state):
+    if not all_finite(state):
         raise FloatingPointError(
             f"the weights after step {int(state.step)} are not finite. Try a lower optim.lr or "
             "train.dtype=float32. The checkpoints of earlier steps are kept."
         )
     return carried
-
-
-@jax.jit
-def _all_finite(tree: Any) -> jax.Array:
-    return jnp.stack([jnp.isfinite(x).all() for x in jax.tree.leaves(tree)]).all()
 
 
 def _metrics(run: Run, step: int, evaluated: bool) -> Metrics:

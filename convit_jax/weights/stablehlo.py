@@ -90,7 +90,7 @@ def save_exported(
     model = loaded.model
     # The program is for several platforms, so no kernel of a single one is in it.
     attention = sdpa.choose("auto", math.prod(model.grid), model.attn_dropout, backend="cpu")
-    model = model.clone(dtype=jnp.float32, attention=attention, remat="none")
+    model = model.clone(dtype=jnp.float32, attention=attention, remat="none", flat_tokens=False)
 
     def inference(images: jax.Array) -> jax.Array:
         if uint8:

@@ -91,7 +91,7 @@ def test_pools_take_what_they_say():
     np.testing.assert_allclose(average, every[:, 1:].mean(1), atol=1e-6)
 
 
-def test_results_do_not_depend_on_unroll_and_remat():
+def test_results_do_not_depend_on_unroll_remat_and_flat_tokens():
     """With dropout and stochastic depth on: values, gradients and the random draws."""
     sizes = SMALL | {"local_up_to_layer": 1}  # one GPSA block, two plain ones, and the last
     model = ConViT(**sizes, dropout=0.1, attn_dropout=0.1, drop_path=0.3)
@@ -105,7 +105,7 @@ def test_results_do_not_depend_on_unroll_and_remat():
         return jax.jit(jax.value_and_grad(loss))(variables)
 
     expected = value_and_grad(model.clone(remat="none"))
-    for options in ({"unroll": True, "remat": "block"}, {}):
+    for options in ({"unroll": True, "remat": "block", "flat_tokens": False}, {}):
         close = functools.partial(np.testing.assert_allclose, atol=2e-5, rtol=1e-5, err_msg=options)
         jax.tree.map(close, value_and_grad(model.clone(**options)), expected)
 

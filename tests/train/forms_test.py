@@ -27,6 +27,10 @@ def test_a_tpu_gets_the_kernel_and_one_flag_goes_back(config):
     mesh = sharding.make_mesh(fsdp=4)
     model = setup.make_model(config, backend="tpu")
     assert (str(model.attention), model.positional) == ("fused", "blend")
+    assert [setup.make_model(config, backend=b).flat_tokens for b in ("tpu", "cpu")] == [
+        False,
+        True,
+    ]
     assert forms.over_mesh(model, mesh).attention.split is not None
     assert Program.make(config, model, mesh, 1, 1).model.attention.split is not None
     config.model.attention = "xla"
