@@ -93,13 +93,19 @@ def _add_flags(parser: argparse.ArgumentParser) -> None:
         metavar="X",
         help="bandwidth of a device's memory in GB/s, in place of the table's",
     )
+    add(
+        "--interconnect",
+        type=_positive_number,
+        metavar="X",
+        help="bandwidth from a device to others in GB/s each way, in place of the table's",
+    )
 
 
 def _plan(args: argparse.Namespace, config: ml_collections.ConfigDict) -> int:
     devices, backend = _devices(args)
     config = config.copy_and_resolve_references()
     model = settle.settle(config, backend)
-    chip = chips.find(devices[0], model.dtype, args.peak_tflops, args.bandwidth)
+    chip = chips.find(devices[0], model.dtype, args.peak_tflops, args.bandwidth, args.interconnect)
     hosts = topology.hosts(devices, args.chips_per_host)
     images = args.images or settle.training_images(config)
     # The schedule of a run needs its length, but what a step costs does not depend on it.

@@ -104,6 +104,11 @@ class Step:
         """FLOPs of the matrix products on one device."""
         return self.arithmetic.flops / self.devices
 
+    @property
+    def bytes_sent(self) -> float:
+        """The least bytes that one device sends to others in a step."""
+        return sum(collective.bytes_sent for collective in self.collectives)
+
     def fits(self, available: float | None) -> bool | None:
         """Returns whether a device has the memory; None if that is not known.
 
@@ -183,7 +188,7 @@ def measure(
         )
     seconds = time.monotonic() - start
     text = Compiled.parse(compiled.as_text())
-    collectives = sent.find(text)
+    collectives = sent.find(text, step.devices)
     return dataclasses.replace(
         step,
         seconds=seconds,

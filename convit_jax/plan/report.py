@@ -7,7 +7,7 @@ from typing import Any
 from convit_jax.plan.attempts import AS_CONFIGURED
 from convit_jax.plan.chips import Chip
 from convit_jax.plan.compiled import Step
-from convit_jax.plan.roofline import Bound, Feeding, bound
+from convit_jax.plan.roofline import Bound, Feeding, Peaks, bound
 from convit_jax.train.eval_report import columns
 
 # Images a second that one core decodes and augments, JPEGs of 500 x 375 pixels. This is the slower
@@ -44,7 +44,12 @@ class Place:
         if self.chip.peaks is None or step.memory is None:
             return None
         return bound(
-            step.flops, step.bytes_moved, self.chip.peaks, images=step.images, devices=self.devices
+            step.flops,
+            step.bytes_moved,
+            self.chip.peaks,
+            images=step.images,
+            devices=self.devices,
+            bytes_sent=step.bytes_sent,
         )
 
 
@@ -169,7 +174,18 @@ def _time(place: Place, step: Step, found: Bound) -> list[str]:
             f"{found.device_hours(place.steps):,.4g} device-hours for {place.epochs:g} epochs, "
             f"{place.steps:,} steps"
         )
+    lines += _sending(step, found, peaks) if step.collectives else []
     return [*lines, "  not included: what devices wait for one another or for images, evaluations"]
+
+
+def _sending(step: Step, found: Bound, peaks: Peaks) -> list[str]:
+    if found.sent_seconds is None or peaks.interconnect is None:
+        return ["  sending: no bandwidth between devices is known; --interconnect gives it"]
+    return [
+        f"  sending, apart from that: {_mib(step.bytes_sent)} MiB by each device, at least "
+        f"{found.sent_seconds * 1e3:.3g} ms at {peaks.interconnect / 1e9:,.4g} GB/s each way",
+        "  how much of it overlaps with the rest is not known",
+    ]
 
 
 def _feeding(place: Place, found: Bound) -> list[str]:
@@ -253,6 +269,7 @@ def _step_json(place: Place, step: Step) -> dict[str, Any]:
         "uncounted": dict(step.arithmetic.uncounted),
         "bytes_moved": step.bytes_moved if memory else None,
         "xla_bytes_accessed": step.xla_bytes,
+        "bytes_sent": step.bytes_sent if memory else None,
         "collectives": [
             {"kind": c.kind, "bytes": c.bytes, "times": c.turns, "source": c.source}
             for c in step.collectives
