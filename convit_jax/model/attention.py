@@ -33,7 +33,7 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
-from convit_jax.model import fused, sdpa
+from convit_jax.model import fused, remat, sdpa
 from convit_jax.model.fused import Fused
 from convit_jax.model.positional import (
     Linear,
@@ -283,24 +283,26 @@ class SelfAttention(nn.Module):
         _check_heads(self.num_heads, width)
         head = width // self.num_heads
         scale = self.qk_scale or head**-0.5
-        qkv = Linear(3 * width, use_bias=self.qkv_bias, dtype=self.dtype, name="qkv")(x)
+        linear = Linear(3 * width, use_bias=self.qkv_bias, dtype=self.dtype, name="qkv")
+        qkv = remat.keep(linear(x))
         parts = qkv.reshape(batch, size, 3, self.num_heads, head)
         q, k, v = parts[:, : self.queries, 0], parts[:, :, 1], parts[:, :, 2]
         kernel, attention, _ = _choose(self, x, "auto")
+        needs_map = offset is not None or (train and self.attn_dropout > 0)
+        by_kernel = kernel is not None and not needs_map
 
-        if offset is not None or (train and self.attn_dropout):
+        if needs_map:
             content = shifted_map(sdpa.content_map(q, k, scale), offset)
             drop = nn.Dropout(self.attn_dropout, deterministic=not train, name="attn_drop")
             out = sdpa.keep(sdpa.apply_map(drop(content), v))
         elif kernel:
             out = kernel.self_attention(
                 qkv, heads=self.num_heads, scale=scale, queries=self.queries
-            )
-            out = sdpa.keep(out.reshape(q.shape))
+            ).reshape(q.shape)
         else:
             attention = "xla" if self.queries else attention
             out = sdpa.attention_fn(attention)(q, k, v, scale=scale)
-        out = _project(out, self.dropout, train, self.dtype)
+        out = _project(out, self.dropout, train, self.dtype, by_kernel)
         return (out, {"content": sdpa.content_map(q, k, scale)}) if return_attention else out
 
 
@@ -388,11 +390,11 @@ class GPSA(nn.Module):
         scale = self.qk_scale or head**-0.5
 
         linear = functools.partial(Linear, use_bias=self.qkv_bias, dtype=self.dtype)
-        qk = linear(2 * width, name="qk")(x)
+        qk = remat.keep(linear(2 * width, name="qk")(x))
         parts = qk.reshape(batch, size, 2, self.num_heads, head)
         q, k = parts[:, :, 0], parts[:, :, 1]
         v_init = identity_init if self.use_local_init else linear_init
-        flat_v = linear(width, kernel_init=v_init, name="v")(x)
+        flat_v = remat.keep(linear(width, kernel_init=v_init, name="v")(x))
         v = flat_v.reshape(batch, size, self.num_heads, head)
 
         gate = self.param(
@@ -405,9 +407,9 @@ class GPSA(nn.Module):
         p_y, p_x = positional_factors(weights, grid)
 
         kernel, attention, positional = _choose(self, x, self.positional)
-        if kernel and offset is None:
-            out = kernel.gpsa(qk, flat_v, weights, gate, grid=grid, scale=scale)
-            out = sdpa.keep(out.reshape(v.shape))
+        by_kernel = kernel is not None and offset is None
+        if kernel is not None and by_kernel:
+            out = kernel.gpsa(qk, flat_v, weights, gate, grid=grid, scale=scale).reshape(v.shape)
         elif positional == "blend" or offset is not None:
             content = sdpa.content_map(q, k, scale)
             blended = shifted_map(blended_map(content, positional_map(p_y, p_x), share), offset)
@@ -423,7 +425,7 @@ class GPSA(nn.Module):
                 part.astype(jnp.float32) for part in (content_out, positional_out)
             )
             out = (1.0 - of_head) * content_out + of_head * positional_out
-        out = _project(out, self.dropout, train, self.dtype)
+        out = _project(out, self.dropout, train, self.dtype, by_kernel)
         if not return_attention:
             return out
         content, position = sdpa.content_map(q, k, scale), positional_map(p_y, p_x)
@@ -435,9 +437,18 @@ class GPSA(nn.Module):
         }
 
 
-def _project(out: Array, dropout: float, train: bool, dtype: Any) -> Array:
-    """Applies the output projection: (B, N, H, K) -> (B, N, D). Only for compact methods."""
+def _project(out: Array, dropout: float, train: bool, dtype: Any, by_kernel: bool) -> Array:
+    """Applies the output projection: (B, N, H, K) -> (B, N, D). Only for compact methods.
+
+    Args:
+      out: the result of the attention.
+      dropout: dropout rate.
+      train: whether dropout is on.
+      dtype: dtype of the product.
+      by_kernel: whether the fused kernel computed `out`, which is not tagged then.
+    """
     batch, size, heads, head = out.shape
     out = out.reshape(batch, size, heads * head).astype(dtype)
-    out = Linear(heads * head, dtype=dtype, name="proj")(out)
+    product = remat.product_of_kept if by_kernel else None
+    out = remat.keep(Linear(heads * head, dtype=dtype, dot_general=product, name="proj")(out))
     return nn.Dropout(dropout, deterministic=not train, name="proj_drop")(out)
