@@ -3,6 +3,7 @@
 import dataclasses
 import math
 import re
+from typing import Any
 
 import jax
 
@@ -107,17 +108,22 @@ def _group_size(instruction: Instruction) -> int | None:
     return None
 
 
-def expected_sizes(state: TrainState, model: ConViT) -> dict[str, set[int]]:
+def expected_sizes(state: TrainState, model: ConViT, teacher: Any = None) -> dict[str, set[int]]:
     """Returns {kind: numbers of elements of the arrays that a step should send}.
 
     Gradients, of all layers or of one layer, are reduced. The gradient of a layer's positional
     attention is reduced too, before the gradients of its few parameters are computed from it. Split
-    parameters are gathered. Their parts are also sent around a ring while they are multiplied or
-    while their gradients are computed.
+    parameters are gathered, those of a teacher too. Their parts are also sent around a ring while
+    they are multiplied or while their gradients are computed.
+
+    Args:
+      state: shapes of the state.
+      model: the model.
+      teacher: shapes of a teacher's parameters; None without one.
     """
     reduced, gathered, parts = {1}, set(), set()
-    for path, leaf in jax.tree_util.tree_leaves_with_path(state.params):
-        layers = leaf.shape[0] if path[0].key in ("gpsa_blocks", "blocks") else 1
+    for path, leaf in jax.tree_util.tree_leaves_with_path((state.params, teacher)):
+        layers = leaf.shape[0] if path[1].key in ("gpsa_blocks", "blocks") else 1
         sizes = {leaf.size, leaf.size // layers}
         reduced |= sizes
         if not leaf.sharding.is_fully_replicated:

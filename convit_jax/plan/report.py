@@ -94,8 +94,10 @@ def _memory(step: Step, chip: Chip) -> list[str]:
     if chip.memory is not None:
         share = memory.total / chip.memory
         verdict = f"of {_mib(chip.memory)}, {share:.0%}: {'fits' if fits else 'does not fit'}"
+    size = step.teacher_bytes
+    teacher = f"the teacher, {_mib(size)}, and " if size else "and "
     rows = [
-        ("arguments", memory.arguments, f"the state, {_mib(step.state_bytes)}, and the batch"),
+        ("arguments", memory.arguments, f"the state, {_mib(step.state_bytes)}, {teacher}the batch"),
         ("temporaries", memory.temporaries, "activations, gradients"),
         ("results", memory.results, "all but the new state, which takes the place of the old one"),
         ("program", memory.program, ""),
@@ -108,7 +110,9 @@ def _memory(step: Step, chip: Chip) -> list[str]:
 def _advice(step: Step) -> list[str]:
     if step.name != AS_CONFIGURED:
         return []
-    return ["  --try compiles it with remat=block, a split state and parts of a batch in turn"]
+    return [
+        "  --try compiles it with remat=mlp and block, a split state and parts of a batch in turn"
+    ]
 
 
 def _work(step: Step) -> list[str]:

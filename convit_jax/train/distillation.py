@@ -191,7 +191,7 @@ def _forward(teacher: Teacher, student: ConViT, mesh: Mesh) -> Callable[[Any, Ar
         model = teacher.model.clone(
             dtype=student.dtype, attention="auto", positional="auto", remat="none"
         )
-        model = forms.over_mesh(forms.settle(model), mesh)
+        model = forms.over_mesh(forms.settle(model, mesh.devices.flat[0].platform), mesh)
         return lambda params, images: cast(Array, model.apply({"params": params}, images))
     program = teacher.program
     assert program is not None
