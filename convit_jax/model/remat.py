@@ -6,7 +6,6 @@ product.
 """
 
 from collections.abc import Callable, Mapping, Sequence
-import functools
 from typing import Any, TypeVar
 
 import flax.linen as nn
@@ -44,8 +43,12 @@ def product_of_kept(x: Array, weights: Array, dimensions: Any, **options: Any) -
     changes nothing in an array of its own type, but on TPU it is a copy if a kernel made the array.
     In a function of its own, x is kept without it.
     """
-    product = functools.partial(jax.lax.dot_general, dimension_numbers=dimensions, **options)
-    return jax.jit(lambda x, weights: product(keep(x), weights))(x, weights)
+
+    def product(x: Array, weights: Array) -> Array:
+        return jax.lax.dot_general(keep(x), weights, dimensions, **options)
+
+    result: Array = jax.jit(product)(x, weights)
+    return result
 
 
 def finish_backward(
