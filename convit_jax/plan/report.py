@@ -116,17 +116,16 @@ def _advice(step: Step) -> list[str]:
 
 
 def _work(step: Step) -> list[str]:
-    count, flops = step.arithmetic, step.flops
+    count, gflop = step.arithmetic, _number(step.flops / 1e9)
     repeated = step.arithmetic.flops / step.model_flops
     lines = [
         "a step on a device: products counted in the traced step, memory in the compiled program",
-        f"  matrix products   {flops / 1e9:,.4g} GFLOP, {repeated:.2f} times what the model needs",
-        f"  main memory       {step.bytes_moved / 1e9:,.4g} GB read and written",
+        f"  matrix products   {gflop} GFLOP, {repeated:.2f} times what the model needs",
+        f"  main memory       {_number(step.bytes_moved / 1e9)} GB read and written",
     ]
     if step.xla_bytes is not None:
-        lines.append(
-            f"  XLA's own count   {step.xla_bytes / 1e9:,.4g} GB: loops once, on-chip memory too"
-        )
+        size = _number(step.xla_bytes / 1e9)
+        lines.append(f"  XLA's own count   {size} GB: loops once, on-chip memory too")
     if count.kernels:
         kernels = count.kernels // step.devices
         lines.append(f"  kernels           {kernels}, whose products are what they state")
@@ -174,8 +173,8 @@ def _time(place: Place, step: Step, found: Bound) -> list[str]:
         lines.append("  hours: not known without the number of training images (--images)")
     else:
         lines.append(
-            f"  at least {found.hours(place.steps):,.3g} hours and "
-            f"{found.device_hours(place.steps):,.4g} device-hours for {place.epochs:g} epochs, "
+            f"  at least {_number(found.hours(place.steps))} hours and "
+            f"{_number(found.device_hours(place.steps))} device-hours for {place.epochs:g} epochs, "
             f"{place.steps:,} steps"
         )
     lines += _sending(step, found, peaks) if step.collectives else []
@@ -230,6 +229,11 @@ def _tried(place: Place, steps: list[Step]) -> list[str]:
             )
         )
     return [columns(rows)]
+
+
+def _number(value: float) -> str:
+    """Returns a number of at least four digits, without an exponent if it is large."""
+    return f"{value:,.0f}" if value >= 1000 else f"{value:.4g}"
 
 
 def _mib(size: float) -> str:
