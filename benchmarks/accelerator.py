@@ -45,7 +45,7 @@ from benchmarks import command, contenders, machine, memory, peer, timing
 from benchmarks.accelerator_plan import Row
 from benchmarks.contenders import COMPILED, OURS, TIMM, Contender
 from convit_jax import storage
-from convit_jax.model import flops
+from convit_jax.model import chips, flops
 
 _HEADER = (
     "| model | | work | batch | ms | images/s | MFU | GB | compile | / ours | / timm |",
@@ -144,7 +144,7 @@ class Table:
         return max(1, math.ceil(turn / (time.perf_counter() - start)))
 
     def _mfu(self, row: Row, rate: float) -> float | None:
-        peak = flops.peak_flops(jax.devices()[0], self._flags.dtype)
+        peak = chips.peak_flops(jax.devices()[0], self._flags.dtype)
         if peak is None:
             return None
         model = self._spec(dataclasses.replace(row, form=plan.DEFAULT)).model

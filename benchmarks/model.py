@@ -26,7 +26,7 @@ import numpy as np
 
 from benchmarks import command, contenders, machine, memory, scaling, timing
 from benchmarks.contenders import COMPILED, DEIT, FORWARD, TIMM, Contender, Spec
-from convit_jax.model import flops
+from convit_jax.model import chips, flops
 
 
 def _ready(specs: dict[Any, Spec]) -> dict[Any, Contender]:
@@ -82,7 +82,7 @@ def speed(flags: argparse.Namespace) -> None:
                 held = _memory(flags, specs[who])
                 median = np.median(seconds)
                 count = flops.forward_flops(specs[who].model) * (1 if what == FORWARD else 3)
-                peak = flops.peak_flops(jax.devices()[0], flags.dtype)
+                peak = chips.peak_flops(jax.devices()[0], flags.dtype)
                 share = case.batch / median * count / peak / jax.device_count() if peak else None
                 line = f"{case}  {_label(flags, f'{what}, {who}')}{median * 1e3:>9.1f}"
                 line += f"{case.batch / median:>10.2f}{'' if share is None else f'{share:.1%}':>7}"

@@ -259,8 +259,8 @@ KEYS: dict[str, Key] = {
     ),
     "train.remat": Key(
         "dots",
-        "what the backward pass recomputes: none, dots (all but matrix products and attention) or "
-        "block (all)",
+        "what the backward pass recomputes: none, dots (all but matrix products and attention), "
+        "mlp (the MLPs' hidden layers too) or block (all)",
         may_change=True,
     ),
     "train.log_every": Key(

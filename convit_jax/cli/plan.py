@@ -27,6 +27,7 @@ from convit_jax.cli import options
 from convit_jax.plan import attempts, chips, report, settle, topology
 from convit_jax.storage import write_text
 from convit_jax.train import setup
+from convit_jax.train import teacher as teachers
 
 log = logging.getLogger(__name__)
 
@@ -65,8 +66,8 @@ def _add_flags(parser: argparse.ArgumentParser) -> None:
         default=(),
         type=_attempts,
         metavar="KEYS",
-        help="also compile forms that need less memory, one after another, of remat (block), fsdp "
-        "(all devices) and accum_steps (2, 4, 8, until one fits); without KEYS all three",
+        help="also compile forms that need less memory, one after another, of remat (mlp, block), "
+        "fsdp (all devices) and accum_steps (2, 4, 8, until one fits); without KEYS all three",
     )
     add("--json", type=options.path, metavar="FILE", help="write the plan as JSON too")
     add(
@@ -93,13 +94,20 @@ def _add_flags(parser: argparse.ArgumentParser) -> None:
         metavar="X",
         help="bandwidth of a device's memory in GB/s, in place of the table's",
     )
+    add(
+        "--interconnect",
+        type=_positive_number,
+        metavar="X",
+        help="bandwidth from a device to others in GB/s each way, in place of the table's",
+    )
 
 
 def _plan(args: argparse.Namespace, config: ml_collections.ConfigDict) -> int:
     devices, backend = _devices(args)
     config = config.copy_and_resolve_references()
     model = settle.settle(config, backend)
-    chip = chips.find(devices[0], model.dtype, args.peak_tflops, args.bandwidth)
+    teacher = teachers.read(config)
+    chip = chips.find(devices[0], model.dtype, args.peak_tflops, args.bandwidth, args.interconnect)
     hosts = topology.hosts(devices, args.chips_per_host)
     images = args.images or settle.training_images(config)
     # The schedule of a run needs its length, but what a step costs does not depend on it.
@@ -114,7 +122,9 @@ def _plan(args: argparse.Namespace, config: ml_collections.ConfigDict) -> int:
         steps=schedule[1] if images else None,
     )
     steps = []
-    for step in attempts.compile_each(config, model, devices, args.attempts, schedule, chip.memory):
+    for step in attempts.compile_each(
+        config, model, devices, args.attempts, schedule, chip.memory, teacher
+    ):
         log.info("%s", report.line(place, step))
         steps.append(step)
     print(report.text(place, settle.describe(config, model), steps))

@@ -34,7 +34,7 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
-from convit_jax.model import fused, sdpa
+from convit_jax.model import fused, remat, sdpa
 from convit_jax.model.fused import Fused
 from convit_jax.model.linear import linear_init, linear_over_tokens
 from convit_jax.model.positional import (
@@ -286,24 +286,25 @@ class SelfAttention(nn.Module):
         head = width // self.num_heads
         scale = self.qk_scale or head**-0.5
         linear = functools.partial(linear_over_tokens(self.flat_tokens), dtype=self.dtype)
-        qkv = linear(3 * width, use_bias=self.qkv_bias, name="qkv")(x)
+        qkv = remat.keep(linear(3 * width, use_bias=self.qkv_bias, name="qkv")(x))
         parts = qkv.reshape(batch, size, 3, self.num_heads, head)
         q, k, v = parts[:, : self.queries, 0], parts[:, :, 1], parts[:, :, 2]
         kernel, attention, _ = _choose(self, x, "auto")
+        needs_map = offset is not None or (train and self.attn_dropout > 0)
+        by_kernel = kernel is not None and not needs_map
 
-        if offset is not None or (train and self.attn_dropout):
+        if needs_map:
             content = shifted_map(sdpa.content_map(q, k, scale), offset)
             drop = nn.Dropout(self.attn_dropout, deterministic=not train, name="attn_drop")
             out = sdpa.keep(sdpa.apply_map(drop(content), v))
         elif kernel:
             out = kernel.self_attention(
                 qkv, heads=self.num_heads, scale=scale, queries=self.queries
-            )
-            out = sdpa.keep(out.reshape(q.shape))
+            ).reshape(q.shape)
         else:
             attention = "xla" if self.queries else attention
             out = sdpa.attention_fn(attention)(q, k, v, scale=scale)
-        out = _project(out, linear, self.dropout, train)
+        out = _project(out, linear, self.dropout, train, by_kernel)
         return (out, {"content": sdpa.content_map(q, k, scale)}) if return_attention else out
 
 
@@ -393,11 +394,12 @@ class GPSA(nn.Module):
         scale = self.qk_scale or head**-0.5
 
         linear = functools.partial(linear_over_tokens(self.flat_tokens), dtype=self.dtype)
-        qk = linear(2 * width, use_bias=self.qkv_bias, name="qk")(x)
+        qk = remat.keep(linear(2 * width, use_bias=self.qkv_bias, name="qk")(x))
         parts = qk.reshape(batch, size, 2, self.num_heads, head)
         q, k = parts[:, :, 0], parts[:, :, 1]
-        v_init = identity_init if self.use_local_init else linear_init
-        flat_v = linear(width, use_bias=self.qkv_bias, kernel_init=v_init, name="v")(x)
+        init = identity_init if self.use_local_init else linear_init
+        v_linear = linear(width, use_bias=self.qkv_bias, kernel_init=init, name="v")
+        flat_v = remat.keep(v_linear(x))
         v = flat_v.reshape(batch, size, self.num_heads, head)
 
         gate = self.param(
@@ -410,9 +412,9 @@ class GPSA(nn.Module):
         p_y, p_x = positional_factors(weights, grid)
 
         kernel, attention, positional = _choose(self, x, self.positional)
-        if kernel and offset is None:
-            out = kernel.gpsa(qk, flat_v, weights, gate, grid=grid, scale=scale)
-            out = sdpa.keep(out.reshape(v.shape))
+        by_kernel = kernel is not None and offset is None
+        if kernel is not None and by_kernel:
+            out = kernel.gpsa(qk, flat_v, weights, gate, grid=grid, scale=scale).reshape(v.shape)
         elif positional == "blend" or offset is not None:
             content = sdpa.content_map(q, k, scale)
             blended = shifted_map(blended_map(content, positional_map(p_y, p_x), share), offset)
@@ -428,7 +430,7 @@ class GPSA(nn.Module):
                 part.astype(jnp.float32) for part in (content_out, positional_out)
             )
             out = (1.0 - of_head) * content_out + of_head * positional_out
-        out = _project(out, linear, self.dropout, train)
+        out = _project(out, linear, self.dropout, train, by_kernel)
         if not return_attention:
             return out
         content, position = sdpa.content_map(q, k, scale), positional_map(p_y, p_x)
@@ -440,8 +442,20 @@ class GPSA(nn.Module):
         }
 
 
-def _project(out: Array, linear: Callable[..., nn.Dense], dropout: float, train: bool) -> Array:
-    """Applies the output projection: (B, N, H, K) -> (B, N, D). Only for compact methods."""
+def _project(
+    out: Array, linear: Callable[..., nn.Dense], dropout: float, train: bool, by_kernel: bool
+) -> Array:
+    """Applies the output projection: (B, N, H, K) -> (B, N, D). Only for compact methods.
+
+    Args:
+      out: the result of the attention.
+      linear: constructor of a linear layer.
+      dropout: dropout rate.
+      train: whether dropout is on.
+      by_kernel: whether the fused kernel computed `out`, which is not tagged then.
+    """
     batch, size, heads, head = out.shape
-    out = linear(heads * head, name="proj")(out.reshape(batch, size, heads * head))
+    options = {"dot_general": remat.product_of_kept} if by_kernel else {}
+    layer = linear(heads * head, name="proj", **options)
+    out = remat.keep(layer(out.reshape(batch, size, heads * head)))
     return nn.Dropout(dropout, deterministic=not train, name="proj_drop")(out)

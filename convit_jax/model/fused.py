@@ -17,6 +17,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
+from convit_jax.model import chips
 from convit_jax.model.positional import Grid, positional_factors, positional_map
 
 Array = jax.Array
@@ -24,9 +25,7 @@ Array = jax.Array
 # (function, number of arguments that are split over the batch) -> the function, split over devices.
 Split = Callable[[Callable[..., Array], int], Callable[..., Array]]
 
-# MiB of VMEM by `device_kind` (`pltpu.get_tpu_info_for_chip` of JAX). Every TPU has the least.
-_LEAST_VMEM = 16
-_VMEM = {"TPU v5": 64, "TPU v5 lite": 128, "TPU v6 lite": 128}
+_LEAST_VMEM = 16  # MiB that every TPU has
 _SHARE = 15 / 16  # of the VMEM is for the kernel; the estimate is rough
 _LANES, _SUBLANES = 128, 8  # a register is 8 x 128 numbers of 32 bits
 _MAPS = 6  # maps of a head, (M, N) float32, that the backward pass holds at a time
@@ -162,7 +161,7 @@ def check_backend(backend: str) -> None:
 
 def memory_of(device: jax.Device) -> float:
     """Returns the MiB of VMEM of a device, or those of the smallest TPU if it is not known."""
-    return _VMEM.get(device.device_kind, _LEAST_VMEM)
+    return chips.figures(device).vmem or _LEAST_VMEM
 
 
 def fits(heads: int, width: int, tokens: int, dtype: Any) -> bool:

@@ -25,21 +25,12 @@ from convit_jax.model.block import Block, MapsFunction, Returned
 from convit_jax.model.image_size import pair
 from convit_jax.model.intermediates import check_blocks, check_offsets, feature_map
 from convit_jax.model.linear import Linear, linear_init
-from convit_jax.model.sdpa import ATTENTION_OUTPUT, Attention
+from convit_jax.model.remat import POLICIES, REMAT, finish_backward
+from convit_jax.model.sdpa import Attention
 
 Array = jax.Array
 
 GLOBAL_POOLS = ("token", "avg", "none")
-
-# What the forward pass of a block stores for the backward pass, for each value of `remat`.
-_REMAT_POLICIES = {
-    "dots": jax.checkpoint_policies.save_from_both_policies(
-        jax.checkpoint_policies.dots_with_no_batch_dims_saveable,
-        jax.checkpoint_policies.save_only_these_names(ATTENTION_OUTPUT),
-    ),
-    "block": jax.checkpoint_policies.nothing_saveable,
-}
-REMAT = ("none", *_REMAT_POLICIES)
 
 
 def _option(kind: str, default: Any) -> Any:
@@ -92,7 +83,8 @@ class ConViT(nn.Module):
         and memory, not results.
       remat: what the backward pass computes again instead of reading it from memory: "none",
         nothing; "dots", everything except the outputs of attention and of matrix products with
-        weights; "block", everything except the inputs of the blocks.
+        weights; "mlp", the hidden layers of the MLPs too; "block", everything except the inputs of
+        the blocks.
       flat_tokens: whether the linear layers of the blocks see images and tokens as one axis. Faster
         on a CPU, slower on a TPU; the results are the same. None means True on a CPU.
       dtype: dtype of the matrix products and the residual stream. Parameters, softmaxes, gates,
@@ -302,7 +294,14 @@ class ConViT(nn.Module):
             x, found["gpsa_blocks"] = blocks(x, rates, offsets.get("gpsa_blocks"), *static)
         if not self.cls_pos_embed:
             x = prepend_token(x)
-        x, found["blocks"] = self._plain_blocks(x, plain_rates, offsets.get("blocks"), *static)
+
+        def plain_blocks(model: "ConViT", x: Array) -> tuple[Array, dict[str, Any]]:
+            return model._plain_blocks(x, plain_rates, offsets.get("blocks"), *static)
+
+        if train and self.local_up_to_layer and not self.is_initializing():
+            x, found["blocks"] = finish_backward(self, ("blocks", "last_block"), x, plain_blocks)
+        else:
+            x, found["blocks"] = plain_blocks(self, x)
 
         norm = nn.LayerNorm(epsilon=1e-6, use_fast_variance=False, name="norm")
         outputs: list[Any] = [self._classify(x, norm)]
@@ -360,7 +359,7 @@ class ConViT(nn.Module):
         if self.remat != "none":
             block = nn.remat(
                 block,
-                policy=_REMAT_POLICIES[self.remat],
+                policy=POLICIES[self.remat],
                 prevent_cse=prevent_cse,
                 static_argnums=(4, 5, 6),
             )

@@ -22,9 +22,9 @@ import functools
 from typing import Any
 
 import jax
-from jax.ad_checkpoint import checkpoint_name
 import jax.numpy as jnp
 
+from convit_jax.model import remat
 from convit_jax.model.fused import Fused
 
 Array = jax.Array
@@ -35,9 +35,6 @@ AttentionFn = Callable[..., Array]
 Attention = str | AttentionFn | Fused
 
 IMPLEMENTATIONS = ("xla", "chunked", "cudnn", "fused")
-
-# Tag of attention outputs, by which a rematerialisation policy keeps them (see network.py).
-ATTENTION_OUTPUT = "attention_output"
 
 # Largest number of tokens for which "auto" means "xla": 512 x 512 pixels in patches of 16. Up to
 # there, writing out the map of all queries is faster than the loop (benchmarks/README.md).
@@ -135,7 +132,7 @@ def keep(out: Array) -> Array:
     The tagged array is (B, N, H K), because a TPU pads a last axis of K = 48 to 128.
     """
     flat = out.reshape(*out.shape[:2], -1)
-    return checkpoint_name(flat, ATTENTION_OUTPUT).reshape(out.shape)
+    return remat.keep(flat).reshape(out.shape)
 
 
 def xla_attention(q: Array, k: Array, v: Array, *, scale: float) -> Array:

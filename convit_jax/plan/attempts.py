@@ -7,11 +7,14 @@ import jax
 import ml_collections
 
 from convit_jax.model.network import ConViT
+from convit_jax.model.remat import REMAT
 from convit_jax.parallel import sharding
 from convit_jax.plan import compiled
+from convit_jax.train.teacher import Teacher
 
 AS_CONFIGURED = "as configured"
 _ACCUM_STEPS = (2, 4, 8)
+_REMAT = ("mlp", "block")
 KEYS = ("remat", "fsdp", "accum_steps")
 
 
@@ -22,6 +25,7 @@ def compile_each(
     keys: Sequence[str],
     schedule: tuple[float, int],
     memory: float | None,
+    teacher: Teacher | None = None,
 ) -> Iterator[compiled.Step]:
     """Yields what the step costs as configured, and in each form that needs less memory.
 
@@ -34,9 +38,11 @@ def compile_each(
       keys: what to change, of `KEYS`, one after another.
       schedule: number of steps in an epoch and in the whole run.
       memory: memory of a device in bytes; None if it is not known.
+      teacher: the teacher of a distillation.
 
     Raises:
-      ValueError: if the devices do not divide the batch size or mesh.fsdp not the devices.
+      ValueError: if the devices do not divide the batch size or mesh.fsdp not the devices, or if
+        the teacher does not fit the model.
     """
     fitting = set()
     for key, name, changed in [
@@ -48,7 +54,7 @@ def compile_each(
         mesh = sharding.make_mesh(changed.mesh.fsdp, devices)
         form = model.clone(remat=changed.train.remat)
         with compiled.progress(f"compiling {name}"):
-            step = compiled.measure(name, changed, form, mesh, *schedule)
+            step = compiled.measure(name, changed, form, mesh, *schedule, teacher)
         if step.fits(memory) is not False:
             fitting.add(key)
         yield step
@@ -68,9 +74,10 @@ def less_memory(
       devices: number of devices.
     """
     now = config.train.accum_steps
+    remat = [v for v in _REMAT if REMAT.index(v) > REMAT.index(config.train.remat)]
     parts = [n for n in _ACCUM_STEPS if n > now and config.train.batch_size % (n * devices) == 0]
     values: dict[str, tuple[str, list[Any]]] = {
-        "remat": ("train", ["block"] if config.train.remat != "block" else []),
+        "remat": ("train", remat),
         "fsdp": ("mesh", [devices] if config.mesh.fsdp != devices else []),
         "accum_steps": ("train", parts),
     }

@@ -1,31 +1,14 @@
-"""Memory and bandwidth of devices. `convit_jax.model.flops` has their FLOPs."""
+"""What a plan knows of its devices: figures of `convit_jax.model.chips`, or those of flags."""
 
 import dataclasses
-import re
 
 import jax
 import jax.numpy as jnp
 
-from convit_jax.model.flops import peak_flops
+from convit_jax.model import chips
 from convit_jax.plan.roofline import Peaks
 
-_GIB, _GB = 2**30, 10**9
-
-# A pattern of the `device_kind`, the memory in bytes, and the bytes a second that it reads and
-# writes. Cloud TPU's figures are for a chip; on v2 and v3 a JAX device is half a chip. Its pages
-# write GB for the GiB of a TPU.
-_MEMORIES: tuple[tuple[str, float, float], ...] = (
-    (r"TPU v2", 8 * _GIB, 350 * _GB),  # Jouppi et al. 2020, doi:10.1145/3360307: 16, 700 a chip
-    (r"TPU v3", 16 * _GIB, 450 * _GB),  # cloud.google.com/tpu/docs/v3: 32 GiB, 900 GB/s a chip
-    (r"TPU v4", 32 * _GIB, 1200 * _GB),  # cloud.google.com/tpu/docs/v4
-    (r"TPU v5( lite|e)", 16 * _GIB, 819 * _GB),  # cloud.google.com/tpu/docs/v5e
-    (r"TPU v5p?", 95 * _GIB, 2765 * _GB),  # cloud.google.com/tpu/docs/v5p
-    (r"TPU v6( lite|e)", 32 * _GIB, 1638 * _GB),  # cloud.google.com/tpu/docs/v6e
-    (r"(NVIDIA )?A100-SXM4-80GB", 80 * _GB, 2039 * _GB),  # A100 data sheet
-    (r"NVIDIA L4", 24 * _GB, 300 * _GB),  # L4 data sheet
-    (r"NVIDIA H100 80GB HBM3", 80 * _GB, 3350 * _GB),  # H100 data sheet, SXM
-    (r"NVIDIA H200", 141 * _GB, 4800 * _GB),  # H200 data sheet, SXM
-)
+_GB = 10**9
 
 
 @dataclasses.dataclass(frozen=True)
@@ -48,6 +31,7 @@ def find(
     dtype: jnp.dtype,
     peak_tflops: float | None = None,
     bandwidth: float | None = None,
+    interconnect: float | None = None,
 ) -> Chip:
     """Returns what is known of a device.
 
@@ -56,13 +40,11 @@ def find(
       dtype: dtype of the matrix products, bfloat16 or float32.
       peak_tflops: peak in TFLOP/s, in place of the table's.
       bandwidth: bandwidth of the memory in GB/s, in place of the table's.
+      interconnect: bandwidth to other devices in GB/s each way, in place of the table's.
     """
-    memory = speed = None
-    for kind, *of_kind in _MEMORIES:
-        if re.fullmatch(kind, device.device_kind):
-            memory, speed = of_kind
-            break
-    flops = peak_tflops * 1e12 if peak_tflops else peak_flops(device, dtype)
-    speed = bandwidth * _GB if bandwidth else speed
-    peaks = Peaks(flops, speed) if flops and speed else None
-    return Chip(device.device_kind, memory, peaks)
+    known = chips.figures(device)
+    flops = peak_tflops * 1e12 if peak_tflops else chips.peak_flops(device, dtype)
+    speed = bandwidth * _GB if bandwidth else known.bandwidth
+    sending = interconnect * _GB if interconnect else known.interconnect
+    peaks = Peaks(flops, speed, sending) if flops and speed else None
+    return Chip(device.device_kind, known.memory, peaks)

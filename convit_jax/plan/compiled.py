@@ -20,7 +20,10 @@ from convit_jax.parallel import sharding
 from convit_jax.plan import arithmetic, traffic
 from convit_jax.plan import collectives as sent
 from convit_jax.plan.hlo import Program as Compiled
+from convit_jax.train import distillation
+from convit_jax.train.distillation import Distillation
 from convit_jax.train.step import Program, TrainState
+from convit_jax.train.teacher import Teacher
 
 log = logging.getLogger(__name__)
 
@@ -68,7 +71,7 @@ class Step:
       images: number of images in a step, over all devices.
       mesh: {axis: number of devices}.
       state_bytes: size of the state on one device, from its shapes.
-      model_flops: FLOPs that the model needs in a step, over all devices.
+      model_flops: FLOPs that the model needs in a step, over all devices; a teacher's are left out.
       arithmetic: matrix products of a step, over all devices.
       seconds: time to compile it.
       refusal: the compiler's words if it needs more memory than a device has, else None.
@@ -76,6 +79,7 @@ class Step:
       bytes_moved: bytes that one device reads and writes in its main memory in a step.
       xla_bytes: XLA's own count of that, which has the body of a loop once and the memory on a
         TPU's chip too; None without one.
+      teacher_bytes: size of a teacher's parameters on one device.
       collectives: what the devices send to one another in a step.
       unexpected: what of that is neither a gradient nor a parameter, with its source.
     """
@@ -91,6 +95,7 @@ class Step:
     memory: Memory | None = None
     bytes_moved: int = 0
     xla_bytes: float | None = None
+    teacher_bytes: int = 0
     collectives: tuple[sent.Collective, ...] = ()
     unexpected: tuple[tuple[str, str], ...] = ()
 
@@ -103,6 +108,11 @@ class Step:
     def flops(self) -> float:
         """FLOPs of the matrix products on one device."""
         return self.arithmetic.flops / self.devices
+
+    @property
+    def bytes_sent(self) -> float:
+        """The least bytes that one device sends to others in a step."""
+        return sum(collective.bytes_sent for collective in self.collectives)
 
     def fits(self, available: float | None) -> bool | None:
         """Returns whether a device has the memory; None if that is not known.
@@ -121,15 +131,21 @@ def trace(
     mesh: Mesh,
     steps_per_epoch: float,
     total_steps: int,
-) -> tuple[Any, TrainState]:
-    """Traces the real training step for the devices of a mesh; returns it and its state's shapes.
+    teacher: Teacher | None = None,
+) -> tuple[Any, TrainState, Any]:
+    """Traces the real training step for the devices of a mesh.
+
+    Returns:
+      The traced step, and the shapes of its state and of a teacher's parameters, None without one.
 
     Raises:
-      ValueError: if the number of devices does not divide the batch size.
+      ValueError: if the number of devices does not divide the batch size, or if the teacher does
+        not fit the model.
     """
     batch_size = config.train.batch_size
     sharding.check_batch_size(batch_size, config.train.accum_steps, mesh)
-    program = Program.make(config, model, mesh, steps_per_epoch, total_steps)
+    distill = None if teacher is None else _fit(teacher, config, model, mesh)
+    program = Program.make(config, model, mesh, steps_per_epoch, total_steps, distill)
     state = program.abstract_state
     shapes = {"image": (model.image_shape, "uint8"), "label": ((), "int32")}
     shapes["skipped"] = shapes["label"]
@@ -137,7 +153,27 @@ def trace(
         name: jax.ShapeDtypeStruct((batch_size, *shape), dtype, sharding=sharding.over_batch(mesh))
         for name, (shape, dtype) in shapes.items()
     }
-    return program.jitted_step().trace(state, batch), state
+    if distill is None:
+        return program.jitted_step().trace(state, batch), state, None
+    params = jax.tree.map(
+        lambda x, s: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=s),
+        distill.teacher.params,
+        distill.shardings,
+    )
+    return program.jitted_step().trace(state, batch, params), state, params
+
+
+def _fit(
+    teacher: Teacher, config: ml_collections.ConfigDict, model: ConViT, mesh: Mesh
+) -> Distillation:
+    """Fits a teacher to a model whose data are not opened: the first classes are the teacher's."""
+    names = teacher.class_names or tuple(map(str, range(teacher.num_classes)))
+    if len(names) < model.num_classes:
+        raise ValueError(
+            f"distill.teacher: expected at least {model.num_classes:,} classes, as "
+            f"model.num_classes, got {len(names):,} in {teacher.source}"
+        )
+    return distillation.fit(teacher, config, model, names[: model.num_classes], mesh)
 
 
 def measure(
@@ -147,6 +183,7 @@ def measure(
     mesh: Mesh,
     steps_per_epoch: float,
     total_steps: int,
+    teacher: Teacher | None = None,
 ) -> Step:
     """Compiles the training step, which takes minutes at full size, and counts what it costs.
 
@@ -157,11 +194,13 @@ def measure(
       mesh: the devices, which need not be there.
       steps_per_epoch: number of steps in an epoch, for the schedule.
       total_steps: number of steps of the whole run, for the schedule.
+      teacher: the teacher of a distillation.
 
     Raises:
-      ValueError: if the number of devices does not divide the batch size.
+      ValueError: if the number of devices does not divide the batch size, or if the teacher does
+        not fit the model.
     """
-    traced, state = trace(config, model, mesh, steps_per_epoch, total_steps)
+    traced, state, taught_by = trace(config, model, mesh, steps_per_epoch, total_steps, teacher)
     images = config.train.batch_size
     step = Step(
         name=name,
@@ -171,6 +210,7 @@ def measure(
         model_flops=images * training_flops(model),
         arithmetic=arithmetic.of_jaxpr(traced.jaxpr),
         seconds=0.0,
+        teacher_bytes=_bytes_per_device(taught_by),
     )
     start = time.monotonic()
     try:
@@ -183,7 +223,7 @@ def measure(
         )
     seconds = time.monotonic() - start
     text = Compiled.parse(compiled.as_text())
-    collectives = sent.find(text)
+    collectives = sent.find(text, step.devices)
     return dataclasses.replace(
         step,
         seconds=seconds,
@@ -191,7 +231,9 @@ def measure(
         bytes_moved=traffic.bytes_moved(text),
         xla_bytes=(compiled.cost_analysis() or {}).get("bytes accessed"),
         collectives=tuple(collectives),
-        unexpected=tuple(sent.unexpected(collectives, sent.expected_sizes(state, model))),
+        unexpected=tuple(
+            sent.unexpected(collectives, sent.expected_sizes(state, model, taught_by))
+        ),
     )
 
 
@@ -202,10 +244,9 @@ def _reason(error: str) -> str:
     return found[0] if found else error
 
 
-def _bytes_per_device(state: TrainState) -> int:
+def _bytes_per_device(tree: Any) -> int:
     return sum(
-        math.prod(x.sharding.shard_shape(x.shape)) * x.dtype.itemsize
-        for x in jax.tree.leaves(state)
+        math.prod(x.sharding.shard_shape(x.shape)) * x.dtype.itemsize for x in jax.tree.leaves(tree)
     )
 
 

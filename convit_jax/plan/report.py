@@ -7,7 +7,7 @@ from typing import Any
 from convit_jax.plan.attempts import AS_CONFIGURED
 from convit_jax.plan.chips import Chip
 from convit_jax.plan.compiled import Step
-from convit_jax.plan.roofline import Bound, Feeding, bound
+from convit_jax.plan.roofline import Bound, Feeding, Peaks, bound
 from convit_jax.train.eval_report import columns
 
 # Images a second that one core decodes and augments, JPEGs of 500 x 375 pixels. This is the slower
@@ -44,7 +44,12 @@ class Place:
         if self.chip.peaks is None or step.memory is None:
             return None
         return bound(
-            step.flops, step.bytes_moved, self.chip.peaks, images=step.images, devices=self.devices
+            step.flops,
+            step.bytes_moved,
+            self.chip.peaks,
+            images=step.images,
+            devices=self.devices,
+            bytes_sent=step.bytes_sent,
         )
 
 
@@ -89,8 +94,10 @@ def _memory(step: Step, chip: Chip) -> list[str]:
     if chip.memory is not None:
         share = memory.total / chip.memory
         verdict = f"of {_mib(chip.memory)}, {share:.0%}: {'fits' if fits else 'does not fit'}"
+    size = step.teacher_bytes
+    teacher = f"the teacher, {_mib(size)}, and " if size else "and "
     rows = [
-        ("arguments", memory.arguments, f"the state, {_mib(step.state_bytes)}, and the batch"),
+        ("arguments", memory.arguments, f"the state, {_mib(step.state_bytes)}, {teacher}the batch"),
         ("temporaries", memory.temporaries, "activations, gradients"),
         ("results", memory.results, "all but the new state, which takes the place of the old one"),
         ("program", memory.program, ""),
@@ -103,21 +110,22 @@ def _memory(step: Step, chip: Chip) -> list[str]:
 def _advice(step: Step) -> list[str]:
     if step.name != AS_CONFIGURED:
         return []
-    return ["  --try compiles it with remat=block, a split state and parts of a batch in turn"]
+    return [
+        "  --try compiles it with remat=mlp and block, a split state and parts of a batch in turn"
+    ]
 
 
 def _work(step: Step) -> list[str]:
-    count, flops = step.arithmetic, step.flops
+    count, gflop = step.arithmetic, _number(step.flops / 1e9)
     repeated = step.arithmetic.flops / step.model_flops
     lines = [
         "a step on a device: products counted in the traced step, memory in the compiled program",
-        f"  matrix products   {flops / 1e9:,.4g} GFLOP, {repeated:.2f} times what the model needs",
-        f"  main memory       {step.bytes_moved / 1e9:,.4g} GB read and written",
+        f"  matrix products   {gflop} GFLOP, {repeated:.2f} times what the model needs",
+        f"  main memory       {_number(step.bytes_moved / 1e9)} GB read and written",
     ]
     if step.xla_bytes is not None:
-        lines.append(
-            f"  XLA's own count   {step.xla_bytes / 1e9:,.4g} GB: loops once, on-chip memory too"
-        )
+        size = _number(step.xla_bytes / 1e9)
+        lines.append(f"  XLA's own count   {size} GB: loops once, on-chip memory too")
     if count.kernels:
         kernels = count.kernels // step.devices
         lines.append(f"  kernels           {kernels}, whose products are what they state")
@@ -165,11 +173,22 @@ def _time(place: Place, step: Step, found: Bound) -> list[str]:
         lines.append("  hours: not known without the number of training images (--images)")
     else:
         lines.append(
-            f"  at least {found.hours(place.steps):,.3g} hours and "
-            f"{found.device_hours(place.steps):,.4g} device-hours for {place.epochs:g} epochs, "
+            f"  at least {_number(found.hours(place.steps))} hours and "
+            f"{_number(found.device_hours(place.steps))} device-hours for {place.epochs:g} epochs, "
             f"{place.steps:,} steps"
         )
+    lines += _sending(step, found, peaks) if step.collectives else []
     return [*lines, "  not included: what devices wait for one another or for images, evaluations"]
+
+
+def _sending(step: Step, found: Bound, peaks: Peaks) -> list[str]:
+    if found.sent_seconds is None or peaks.interconnect is None:
+        return ["  sending: no bandwidth between devices is known; --interconnect gives it"]
+    return [
+        f"  sending, apart from that: {_mib(step.bytes_sent)} MiB by each device, at least "
+        f"{found.sent_seconds * 1e3:.3g} ms at {peaks.interconnect / 1e9:,.4g} GB/s each way",
+        "  how much of it overlaps with the rest is not known",
+    ]
 
 
 def _feeding(place: Place, found: Bound) -> list[str]:
@@ -210,6 +229,11 @@ def _tried(place: Place, steps: list[Step]) -> list[str]:
             )
         )
     return [columns(rows)]
+
+
+def _number(value: float) -> str:
+    """Returns a number of at least four digits, without an exponent if it is large."""
+    return f"{value:,.0f}" if value >= 1000 else f"{value:.4g}"
 
 
 def _mib(size: float) -> str:
@@ -253,6 +277,7 @@ def _step_json(place: Place, step: Step) -> dict[str, Any]:
         "uncounted": dict(step.arithmetic.uncounted),
         "bytes_moved": step.bytes_moved if memory else None,
         "xla_bytes_accessed": step.xla_bytes,
+        "bytes_sent": step.bytes_sent if memory else None,
         "collectives": [
             {"kind": c.kind, "bytes": c.bytes, "times": c.turns, "source": c.source}
             for c in step.collectives

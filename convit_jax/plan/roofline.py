@@ -2,7 +2,8 @@
 
 A step takes at least as long as its matrix products at the peak of the matrix units, and at least
 as long as its reads and writes at the peak of the memory (Williams et al. 2009,
-doi:10.1145/1498765.1498785). What devices send one another and what the host does come on top.
+doi:10.1145/1498765.1498785). What devices send one another may overlap with that or come on top, so
+its time is apart. What the host does comes on top.
 """
 
 import dataclasses
@@ -16,10 +17,12 @@ class Peaks:
     Attributes:
       flops: FLOPs of matrix products a second.
       bandwidth: bytes that the memory reads and writes a second.
+      interconnect: bytes that the device sends to others a second; None if not known.
     """
 
     flops: float
     bandwidth: float
+    interconnect: float | None = None
 
 
 @dataclasses.dataclass(frozen=True)
@@ -31,12 +34,15 @@ class Bound:
       bytes_seconds: time of the reads and writes at the peak.
       images: number of images in a step, over all devices.
       devices: number of devices.
+      sent_seconds: time of what a device sends to others, at the peak of the interconnect, which is
+        no part of `seconds`; None if the peak is not known.
     """
 
     flops_seconds: float
     bytes_seconds: float
     images: int
     devices: int
+    sent_seconds: float | None = None
 
     @property
     def seconds(self) -> float:
@@ -71,7 +77,14 @@ class Bound:
         return needed_flops / (peaks.flops * self.seconds)
 
 
-def bound(flops: float, bytes_moved: float, peaks: Peaks, images: int, devices: int) -> Bound:
+def bound(
+    flops: float,
+    bytes_moved: float,
+    peaks: Peaks,
+    images: int,
+    devices: int,
+    bytes_sent: float = 0.0,
+) -> Bound:
     """Returns the bound of a step.
 
     Args:
@@ -80,8 +93,15 @@ def bound(flops: float, bytes_moved: float, peaks: Peaks, images: int, devices: 
       peaks: peaks of the device.
       images: number of images in a step, over all devices.
       devices: number of devices.
+      bytes_sent: bytes that a device sends to others in a step.
     """
-    return Bound(flops / peaks.flops, bytes_moved / peaks.bandwidth, images, devices)
+    return Bound(
+        flops / peaks.flops,
+        bytes_moved / peaks.bandwidth,
+        images,
+        devices,
+        None if peaks.interconnect is None else bytes_sent / peaks.interconnect,
+    )
 
 
 @dataclasses.dataclass(frozen=True)

@@ -24,17 +24,12 @@ def settle(config: ml_collections.ConfigDict, backend: str) -> ConViT:
       backend: "cpu", "gpu" or "tpu", which the step is compiled for.
 
     Raises:
-      ValueError: if the configuration leaves something to the data or has a teacher.
+      ValueError: if the configuration leaves something to the data.
       OSError: if the weights cannot be read.
     """
     if config.train.batch_size is None:
         raise ValueError(
             "train.batch_size: expected a number, since the data that it would fit are not opened"
-        )
-    if config.distill.teacher:
-        raise ValueError(
-            f"distill.teacher={config.distill.teacher}: expected none, since a teacher's share of "
-            "a step is not counted; --config.distill.teacher= leaves it out"
         )
     init_from.settle_new_model(config)
     if config.model.num_classes is None and not _is_imagenet(config):
@@ -61,8 +56,9 @@ def training_images(config: ml_collections.ConfigDict) -> int | None:
 
 def describe(config: ml_collections.ConfigDict, model: ConViT) -> str:
     """Returns a line about a model and how a step computes it."""
+    teacher = f", teacher={config.distill.teacher}" if config.distill.teacher else ""
     return (
         f"{config.model.name}, {model.dtype}, attention={model.attention}, "
         f"positional={model.positional}, remat={model.remat}, "
-        f"accum_steps={config.train.accum_steps}"
+        f"accum_steps={config.train.accum_steps}{teacher}"
     )

@@ -60,15 +60,11 @@ class _Moved:
 
     def _by_fusion(self, instruction: Instruction, operands: list[str]) -> int:
         inside = self.program.computations[self.program.called(instruction)[0]]
-        readers = collections.defaultdict(list)
-        for inner in inside.values():
-            for name in inner.operands:
-                readers[name].append(inner)
         total = 0
         for parameter in inside.values():
             if parameter.kind == "parameter":
                 operand = operands[int(parameter.content)]
-                total += int(_size(operand) * _share_read(parameter, readers, operand))
+                total += int(_size(operand) * _share_read(self.program, inside, parameter))
         written, results = arrays(instruction.type), _results(inside)
         if len(written) != len(results):  # one operation with several results
             return total + _size(instruction.type)
@@ -89,18 +85,35 @@ def _bytes(type_: str) -> int:
     return sum(array.bytes for array in arrays(type_))
 
 
-def _share_read(
-    parameter: Instruction, readers: dict[str, list[Instruction]], operand: str
-) -> float:
-    """Returns the share of an operand that a fusion reads: 1 if all of it."""
-    found = list(_through_bitcasts(parameter, readers))
-    if not found or any(
-        reader.operands[0] != source.name or reader.kind not in (*_SLICES, _UPDATE)
-        for source, reader in found
-    ):
-        return 1.0
-    sliced = sum(_bytes(reader.type) for _, reader in found if reader.kind in _SLICES)
-    return min(1.0, sliced / max(1, _bytes(operand)))
+def _elements(type_: str) -> int:
+    """Returns the number of elements of an array."""
+    return sum(array.size for array in arrays(type_))
+
+
+def _share_read(program: Program, inside: Computation, parameter: Instruction) -> float:
+    """Returns the share of an operand that a fusion reads: 1 if all of it.
+
+    A slice may also convert, so elements are counted. It may be in a fusion within the fusion.
+    """
+    readers = collections.defaultdict(list)
+    for reader in inside.values():
+        for name in reader.operands:
+            readers[name].append(reader)
+    found, share = list(_through_bitcasts(parameter, readers)), 0.0
+    for source, reader in found:
+        places = [i for i, name in enumerate(reader.operands) if name == source.name]
+        if reader.kind == "fusion":
+            inner = program.computations[program.called(reader)[0]]
+            share += sum(
+                _share_read(program, inner, other)
+                for other in inner.values()
+                if other.kind == "parameter" and int(other.content) in places
+            )
+        elif places != [0] or reader.kind not in (*_SLICES, _UPDATE):
+            return 1.0
+        elif reader.kind in _SLICES:
+            share += _elements(reader.type) / max(1, _elements(source.type))
+    return min(1.0, share) if found else 1.0
 
 
 def _through_bitcasts(

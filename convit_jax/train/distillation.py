@@ -195,7 +195,7 @@ def _forward(teacher: Teacher, student: ConViT, mesh: Mesh) -> Callable[[Any, Ar
             remat="none",
             flat_tokens=None,
         )
-        model = forms.over_mesh(forms.settle(model), mesh)
+        model = forms.over_mesh(forms.settle(model, mesh.devices.flat[0].platform), mesh)
         return lambda params, images: cast(Array, model.apply({"params": params}, images))
     program = teacher.program
     assert program is not None

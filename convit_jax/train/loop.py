@@ -11,7 +11,7 @@ import jax.numpy as jnp
 
 from convit_jax.data.batches.workers import iterate
 from convit_jax.data.source import describe
-from convit_jax.model import flops
+from convit_jax.model import chips, flops
 from convit_jax.model.variants import variant_of
 from convit_jax.parallel import processes, sharding
 from convit_jax.parallel.signals import Interruption
@@ -185,10 +185,10 @@ def _progress(windows: Windows, state: TrainState) -> dict[str, Any]:
 def _metrics(run: Run, step: int, evaluated: bool) -> Metrics:
     batch_size = run.config.train.batch_size
     device = run.program.mesh.devices.flat[0]
-    peak = flops.peak_flops(device, run.program.model.dtype)
+    peak = chips.peak_flops(device, run.program.model.dtype)
     if peak is None and device.platform != "cpu":
         log.info(
-            "no MFU: the peak FLOP/s of a %s is not in convit_jax/model/flops.py",
+            "no MFU: the peak FLOP/s of a %s is not in convit_jax/model/chips.py",
             device.device_kind,
         )
     return Metrics(

@@ -9,11 +9,18 @@ import sys
 import jax
 import pytest
 from runs import ROOT
+import small_models
 
+from convit_jax import ConViT
 from convit_jax.cli import options, plan
-from convit_jax.plan import attempts, compiled, topology
+from convit_jax.model.flops import forward_flops
+from convit_jax.parallel import sharding
+from convit_jax.plan import arithmetic, attempts, collectives, compiled, settle, topology
 from convit_jax.plan.arithmetic import Arithmetic
 from convit_jax.train import setup
+from convit_jax.train import teacher as teachers
+from convit_jax.weights import safetensors
+from convit_jax.weights.loaded import Loaded
 
 # The step of a pod test, and one that compiles in seconds.
 POD = (
@@ -63,6 +70,31 @@ def test_the_devices_here_have_a_plan(capsys, monkeypatch, tmp_path):
     assert "at 536 images/s" in text
 
 
+def test_a_teachers_share_is_counted(tmp_path):
+    """Its forward pass on every image, its parameters on every device, and what is gathered."""
+    teacher = ConViT(
+        image_size=32, patch_size=8, embed_dim=64, depth=2, local_up_to_layer=1, num_classes=12
+    )
+    path = tmp_path / "teacher.safetensors"
+    safetensors.save_weights(path, Loaded(teacher, small_models.random_params(teacher)))
+    config = options.configuration("convit_ti", [*TINY[1:], "--config.mesh.fsdp=8"])
+    model, mesh = settle.settle(config, "cpu"), sharding.make_mesh(8)
+
+    def trace(found=None):
+        traced, state, params = compiled.trace(config, model, mesh, 10, 100, found)
+        sizes = collectives.expected_sizes(state, model, params)["all-gather"]
+        return arithmetic.of_jaxpr(traced.jaxpr).flops, sizes
+
+    alone, sizes_alone = trace()
+    config.distill.teacher = str(path)
+    found = teachers.read(config)
+    both, sizes = trace(found)
+    assert both - alone == pytest.approx(16 * forward_flops(teacher), rel=1e-6)
+    assert 64 * 256 in sizes - sizes_alone  # a layer of the MLP
+    with pytest.raises(ValueError, match=r"at least 13 classes, as model\.num_classes, got 12 in "):
+        compiled.trace(config, model.clone(num_classes=13), mesh, 10, 100, found)
+
+
 def test_forms_are_tried_until_parts_of_a_batch_fit(monkeypatch):
     def measure(name, config, model, mesh, *_):
         parts, size = config.train.accum_steps, 800 // config.train.accum_steps
@@ -74,11 +106,16 @@ def test_forms_are_tried_until_parts_of_a_batch_fit(monkeypatch):
 
     monkeypatch.setattr(compiled, "measure", measure)
     config = options.configuration("convit_ti", ["--config.train.batch_size=64"])
+    config.train.remat = "mlp"
+    assert [name for _, name, _ in attempts.less_memory(config, ["remat"], 8)] == [
+        "train.remat=block"
+    ]
+    config.train.remat = "dots"
     model = setup.make_model(config, backend="cpu")
     made = attempts.compile_each(config, model, jax.devices(), attempts.KEYS, (1, 1), memory=300)
     assert [(step.name, step.fits(300)) for step in made] == [
-        ("as configured", False), ("train.remat=block", False), ("mesh.fsdp=8", False),
-        ("train.accum_steps=2", False), ("train.accum_steps=4", True),
+        ("as configured", False), ("train.remat=mlp", False), ("train.remat=block", False),
+        ("mesh.fsdp=8", False), ("train.accum_steps=2", False), ("train.accum_steps=4", True),
     ]  # fmt: skip
 
 
@@ -89,7 +126,7 @@ def test_what_cannot_be_planned_is_one_line(monkeypatch):
 
     refused("expected a number", "--config=finetune", "--backend=cpu")
     refused("divisor of the 8 devices, got 3", "--backend=cpu", "--chips_per_host=3")
-    refused("distill.teacher=t.pth", "--backend=cpu", "--config.distill.teacher=t.pth")
+    refused("distill.teacher: .*t.pth", "--backend=cpu", "--config.distill.teacher=t.pth")
     monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
     refused(r"pip install -e '\.\[tpu-compiler\]'", "--topology=v5e:2x2")
 

@@ -11,7 +11,7 @@ import pytest
 import reference
 
 from convit_jax import GPSA, SelfAttention
-from convit_jax.model import sdpa
+from convit_jax.model import remat, sdpa
 from convit_jax.model.attention import choose_forms
 from convit_jax.model.fused import Fused
 
@@ -159,9 +159,8 @@ def test_with_its_result_kept_the_backward_pass_averages_no_values_again():
         x = jnp.zeros((2, 5, 3, 4))
         return str(jax.make_jaxpr(jax.grad(loss, (0, 1, 2)))(x, x, x)).count("dot_general[")
 
-    policies = jax.checkpoint_policies
-    assert products(policies.save_only_these_names(sdpa.ATTENTION_OUTPUT)) == 7
-    assert products(policies.nothing_saveable) == 8
+    assert products(remat.POLICIES["mlp"]) == 7
+    assert products(remat.POLICIES["block"]) == 8
 
 
 def test_dropout_takes_entries_of_the_blended_map():

@@ -19,7 +19,8 @@ HloModule jit_step
 }
 %wide.body.spmd (param: (s32[], f32[6])) -> (s32[], f32[6]) {
   %all-reduce.2 = (bf16[6]{0:T(128)(2,1)}, /*index=1*/f32[]{:T(128)}) all-reduce(%a, %b), \
-channel_id=3, metadata={op_name="jit(step)/while/body"}
+channel_id=3, replica_groups=mesh['a'=4,'b'=8] {'a':(1)2,'b'}, \
+metadata={op_name="jit(step)/while/body"}
   %f = f32[16,4]{1,0} fusion(%c), kind=kCustom, calls=%async_collective_fusion.2
 }
 %condition (param: (s32[], f32[6])) -> pred[] {
@@ -39,11 +40,11 @@ collective-permute-start(%x), channel_id=4, source_target_pairs={{0,1}}
 
 
 def find(function, *arguments) -> list[collectives.Collective]:
-    return collectives.find(Program.parse(function.lower(*arguments).compile().as_text()))
+    return collectives.find(Program.parse(function.lower(*arguments).compile().as_text()), 8)
 
 
 def test_collectives_of_a_tpus_program_are_read():
-    found = collectives.find(Program.parse(PROGRAM))
+    found = collectives.find(Program.parse(PROGRAM), devices=8)
     sizes = {(c.kind, tuple((a.dtype, a.size) for a in c.arrays), c.turns) for c in found}
     assert sizes == {
         ("collective-permute", (("bf16", 12),), 1),
@@ -54,6 +55,11 @@ def test_collectives_of_a_tpus_program_are_read():
     }
     assert {c.source for c in found} == {"", "jit(step)/while/body"}
     assert {c.bytes for c in found} == {2 * 12, 4 * 40, 10 * (2 * 6 + 4), 10 * 4 * 64, 2 * 512}
+    # By hand: of n devices each sends (n - 1) / n of what is gathered or scattered, and twice that
+    # of a sum for all. What is passed on is sent whole. The program runs on 8 devices if it does
+    # not say in which groups.
+    sent = {24, 3 / 4 * 160, 2 * 15 / 16 * 160, 7 / 8 * 2560, 7 / 8 * 1024}
+    assert {c.bytes_sent for c in found} == sent
 
 
 def test_what_is_sent_besides_gradients_is_named():

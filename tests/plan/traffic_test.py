@@ -32,6 +32,16 @@ HloModule jit_step
   %new = f32[10,64]{1,0:T(8,128)} fusion(%x, %part, %i), kind=kLoop, calls=%fused_update
   ROOT %tuple = (s32[]{:T(128)}, f32[10,64]{1,0:T(8,128)}) tuple(%i, %new)
 }
+%fused_cast (param_0: f32[10,64]) -> bf16[64] {
+  %param_0 = f32[10,64]{1,0:T(8,128)} parameter(0)
+  %slice.2 = bf16[1,64]{1,0:T(8,128)(2,1)} slice(%param_0), slice={[4:5], [0:64]}
+  ROOT %bitcast.3 = bf16[64]{0} bitcast(%slice.2)
+}
+%fused_product (param_0: f32[10,64]) -> bf16[64] {
+  %param_0 = f32[10,64]{1,0:T(8,128)} parameter(0)
+  %fusion.1 = bf16[64]{0} fusion(%param_0), kind=kLoop, calls=%fused_cast
+  ROOT %product = bf16[64]{0} multiply(%fusion.1, %fusion.1)
+}
 %condition (param: (s32[], f32[10,64])) -> pred[] {
   %constant.1 = s32[]{:T(128)} constant(10)
   ROOT %lt = pred[]{:T(512)} compare(%i, %constant.1), direction=LT
@@ -47,6 +57,7 @@ ENTRY %main (p: f32[10,64]) -> f32[10,64] {
   %slicing = ((f32[10,64]{1,0:T(8,128)}), f32[1,64]{1,0:T(8,128)S(1)}, s32[]{:S(2)}) \
 slice-start(%y), slice={[3:4], [0:64]}
   %row = f32[1,64]{1,0:T(8,128)S(1)} slice-done(%slicing)
+  %squares = bf16[64]{0:T(256)(128)(2,1)} fusion(%y), kind=kOutput, calls=%fused_product
   ROOT %sum = f32[10,64]{1,0:T(8,128)} add(%near, %y)
 }
 """
@@ -57,8 +68,9 @@ def test_slices_updates_and_turns_are_counted():
     whole, part, scalar = 4 * 640, 4 * 64, 4
     # In each turn: a slice and a counter are read, then a counter again, and a slice is written.
     turn = part + scalar + scalar + part
-    # The copies read all and a slice; the sum reads one of its operands and writes.
-    last = whole + part + (whole + whole)
+    # The copies read all and a slice. Of the squares' operand, a slice is read in float32; they are
+    # written in bfloat16. The sum reads one of its operands and writes.
+    last = whole + part + (part + part // 2) + (whole + whole)
     assert bytes_moved(program) == 10 * turn + last
 
 
