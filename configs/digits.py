@@ -2,8 +2,9 @@
 
     python main.py --config=configs/digits.py --workdir=runs/digits
 
-The images come with scikit-learn: nothing is downloaded. 60 epochs take at most a minute on two
-CPU cores and reach 97.8% of the 360 test images (352 with seed 0, 348 to 350 with seeds 1 to 3).
+The images come with scikit-learn: nothing is downloaded. 70 epochs take about a minute on two
+CPU cores and reach 98.6% of the 360 test images with seed 0, and 98.3, 96.4, 98.1 and 97.8% with
+seeds 1 to 4.
 """
 
 import ml_collections
@@ -28,6 +29,6 @@ def get_config() -> ml_collections.ConfigDict:
         crop="pad", pad_crop=1, flip=0.0, randaugment_ops=0, color_jitter=0.0, eval_crop=1.0
     )
     config.mixup.update(mixup=0.0, cutmix=0.0, erase_prob=0.0)
-    config.train.update(epochs=60.0, batch_size=128, eval_every=10.0)
-    config.optim.lr = 1.6e-2
+    config.train.update(epochs=70.0, batch_size=128, eval_every=17.5)
+    config.optim.update(lr=1.6e-2, weight_decay=0.3)
     return config
