@@ -15,6 +15,7 @@ last column is then the speed of ours over PyTorch's.
 import argparse
 from collections.abc import Callable
 import functools
+from importlib import metadata
 import time
 
 import jax
@@ -151,8 +152,10 @@ def main(arguments: list[str] | None = None) -> None:
     add("--repetitions", type=int, default=7, help="measurements of each time (default: 7)")
     flags = parser.parse_args(arguments)
     machine.set_up()
-    print(f"{time.strftime('%Y-%m-%d')}, {machine.device()}, {flags.dtype}, "
-          f"{machine.versions(with_peer=False)}")  # fmt: skip
+    versions = machine.versions(with_peer=False)
+    if flags.peer == "torch":
+        versions += f", torch {metadata.version('torch')}"
+    print(f"{time.strftime('%Y-%m-%d')}, {machine.device()}, {flags.dtype}, {versions}")
     for variant in flags.variants:
         report(flags, variant)
 

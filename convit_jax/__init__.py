@@ -6,7 +6,7 @@
 
     model, variables = load("convit_base")                # or a .pth, .safetensors, a workdir
 
-Importing this package imports nothing else. The first of its names imports jax, flax and numpy, and
+`import convit_jax` loads no other package. The first use of a name loads jax, flax and numpy, and
 nothing more unless it reads weights. Worker processes that read images do without jax.
 """
 

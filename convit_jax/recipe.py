@@ -148,7 +148,7 @@ KEYS: dict[str, Key] = {
     "model.positional": _option("positional part: auto, blend or contract", str, "positional"),
     "model.unroll": _option("number of layers in one iteration of the scan", int, "unroll"),
     "model.flat_tokens": _option(
-        "whether linear layers see images and tokens as one axis; None means on a CPU",
+        "whether linear layers see images and tokens as one axis; None means True on a CPU",
         bool, "flat_tokens",
     ),
     "data.source": Key(

@@ -147,7 +147,10 @@ def _ask(address: str, words: list[str]) -> None:
         content = json.dumps(request).encode() + b"\n"
         sent = socket.send_fds(connection, [content], [0, 1, 2])
         connection.sendall(content[sent:])
-        status = int(connection.recv(16))
+        answer = connection.recv(16)
+    if not answer:
+        sys.exit("the process that forks has ended")
+    status = int(answer)
     if status < 0:
         with contextlib.suppress(OSError):  # of SIGKILL
             signal.signal(-status, signal.SIG_DFL)

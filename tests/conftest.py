@@ -17,8 +17,8 @@ sys.path[:0] = [str(_TESTS.parent), str(_TESTS)]
 
 import compiling  # noqa: E402
 
-# The two workers share the cores. With a thread for each core, PyTorch and NumPy would wait in busy
-# loops for threads that the other worker holds up. The tests of timm took several times as long.
+# The workers share the cores. With a thread for each core, PyTorch and NumPy would wait in busy
+# loops for threads that another worker holds up. The tests of timm took several times as long.
 for _threads in ("OMP_NUM_THREADS", "OPENBLAS_NUM_THREADS"):
     os.environ.setdefault(_threads, "1")
 
@@ -47,7 +47,7 @@ from convit_jax import storage  # noqa: E402
 jax.config.update("jax_default_matmul_precision", "highest")
 
 # Files whose tests take longest, and so start first: one of them begun at the end would leave the
-# other worker idle.
+# others idle.
 _LONG = (
     "examples_test.py", "finetune_test.py", "resume_test.py", "docs_test.py", "resolution_test.py",
     "package_test.py", "eval_run_test.py", "processes_test.py", "loop_test.py", "data_test.py",

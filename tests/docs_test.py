@@ -132,6 +132,7 @@ def test_a_fork_of_a_program_is_as_a_process_of_its_own(tmp_path):
             done = subprocess.run(
                 [*forks.python, str(program), *words], cwd=folder, input="in",
                 env=os.environ | {"HELLO": "you"} | variables, capture_output=True, text=True,
+                timeout=1200,
             )  # fmt: skip
             return done.returncode, done.stdout, done.stderr
 
@@ -141,8 +142,12 @@ def test_a_fork_of_a_program_is_as_a_process_of_its_own(tmp_path):
         # A package would have read this variable when it was imported.
         assert run("0", JAX_PLATFORMS="tpu") == (0, f"['0'] {places}", "False\n")
         path = f"{forks.folder}{os.pathsep}{os.environ['PATH']}"
-        done = subprocess.run(["convit", "nope"], env=os.environ | {"PATH": path})
+        done = subprocess.run(
+            ["convit", "nope"], env=os.environ | {"PATH": path}, capture_output=True, text=True,
+            timeout=1200,
+        )  # fmt: skip
         assert done.returncode == 1
+        assert "nope" in done.stderr.splitlines()[-1]
 
 
 @pytest.fixture(scope="session")
@@ -163,7 +168,7 @@ def _prepare(folder: pathlib.Path) -> None:
     done = subprocess.run(
         [sys.executable, "main.py", "--config=digits", "--workdir=runs/digits",
          "--config.train.epochs=0.5", "--config.train.eval_every=0.25",
-         "--config.train.batch_size=32"],  # as `pages.py` has it
+         "--config.train.batch_size=32"],  # epochs and batch of `pages.py`; evaluated twice
         cwd=folder, env=_environment(folder), capture_output=True, text=True,
     )  # fmt: skip
     assert done.returncode == 0, done.stderr

@@ -25,6 +25,7 @@ def imported(code: str) -> set[str]:
 
 
 def test_importing_takes_jax_flax_and_numpy_only():
+    assert imported("import convit_jax") - imported("import typing") == {"convit_jax"}
     theirs = imported("import flax.linen, jax, numpy")
     assert imported("from convit_jax import ConViT, create_model") - theirs == {"convit_jax"}
 

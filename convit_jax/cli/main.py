@@ -25,8 +25,8 @@ COMMANDS = {
     "study": ("repeat the paper's study of locality: runs, tables, pictures", "study"),
 }
 
-# New objects after which Python looks for garbage; 700 is its default. Tracing and lowering a model
-# make many objects that stay, through which it would look again and again.
+# New objects after which Python looks for garbage, many times its default. Tracing and lowering a
+# model make many objects that stay, through which it would look again and again.
 _NEW_OBJECTS = 50_000
 
 

@@ -98,7 +98,8 @@ def _add_flags(parser: argparse.ArgumentParser) -> None:
         "--interconnect",
         type=_positive_number,
         metavar="X",
-        help="bandwidth from a device to others in GB/s each way, in place of the table's",
+        help="bandwidth from a device to others in GB/s each way, in place of the table's; a "
+        "device that the table does not have needs --peak_tflops and --bandwidth too",
     )
 
 

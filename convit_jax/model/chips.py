@@ -24,7 +24,8 @@ class Figures:
         NVIDIA since Ampere and bfloat16 on TPU (docs.jax.dev/en/latest/201/precision.html).
       memory: its memory in bytes.
       bandwidth: bytes a second that the memory reads and writes.
-      interconnect: bytes a second that the device sends to others, and as many that it receives.
+      interconnect: bytes a second that the device can send to others; it can receive as many at
+        the same time.
       vmem: MiB of a TPU's vector memory (`pltpu.get_tpu_info_for_chip` of JAX).
     """
 

@@ -19,8 +19,9 @@ _KEPT = "kept"
 _policies = jax.checkpoint_policies
 
 # For each value of `remat` but "none". "dots" keeps the outputs of attention and of all products
-# with weights. "mlp" computes the hidden layer of the MLP again: four of the ten arrays of the size
-# of a block's input that "dots" keeps of a block, for a third of its forward products.
+# with weights. "mlp" computes the hidden layer of the MLP again. It saves four of the ten arrays
+# that "dots" keeps of a block, each of the size of the block's input, and repeats a third of the
+# block's forward products.
 POLICIES = {
     "dots": _policies.save_from_both_policies(
         _policies.dots_with_no_batch_dims_saveable, _policies.save_only_these_names(_KEPT)
@@ -39,9 +40,9 @@ def keep(x: Array) -> Array:
 def product_of_kept(x: Array, weights: Array, dimensions: Any, **options: Any) -> Array:
     """Computes `jax.lax.dot_general`, and keeps x.
 
-    JAX rounds what is both kept and used in the forward pass (`reduce_precision`). The rounding
-    changes nothing in an array of its own type, but on TPU it is a copy if a kernel made the array.
-    In a function of its own, x is kept without it.
+    Rematerialisation rounds an array that it keeps and also uses (`reduce_precision`). That changes
+    no value, but on TPU it copies the result of a kernel. Inside a jitted function JAX does not
+    round.
     """
 
     def product(x: Array, weights: Array) -> Array:
@@ -54,11 +55,12 @@ def product_of_kept(x: Array, weights: Array, dimensions: Any, **options: Any) -
 def finish_backward(
     model: nn.Module, names: Sequence[str], x: Array, function: Callable[[Any, Array], Result]
 ) -> Result:
-    """Returns function(model, x). Its backward pass ends before that of what made x begins.
+    """Returns function(model, x), whose backward pass ends before that of the layers before begins.
 
     Otherwise TPU's compiler computes gradients of the weights as late as it can. What they are
     computed from then stays in memory during the backward pass of the layers before. Results and
-    gradients are the same.
+    gradients are the same. On several devices these gradients are also reduced first. JAX before
+    0.11 computes gradients of these weights even where they are frozen.
 
     Args:
       model: a module whose parameters are initialised.
@@ -71,7 +73,7 @@ def finish_backward(
     def tie(variables: Mapping[str, Any]) -> dict[str, Any]:
         params = variables["params"]
         used = {name: params[name] for name in names if name in params}
-        used, tied["x"] = jax.lax.optimization_barrier((used, x))  # its gradients leave together
+        used, tied["x"] = jax.lax.optimization_barrier((used, x))  # both gradients, at one time
         return {"params": {**params, **used}}
 
     apply = nn.map_variables(lambda model: function(model, tied["x"]), "params", trans_in_fn=tie)

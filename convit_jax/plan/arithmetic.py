@@ -12,7 +12,9 @@ import math
 from typing import Any
 
 # Operations that contain matrix products which the trace does not show.
-_OPAQUE = ("conv_general_dilated", "ragged_dot", "ffi_call", "dot_product_attention")
+_OPAQUE = (
+    "conv_general_dilated", "ragged_dot", "ffi_call", "dot_product_attention", "call_exported",
+)  # fmt: skip
 
 
 @dataclasses.dataclass

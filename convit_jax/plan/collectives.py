@@ -126,13 +126,15 @@ def expected_sizes(state: TrainState, model: ConViT, teacher: Any = None) -> dic
     for path, leaf in jax.tree_util.tree_leaves_with_path((state.params, teacher)):
         layers = leaf.shape[0] if path[1].key in ("gpsa_blocks", "blocks") else 1
         sizes = {leaf.size, leaf.size // layers}
-        reduced |= sizes
+        if path[0].idx == 0:  # a teacher has no gradients
+            reduced |= sizes
         if not leaf.sharding.is_fully_replicated:
             gathered |= sizes
             part = math.prod(leaf.sharding.shard_shape(leaf.shape))
             parts |= {part, part // layers}
+            reduced |= {part, part // layers} if path[0].idx == 0 else set()
     rows, columns = model.grid
-    reduced |= {model.num_heads * n**2 for n in (rows, columns, rows * columns)} | parts
+    reduced |= {model.num_heads * n**2 for n in (rows, columns, rows * columns)}
     return {
         "all-reduce": reduced,
         "reduce-scatter": reduced,

@@ -110,9 +110,7 @@ def _memory(step: Step, chip: Chip) -> list[str]:
 def _advice(step: Step) -> list[str]:
     if step.name != AS_CONFIGURED:
         return []
-    return [
-        "  --try compiles it with remat=mlp and block, a split state and parts of a batch in turn"
-    ]
+    return ["  --try compiles it with remat=mlp, remat=block, a split state, and parts of a batch"]
 
 
 def _work(step: Step) -> list[str]:
@@ -232,7 +230,7 @@ def _tried(place: Place, steps: list[Step]) -> list[str]:
 
 
 def _number(value: float) -> str:
-    """Returns a number of at least four digits, without an exponent if it is large."""
+    """Returns a number with four significant digits, or with all digits before the point."""
     return f"{value:,.0f}" if value >= 1000 else f"{value:.4g}"
 
 

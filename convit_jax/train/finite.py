@@ -12,8 +12,8 @@ _SMALL = 2**16  # elements
 def all_finite(tree: Any) -> jax.Array:
     """Returns whether every floating-point number of a tree of arrays is finite, as a boolean.
 
-    Small arrays are checked together. A reduction for each of the hundred arrays of a state takes
-    a CPU two seconds to compile, six times as long.
+    Small arrays are checked together. One reduction for each of the hundred arrays of a state takes
+    a CPU two seconds to compile; this takes a sixth of that.
     """
     leaves = [x for x in jax.tree.leaves(tree) if jnp.issubdtype(x.dtype, jnp.floating)]
     small = [x.astype(jnp.float32).ravel() for x in leaves if x.size < _SMALL]

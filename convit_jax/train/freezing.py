@@ -1,9 +1,8 @@
 """Parameters that are not trained: `optim.freeze`, for the whole run or for its first epochs.
 
 A frozen parameter keeps its bits: it has neither updates nor weight decay, and its average is kept
-too. A parameter that is frozen for the whole run has no optimiser state, and no gradient is
-computed for it. A parameter that is frozen for some epochs starts after them with fresh optimiser
-state.
+too. A parameter that is frozen for the whole run has no optimiser state and needs no gradient. A
+parameter that is frozen for some epochs starts after them with fresh optimiser state.
 """
 
 import dataclasses

@@ -93,10 +93,11 @@ def test_a_study_that_is_killed_goes_on_and_makes_the_same_table(capsys, tmp_pat
     second = Workdir(killed / "digits" / "deit-images_0.5-seed_0")
     with begun(": 1 of 1") as process:
         children: list[str] = []
-        while not children:
+        while not children and process.poll() is None:
             pgrep = ["pgrep", "-P", str(process.pid)]
             children = subprocess.run(pgrep, capture_output=True, text=True).stdout.split()
         while (newest_step(second.checkpoints) or 0) < 2:
+            assert process.poll() is None, "the study ended"
             time.sleep(0.01)
         for number in (process.pid, *map(int, children)):
             os.kill(number, signal.SIGKILL)

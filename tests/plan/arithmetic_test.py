@@ -3,6 +3,7 @@
 import functools
 
 import jax
+from jax import export
 from jax.experimental import pallas as pl
 import jax.numpy as jnp
 from jax.sharding import PartitionSpec
@@ -75,3 +76,12 @@ def test_the_forward_pass_has_the_flops_of_the_models_own_count():
     assert count(model.apply, variables, images).flops == pytest.approx(
         3 * forward_flops(model), rel=0.01
     )
+
+
+def test_a_stored_program_is_named_and_not_counted():
+    """Such as the network of a teacher in a .stablehlo file."""
+    shape = jax.ShapeDtypeStruct((4, 4), jnp.float32)
+    stored = export.export(jax.jit(lambda x: x @ x))(shape)
+    found = arithmetic.of_jaxpr(jax.make_jaxpr(stored.call)(shape))
+    assert found.flops == 0
+    assert found.uncounted == {"call_exported": 1}

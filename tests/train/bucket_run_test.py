@@ -133,8 +133,8 @@ def test_a_run_in_a_faulty_bucket_ends_as_the_one_on_disk(faulty, whole, here, m
 
     faulty.use(some)
     first = runs.start(here, *flags)
-    runs.wait_for(lambda _: len(faulty.requests) > 50 and reached(url, 8), first, here, poll=0.1)
-    assert sum(fault is not None for *_, fault in faulty.requests) > 5
+    runs.wait_for(lambda _: reached(url, 8), first, here, poll=0.1)
+    assert any(fault for *_, fault in faulty.requests)
     faulty.use(faulty_proxy.always(503))
     runs.finish(first, here, code=1)
     output = runs.output(here)

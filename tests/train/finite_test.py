@@ -27,4 +27,4 @@ def test_a_state_of_many_arrays_takes_few_reductions():
     """Each reduction is compiled on its own, which took 2 s at the start of a run of the digits."""
     tree = [jax.ShapeDtypeStruct((2, size), jnp.float32) for size in range(1, 60)]
     text = jax.jit(all_finite).lower(tree).as_text()
-    assert text.count("stablehlo.reduce(") <= 2
+    assert 1 <= text.count("stablehlo.reduce(") <= 2

@@ -335,7 +335,7 @@ def test_the_lines_of_the_page_on_weights(server, tmp_path):
     (tmp_path / "photo.jpg").write_bytes(input_pipeline.photos()[0])
     page = (ROOT / "docs" / "weights.md").read_text()
     lines = page.partition("to a class:\n\n```python\n")[2].partition("```")[0]
-    assert len([line for line in lines.splitlines() if line]) == 7
+    assert len([line for line in lines.splitlines() if line]) == 8
     done = ask(server, tmp_path / "cache", script=lines, cwd=tmp_path)
     assert len(done) == 1
     assert 0 <= done[0] < 1000
