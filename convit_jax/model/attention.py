@@ -452,7 +452,8 @@ def _project(
       linear: constructor of a linear layer.
       dropout: dropout rate.
       train: whether dropout is on.
-      by_kernel: whether the fused kernel computed `out`, which is not tagged then.
+      by_kernel: whether the fused kernel computed `out`. The projection then tags it to be kept;
+        other forms of attention have done so.
     """
     batch, size, heads, head = out.shape
     options = {"dot_general": remat.product_of_kept} if by_kernel else {}

@@ -19,7 +19,7 @@ def choose_flat(flat_tokens: bool | None, backend: str | None = None) -> bool:
     """Returns `ConViT.flat_tokens`, with None replaced by the choice for the backend.
 
     Args:
-      flat_tokens: whether images and tokens are one axis in linear layers; None means on a CPU.
+      flat_tokens: whether images and tokens are one axis in linear layers; None means True on a CPU.
       backend: "cpu", "gpu" or "tpu"; None means JAX's default backend.
     """
     return (backend or jax.default_backend()) == "cpu" if flat_tokens is None else flat_tokens
