@@ -19,7 +19,8 @@ def choose_flat(flat_tokens: bool | None, backend: str | None = None) -> bool:
     """Returns `ConViT.flat_tokens`, with None replaced by the choice for the backend.
 
     Args:
-      flat_tokens: whether images and tokens are one axis in linear layers; None means True on a CPU.
+      flat_tokens: whether linear layers see images and tokens as one axis; None means True on
+        a CPU.
       backend: "cpu", "gpu" or "tpu"; None means JAX's default backend.
     """
     return (backend or jax.default_backend()) == "cpu" if flat_tokens is None else flat_tokens
